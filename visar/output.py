@@ -1,0 +1,74 @@
+"""What tokenizers and samplers hand back: the token layout, and tokens with the counts that a speed claim needs."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """How a tokenizer arranges an image's tokens.
+
+    Attributes:
+        kind: "grid" (ids of one grid, raster order), "scales" (ids of several grids, coarse to fine) or "continuous"
+            (float vectors of one grid).
+        scales: (height, width) of every grid, coarse to fine; one entry unless kind is "scales".
+        vocab_size: number of codes; 0 for continuous tokens.
+        channels: width of a code or of a continuous token.
+    """
+
+    kind: Literal["grid", "scales", "continuous"]
+    scales: tuple[tuple[int, int], ...]
+    vocab_size: int
+    channels: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return sum(height * width for height, width in self.scales)
+
+
+@dataclass
+class SampleStatistics:
+    """Counts of one call of a sampler.
+
+    Attributes:
+        forward_passes: model calls by model name ("generator", "drafter", ...); a guided call on a doubled batch is one.
+        tokens_per_pass: histogram: committed tokens in one pass of one image -> how often; lossless bookkeeping of
+            what a parallel sampler gains. An ancestral raster sampler has {1: B * N}.
+        proposed: drafted tokens that were judged; 0 for samplers that draft nothing.
+        accepted: how many of them were accepted.
+        seconds: wall-clock time of the sampling loop, tokens only (device work finished).
+    """
+
+    forward_passes: dict[str, int] = field(default_factory=dict)
+    tokens_per_pass: dict[int, int] = field(default_factory=dict)
+    proposed: int = 0
+    accepted: int = 0
+    seconds: float = 0.0
+
+    @property
+    def acceptance_rate(self) -> float | None:
+        """Accepted / proposed in [0, 1]; None when nothing was drafted."""
+        return self.accepted / self.proposed if self.proposed else None
+
+    @property
+    def mean_tokens_per_pass(self) -> float:
+        """Mean of the histogram; 0.0 when it is empty."""
+        passes = sum(self.tokens_per_pass.values())
+        return sum(count * times for count, times in self.tokens_per_pass.items()) / passes if passes else 0.0
+
+
+@dataclass
+class SampleOutput:
+    """Tokens of a batch (int64 [B, N], or float [B, N, C] for continuous ones) and the counts of the call."""
+
+    tokens: Tensor
+    statistics: SampleStatistics = field(default_factory=SampleStatistics)
+
+
+def to_uint8(image_BCHW: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 [B, C, H, W]: clamp, then round to the nearest level. The project's only such rule."""
+    return ((image_BCHW.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)
