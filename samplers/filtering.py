@@ -1,0 +1,87 @@
+"""Temperature, top-k, top-p and the draw of a token: what turns logits into the law that is sampled.
+
+Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/LlamaGen@ce98ec4, autoregressive/models/
+generate.py). B batch, L positions, V codes.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+
+def check_filters(temperature: float, top_k: int, top_p: float) -> None:
+    """Checks sampling settings.
+
+    Raises:
+        ValueError: temperature not positive, top_k negative or not whole, top_p outside (0, 1].
+    """
+    if not 0.0 < temperature < float("inf"):
+        raise ValueError(f"temperature {temperature}; it must be a finite number > 0 (1.0 = off; top_k=1 is greedy)")
+    if top_k < 0 or top_k != int(top_k):
+        raise ValueError(f"top_k {top_k}; it must be a whole number >= 0 (0 = off)")
+    if not 0.0 < top_p <= 1.0:
+        raise ValueError(f"top_p {top_p}; it must be in (0, 1] (1.0 = off)")
+
+
+def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Logits [..., V] with the excluded codes at -inf and the others unchanged but for the temperature.
+
+    Args:
+        temperature: divides the logits; 1.0 = off.
+        top_k: keeps the k largest, and all that tie with the k-th; 0 = off.
+        top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely code
+            always stays; 1.0 = off.
+    """
+    if temperature != 1.0:
+        logits = logits / temperature
+    top_k = min(top_k, logits.shape[-1])
+    if top_k:
+        largest = torch.topk(logits, top_k, dim=-1).values
+        logits = logits.masked_fill(logits < largest[..., -1:], float("-inf"))
+    if top_p < 1.0:
+        ordered = largest if top_k else torch.sort(logits, dim=-1, descending=True).values
+        probability = torch.exp(ordered - torch.logsumexp(logits, dim=-1, keepdim=True))
+        before = probability.cumsum(-1) - probability
+        cut = ordered.masked_fill(before > top_p, float("inf")).amin(-1, keepdim=True)
+        logits = logits.masked_fill(logits < cut, float("-inf"))
+    return logits
+
+
+_BLOCK = 128
+
+
+def _invert(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    """First cell with positive mass whose cumulative mass exceeds the threshold, and the threshold left inside it.
+
+    A cell of no mass is never chosen: not even where rounding makes the cumulative sums uneven.
+    """
+    cumulative = mass.cumsum(-1)
+    positive = mass > 0
+    beyond = ((cumulative > threshold[..., None]) & positive).int()
+    last = mass.shape[-1] - 1 - positive.flip(-1).int().argmax(-1)
+    index = torch.where(beyond.any(-1), beyond.argmax(-1), last)[..., None]
+    rest = threshold - (cumulative.gather(-1, index) - mass.gather(-1, index)).squeeze(-1)
+    return index.squeeze(-1), rest
+
+
+def draw(mass: Tensor, uniform: Tensor) -> Tensor:
+    """Draws codes in proportion to `mass` by inverting the distribution function, in blocks and then inside the block.
+
+    Two short sums instead of a long one keep float32 accurate, and the result the same on every run of a GPU.
+
+    Args:
+        mass: float32 [..., V] >= 0, with a positive sum (it need not be 1).
+        uniform: float32 [...] in (0, 1).
+
+    Returns: int64 [...]; a code of no mass is never drawn.
+    """
+    padded = functional.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
+    blocks = padded.sum(-1)
+    block, rest = _invert(blocks, uniform * blocks.sum(-1))
+    chosen = padded.gather(-2, block[..., None, None].expand(*block.shape, 1, _BLOCK)).squeeze(-2)
+    return block * _BLOCK + _invert(chosen, rest)[0]
+
+
+def categorical(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws codes from softmax(logits): float32 [..., V] (-inf is never drawn) and uniform [...] in (0, 1); int64 [...]."""
+    return draw(torch.softmax(logits, dim=-1), uniform)

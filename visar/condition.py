@@ -1,0 +1,54 @@
+"""What an image is generated from: labels, words or a text encoder's features, for a whole batch."""
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Conditions of B images; a field that the model does not use is None.
+
+    Attributes:
+        labels_BA: int64; column 0 is the class, further columns are attributes (drawing style, ...). A table with n
+            values has the extra null row n, which means "not given".
+        words_BT: int64 ids of a model's own word table, left-aligned; 0 is padding, 1 means "not given".
+        text_BTC: float features of a text encoder, right-aligned (valid vectors at the end).
+        text_mask_BT: bool, True where text_BTC is valid.
+    """
+
+    labels_BA: Tensor | None = None
+    words_BT: Tensor | None = None
+    text_BTC: Tensor | None = None
+    text_mask_BT: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        batches = {f.name: getattr(self, f.name).shape[0] for f in fields(self) if getattr(self, f.name) is not None}
+        if len(set(batches.values())) != 1:
+            raise ValueError(f"a condition needs at least one field, all of one batch size; got {batches}")
+
+    def _map(self, change) -> "Condition":  # noqa: ANN001 - a tensor to tensor function
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Condition(**{name: None if value is None else change(value) for name, value in values.items()})
+
+    @property
+    def batch(self) -> int:
+        """Number of images."""
+        return next(value.shape[0] for f in fields(self) if (value := getattr(self, f.name)) is not None)
+
+    def to(self, device: torch.device | str) -> "Condition":
+        """The same condition on another device; dtypes stay."""
+        return self._map(lambda value: value.to(device))
+
+    def rows(self, index: Tensor | slice) -> "Condition":
+        """The conditions of some of the images."""
+        return self._map(lambda value: value[index])
+
+    def followed_by(self, other: "Condition") -> "Condition":
+        """The images of this condition, then those of `other` (which has the same fields)."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        differing = [name for name, (a, b) in pairs.items() if (a is None) != (b is None)]
+        if differing:
+            raise ValueError(f"conditions differ in what they give: {', '.join(differing)}")
+        return Condition(**{name: None if a is None else torch.cat([a, b]) for name, (a, b) in pairs.items()})

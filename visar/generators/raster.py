@@ -1,0 +1,509 @@
+"""Raster-order autoregressive transformer: a Llama decoder over image tokens, with class, attribute, word or caption prefix.
+
+Source: LlamaGen, arXiv 2406.06525, FoundationVision/LlamaGen@ce98ec4 (modules and parameter names); with rope="1d" it is
+D-AR's transformer, arXiv 2505.23660. Attributes, words and codebook input are this project's.
+
+B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted tokens, L positions of one call, D width,
+V codes, C code width, S cache slots.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from visar.cache import KVCache, visible
+from visar.condition import Condition
+from visar.guidance import OFF, Guidance, combine, double, repeat
+from visar.layers import RMSNorm, SwiGLU
+from visar.rope import PrefixRotation, RopeKind, rope_table, rotate
+
+PADDING_WORD, NULL_WORD = 0, 1
+
+# Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B, 3.10 B).
+RASTER_PRESETS: dict[str, dict] = {
+    "llamagen-b": dict(width=768, num_layers=12, num_heads=12, hidden_width=2048),
+    "llamagen-l": dict(width=1024, num_layers=24, num_heads=16, hidden_width=2816),
+    "llamagen-xl": dict(width=1280, num_layers=36, num_heads=20, hidden_width=3584),
+    "llamagen-xxl": dict(width=1536, num_layers=48, num_heads=24, hidden_width=4096),
+    "llamagen-3b": dict(width=3200, num_layers=24, num_heads=32, hidden_width=8704),
+}
+
+
+class LabelPrefix(nn.Module):
+    """Embedding of a label column; row `num_values` is the null label."""
+
+    def __init__(self, num_values: int, width: int) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_values + 1, width)
+
+    def forward(self, label_B: Tensor) -> Tensor:
+        return self.embedding_table(label_B)
+
+
+class CaptionPrefix(nn.Module):
+    """Projection of a text encoder's features: fc2(gelu_tanh(fc1 x)); `uncond_embedding` stands for "no caption"."""
+
+    def __init__(self, caption_width: int, caption_length: int, width: int) -> None:
+        super().__init__()
+        self.cap_proj = nn.ModuleDict(
+            {"fc1": nn.Linear(caption_width, width, bias=False), "fc2": nn.Linear(width, width, bias=False)}
+        )
+        self.register_buffer("uncond_embedding", torch.randn(caption_length, caption_width) / caption_width**0.5)
+
+    def forward(self, text_BTC: Tensor) -> Tensor:
+        hidden = functional.gelu(self.cap_proj["fc1"](text_BTC), approximate="tanh")
+        return self.cap_proj["fc2"](hidden)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions; queries, keys and values in one matrix."""
+
+    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.wqkv = nn.Linear(width, 3 * width, bias=False)
+        self.wo = nn.Linear(width, width, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x_RLD: Tensor, rope: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
+        query, key, value = self.wqkv(x_RLD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query, key = rotate(query, rope).transpose(1, 2), rotate(key, rope).transpose(1, 2)
+        value = value.transpose(1, 2)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block."""
+
+    def __init__(self, width: int, num_heads: int, hidden_width: int, dropout: float, ffn_dropout: float) -> None:
+        super().__init__()
+        self.attention = Attention(width, num_heads, dropout)
+        self.feed_forward = SwiGLU(width, hidden_width, ffn_dropout)
+        self.attention_norm = RMSNorm(width)
+        self.ffn_norm = RMSNorm(width)
+
+    def forward(self, x_RLD: Tensor, rope: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
+        x_RLD = x_RLD + self.attention(self.attention_norm(x_RLD), rope, mask, cache)
+        return x_RLD + self.feed_forward(self.ffn_norm(x_RLD))
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's view of the cache during one call."""
+
+    cache: KVCache
+    layer: int
+    position: Tensor
+    bound: int | None
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(self.layer, key, value, self.position, self.bound)
+
+
+@dataclass
+class RasterState:
+    """Decoding state of a batch. All tensors are allocated by `start` and changed in place from then on.
+
+    Attributes:
+        tokens: int64 [B, N + window + 1], the committed ids; the slack takes writes beyond the last position.
+        length: int64 [B] committed tokens of every row when ragged, else [1] for all.
+        prefix_last_RD: embedding of the last prefix position, the input that predicts token 0.
+        key_valid_RS: bool [R, S] slots that may be seen; None if all.
+        scale_N: float32 [N + window + 1] guidance of every position; None when guidance is off.
+        cache: keys and values.
+        block: index of the block about to be predicted, set by the loop; on a CPU it says how much of the cache is in
+            use. Nothing that a GPU runs depends on it, so a captured step serves every block.
+    """
+
+    tokens: Tensor
+    length: Tensor
+    prefix_last_RD: Tensor
+    key_valid_RS: Tensor | None
+    scale_N: Tensor | None
+    cache: KVCache
+    block: int
+
+    @property
+    def batch(self) -> int:
+        """Number of images B."""
+        return self.tokens.shape[0]
+
+    @property
+    def parts(self) -> int:
+        """Rows an image: 2 when guided, else 1."""
+        return 1 if self.scale_N is None else 2
+
+
+class RasterGPT(ModelMixin, ConfigMixin):
+    """Llama decoder over image tokens in raster order; the prefix says what to draw. arXiv 2406.06525.
+
+    Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The prefix is
+    one of: a label token (class plus attributes, plus the mean of the words' vectors when words="sum"); the words one by one
+    and then the label token (words="prefix"); a text encoder's 120 projected vectors (caption_width > 0).
+
+    Args:
+        vocab_size: number of codes V.
+        grid: (rows, columns) of the token grid.
+        width, num_layers, num_heads, hidden_width: D, depth, heads, feed-forward hidden width.
+        num_classes: classes of column 0 of the labels; 0 = not conditioned on a class.
+        attributes: number of values of every further label column.
+        word_vocab_size: size of the word table (ids 0 padding, 1 "not given"); 0 = no words.
+        num_words: most words of a caption.
+        words: "sum" or "prefix", see above.
+        caption_width, caption_length: width and number of a text encoder's vectors; width 0 = none.
+        rope: "2d" (LlamaGen) or "1d" (D-AR). Checkpoints do not tell them apart.
+        prefix_rotation: "zero" as LlamaGen was trained, or "identity"; see visar/rope.py.
+        token_input: "table" (embedding of the id) or "codebook" (linear map of the code's vector).
+        codebook_width: C, for token_input="codebook".
+        token_dropout, residual_dropout, ffn_dropout: on the input, after attention's and the feed-forward's projection.
+
+    Raises:
+        ValueError: no condition at all, or settings that exclude each other.
+    """
+
+    _supports_gradient_checkpointing = False
+    _no_split_modules = ["Block"]
+    _repeated_blocks = ["Block"]
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 16384,
+        grid: tuple[int, int] = (16, 16),
+        width: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        hidden_width: int = 2048,
+        num_classes: int = 1000,
+        attributes: tuple[int, ...] = (),
+        word_vocab_size: int = 0,
+        num_words: int = 0,
+        words: Literal["sum", "prefix"] = "sum",
+        caption_width: int = 0,
+        caption_length: int = 120,
+        rope: RopeKind = "2d",
+        prefix_rotation: PrefixRotation = "zero",
+        token_input: Literal["table", "codebook"] = "table",
+        codebook_width: int = 8,
+        token_dropout: float = 0.0,
+        residual_dropout: float = 0.0,
+        ffn_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if caption_width and (num_classes or attributes or word_vocab_size):
+            raise ValueError("captions of a text encoder exclude classes, attributes and words")
+        if not (caption_width or num_classes or word_vocab_size):
+            raise ValueError("a class (num_classes), words (word_vocab_size) or captions (caption_width) are needed")
+        if token_input not in ("table", "codebook"):
+            raise ValueError(f"token_input {token_input!r}; choose table or codebook")
+        if words not in ("sum", "prefix"):
+            raise ValueError(f"words {words!r}; choose sum or prefix")
+        if width % num_heads or (width // num_heads) % 4:
+            raise ValueError(f"width {width} / num_heads {num_heads} must be a multiple of 4")
+        rows, columns = grid
+        self.num_tokens = rows * columns
+        self.words_as_prefix = bool(word_vocab_size) and words == "prefix"
+        self.prefix_length = caption_length if caption_width else 1 + (num_words if self.words_as_prefix else 0)
+        if token_input == "table":
+            self.tok_embeddings = nn.Embedding(vocab_size, width)
+        else:
+            self.register_buffer("codebook", torch.zeros(vocab_size, codebook_width))
+            self.codebook_proj = nn.Linear(codebook_width, width)
+        if caption_width:
+            self.cls_embedding: nn.Module = CaptionPrefix(caption_width, caption_length, width)
+        elif num_classes:
+            self.cls_embedding = LabelPrefix(num_classes, width)
+        else:
+            self.begin_embedding = nn.Parameter(torch.randn(width) * 0.02)
+        self.attribute_embeddings = nn.ModuleList(LabelPrefix(size, width) for size in attributes)
+        if word_vocab_size:
+            self.word_embedding = nn.Embedding(word_vocab_size, width)
+        if self.words_as_prefix:
+            self.word_position = nn.Parameter(torch.randn(num_words, width) * 0.02)
+        self.input_dropout = nn.Dropout(token_dropout)
+        self.layers = nn.ModuleList(
+            Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout) for _ in range(num_layers)
+        )
+        self.norm = RMSNorm(width)
+        self.output = nn.Linear(width, vocab_size, bias=False)
+        # Not a buffer: it stays float32 when the weights are cast, and has values when they are on the meta device.
+        self._rope = rope_table(
+            rope,
+            prefix_length=self.prefix_length,
+            grid=(rows, columns),
+            head_width=width // num_heads,
+            prefix_rotation=prefix_rotation,
+        )
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Weights for training from scratch: N(0, 0.02) for linear and embedding layers, zero output head (LlamaGen)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        if self.config["token_input"] == "codebook":
+            # Code vectors have unit length: a larger map makes the input as wide as the other embeddings.
+            nn.init.normal_(self.codebook_proj.weight, std=0.2, generator=generator)
+        nn.init.zeros_(self.output.weight)
+
+    def rope(self, device: torch.device) -> Tensor:
+        """Rotary table [P + N, E / 2, 2] on the device; float32."""
+        if self._rope.device != device:
+            self._rope = self._rope.to(device)
+        return self._rope
+
+    def set_codebook(self, codebook_VC: Tensor) -> None:
+        """Takes over the tokenizer's code vectors as looked up (token_input="codebook").
+
+        Raises:
+            ValueError: the shape is not [vocab_size, codebook_width].
+        """
+        if self.config["token_input"] != "codebook":
+            raise ValueError('this model embeds ids (token_input="table"); it has no codebook')
+        if codebook_VC.shape != self.codebook.shape:
+            raise ValueError(f"codebook {tuple(codebook_VC.shape)}; this model needs {tuple(self.codebook.shape)}")
+        self.codebook.copy_(codebook_VC)
+
+    # ------------------------------------------------------------------------------------------------ conditions
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """Tokens of every block: one each."""
+        return (1,) * self.num_tokens
+
+    @property
+    def block_kinds(self) -> tuple[str, ...]:
+        """Blocks of one kind do the same work (see visar/runtime.py): all of them do."""
+        return ("token",) * self.num_tokens
+
+    def check_condition(self, condition: Condition) -> None:
+        """Checks that the condition has what this model reads, in the right shape.
+
+        Raises:
+            ValueError: a field is missing, has the wrong number of columns, or a label is outside its table.
+        """
+        config = self.config
+        if config["caption_width"]:
+            shape = (config["caption_length"], config["caption_width"])
+            if condition.text_BTC is None or tuple(condition.text_BTC.shape[1:]) != shape:
+                raise ValueError(f"this model is conditioned on text features [B, {shape[0]}, {shape[1]}]")
+            return
+        sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
+        if sizes:
+            labels = condition.labels_BA
+            if labels is None or labels.shape[1] != len(sizes):
+                raise ValueError(f"this model is conditioned on labels [B, {len(sizes)}] with {sizes} values")
+            if not labels.is_cuda:
+                for column, size in enumerate(sizes):
+                    wrong = labels[(labels[:, column] < 0) | (labels[:, column] > size), column]
+                    if wrong.numel():
+                        raise ValueError(f"label {int(wrong[0])} in column {column}; allowed: 0 ... {size} (null)")
+        if config["word_vocab_size"] and condition.words_BT is None:
+            raise ValueError(f"this model is conditioned on word ids [B, up to {config['num_words']}]")
+        if config["word_vocab_size"] and condition.words_BT.shape[1] > config["num_words"]:
+            raise ValueError(f"{condition.words_BT.shape[1]} words; this model reads up to {config['num_words']}")
+
+    def null_condition(self, condition: Condition) -> Condition:
+        """The condition "nothing given" for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
+        if self.config["caption_width"]:
+            text = self.cls_embedding.uncond_embedding.expand(condition.batch, -1, -1)
+            return Condition(text_BTC=text.to(condition.text_BTC), text_mask_BT=condition.text_mask_BT)
+        labels = words = None
+        if condition.labels_BA is not None:
+            sizes = ([self.config["num_classes"]] if self.config["num_classes"] else []) + list(
+                self.config["attributes"]
+            )
+            labels = torch.tensor(sizes, device=condition.labels_BA.device).expand(condition.batch, -1)
+        if condition.words_BT is not None:
+            words = torch.zeros_like(condition.words_BT)
+            words[:, 0] = NULL_WORD
+        return Condition(labels_BA=labels, words_BT=words)
+
+    def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
+        """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""
+        if self.config["caption_width"]:
+            embedding = self.cls_embedding(condition.text_BTC.to(self.output.weight.dtype))
+            return embedding, None if condition.text_mask_BT is None else condition.text_mask_BT.bool()
+        if self.config["num_classes"]:
+            label = self.cls_embedding(condition.labels_BA[:, 0])
+            attributes = condition.labels_BA[:, 1:]
+        else:
+            label = self.begin_embedding.expand(condition.batch, -1)
+            attributes = condition.labels_BA
+        for column, embedding in enumerate(self.attribute_embeddings):
+            label = label + embedding(attributes[:, column])
+        if not self.config["word_vocab_size"]:
+            return label[:, None], None
+        words = functional.pad(condition.words_BT, (0, self.config["num_words"] - condition.words_BT.shape[1]))
+        given = words != PADDING_WORD
+        vectors = self.word_embedding(words)
+        if not self.words_as_prefix:
+            mean = (vectors * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
+            return (label + mean.to(label.dtype))[:, None], None
+        embedding = torch.cat([vectors + self.word_position, label[:, None]], dim=1)
+        return embedding, functional.pad(given, (0, 1), value=True)
+
+    def embed(self, tokens_BL: Tensor) -> Tensor:
+        """Input embedding [B, L, D] of ids int64 [B, L], or of code vectors float [B, L, C] (token_input="codebook")."""
+        if self.config["token_input"] == "table":
+            return self.tok_embeddings(tokens_BL)
+        vectors = self.codebook[tokens_BL] if tokens_BL.dtype == torch.int64 else tokens_BL
+        return self.codebook_proj(vectors.to(self.codebook_proj.weight.dtype))
+
+    # -------------------------------------------------------------------------------------------- teacher forcing
+    def forward(self, tokens_BN: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced conditionals of every token given the prefix and the tokens before it.
+
+        Args:
+            tokens_BN: int64 ids [B, N] (the last is not read), or code vectors [B, N, C].
+            condition: of the B images.
+
+        Returns: logits [B, N, V] in the model's dtype; row n is the conditional of token n.
+        """
+        prefix_BPD, valid_BP = self.prefix(condition)
+        x = self.input_dropout(torch.cat([prefix_BPD, self.embed(tokens_BN[:, : self.num_tokens - 1])], dim=1))
+        length = x.shape[1]
+        mask = None
+        if valid_BP is not None:
+            valid = functional.pad(valid_BP, (0, length - self.prefix_length), value=True)
+            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+            itself = torch.eye(length, dtype=torch.bool, device=x.device)
+            mask = ((causal & valid[:, None]) | itself)[:, None]
+        rope = self.rope(x.device)[None, :length]
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        return self.output(self.norm(x[:, self.prefix_length - 1 :]))
+
+    # --------------------------------------------------------------------------------------------------- decoding
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = OFF,
+        *,
+        ragged: bool = False,
+        window: int = 0,
+        state: RasterState | None = None,
+    ) -> RasterState:
+        """Decoding state with the prefix read and no token committed.
+
+        Args:
+            condition: of the B images.
+            guidance: blocks are tokens; when no token is guided the batch is not doubled.
+            ragged: rows commit numbers of tokens of their own.
+            window: most drafted tokens of a `verify` call.
+            state: a state of the same batch, guidance and settings, whose buffers are used again.
+
+        Raises:
+            ValueError: see `check_condition`.
+        """
+        self.check_condition(condition)
+        guided = guidance.active(self.num_tokens)
+        rows = double(condition, self.null_condition(condition)) if guided else condition
+        prefix_RPD, valid_RP = self.prefix(rows)
+        device, slack = prefix_RPD.device, window + 1
+        if state is None:
+            slots = self.prefix_length + self.num_tokens + slack
+            dtype = prefix_RPD.dtype
+            cache = KVCache(
+                num_layers=len(self.layers),
+                rows=rows.batch,
+                num_heads=self.config["num_heads"],
+                num_slots=slots,
+                head_width=self.config["width"] // self.config["num_heads"],
+                ragged=ragged,
+                device=device,
+                dtype=dtype,
+            )
+            state = RasterState(
+                tokens=torch.zeros(condition.batch, self.num_tokens + slack, dtype=torch.int64, device=device),
+                length=torch.zeros(condition.batch if ragged else 1, dtype=torch.int64, device=device),
+                prefix_last_RD=torch.empty(rows.batch, prefix_RPD.shape[-1], device=device, dtype=dtype),
+                key_valid_RS=None
+                if valid_RP is None
+                else torch.ones(rows.batch, slots, dtype=torch.bool, device=device),
+                scale_N=torch.ones(self.num_tokens + slack, device=device) if guided else None,
+                cache=cache,
+                block=0,
+            )
+        state.length.zero_()
+        state.tokens.zero_()
+        state.prefix_last_RD.copy_(prefix_RPD[:, -1])
+        if state.scale_N is not None:
+            state.scale_N[: self.num_tokens].copy_(torch.tensor(guidance.scales(self.num_tokens)))
+        if state.key_valid_RS is not None:
+            state.key_valid_RS[:, : self.prefix_length].copy_(valid_RP)
+        if self.prefix_length > 1:
+            self._read_prefix(state, prefix_RPD[:, :-1], valid_RP)
+        state.block = 0
+        return state
+
+    def _read_prefix(self, state: RasterState, x: Tensor, valid_RP: Tensor | None) -> None:
+        """Writes keys and values of all prefix positions but the last (which every first step reads anew)."""
+        length = x.shape[1]
+        position = torch.arange(length, device=x.device).expand(x.shape[0] if state.cache.ragged else 1, -1)
+        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
+        if valid_RP is not None:
+            itself = torch.eye(length, dtype=torch.bool, device=x.device)
+            mask = (mask & valid_RP[:, None, None, :length]) | itself
+        rope = self.rope(x.device)[None, :length]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, LayerCache(state.cache, i, position, length))
+
+    def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
+        """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
+        length = state.length[:, None]
+        previous = state.tokens.gather(1, (length - 1).clamp(min=0).expand(state.batch, 1))
+        tokens_BL = previous if draft_BK is None else torch.cat([previous, draft_BK], dim=1)
+        x = repeat(self.embed(tokens_BL), state.parts)
+        at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
+        first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
+        x = torch.cat([first[:, None], x[:, 1:]], dim=1)
+        offset = self.prefix_length - 1 + torch.arange(x.shape[1], device=x.device)
+        position = length + offset
+        if state.cache.ragged:
+            position = repeat(position, state.parts)
+        table = self.rope(x.device)
+        rope = table[position.clamp(max=table.shape[0] - 1)]
+        slots = state.cache.num_slots
+        if x.device.type == "cpu" and not state.cache.ragged:
+            slots = self.prefix_length + state.block + x.shape[1] - 1
+        mask = visible(position, slots, state.key_valid_RS)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
+        return self.output(self.norm(x))
+
+    def verify(self, state: RasterState, draft_BK: Tensor) -> Tensor:
+        """Guided float32 logits [B, K + 1, V]: slot j is the conditional of position length + j given the first j drafts."""
+        return self._guide(state, self.raw_logits(state, draft_BK))
+
+    def predict(self, state: RasterState) -> Tensor:
+        """Guided float32 logits [B, 1, V] of the next token."""
+        return self._guide(state, self.raw_logits(state))
+
+    def _guide(self, state: RasterState, logits_RLV: Tensor) -> Tensor:
+        if state.scale_N is None:
+            return logits_RLV.float()
+        position = state.length[:, None] + torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
+        return combine(logits_RLV, state.scale_N[position][..., None])
+
+    def append(self, state: RasterState, tokens_BK: Tensor) -> None:
+        """Commits K tokens to every row."""
+        offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
+        position = (state.length[:, None] + offset).expand(state.batch, -1)
+        state.tokens.scatter_(1, position, tokens_BK)
+        state.length += tokens_BK.shape[1]
+
+    def commit(self, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:
+        """Commits the first count_B tokens (0 ... K) of every row of a ragged state, none beyond the last position."""
+        offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
+        position = state.length[:, None] + offset
+        state.tokens.scatter_(1, position.clamp(max=state.tokens.shape[1] - 1), tokens_BK)
+        state.length.copy_((state.length + count_B).clamp(max=self.num_tokens))

@@ -1,0 +1,98 @@
+"""How a decoding loop runs: eagerly, or as CUDA graphs; samplers are written once for both.
+
+A sampler's loop is a sequence of steps whose tensors live in a session: allocated once, changed in place. On a GPU the
+first step of a kind runs as it is (which also warms its kernels up), the second is captured while nothing runs and then
+replayed, and all later ones are replays: one launch a step, no work for the host. Sessions are kept between calls of the
+same model, batch and settings, so capture is paid once.
+
+A family fits in by naming the kinds of its steps: a raster generator has one kind for all its tokens, a next-scale one a
+kind a scale, a sampler that verifies windows one kind a window.
+"""
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Session:
+    """Static tensors and captured steps of one model, batch and settings.
+
+    Attributes:
+        state: the generator's decoding state, kept for the next call; None at first.
+    """
+
+    def __init__(self, capture: bool) -> None:
+        self.state: Any = None
+        self._capture = capture
+        self._tensors: dict[str, Tensor] = {}
+        self._seen: set[Hashable] = set()
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+
+    def hold(self, name: str, value: Tensor) -> Tensor:
+        """The session's own tensor of that name, with `value` copied in: what captured steps may read."""
+        if name not in self._tensors:
+            self._tensors[name] = value.clone()
+        else:
+            self._tensors[name].copy_(value)
+        return self._tensors[name]
+
+    def run(self, step: Callable[[], None], kind: Hashable = "step") -> None:
+        """Runs a step that reads and writes tensors of this session only; steps of one kind do the same work."""
+        if not self._capture:
+            step()
+        elif kind in self._graphs:
+            self._graphs[kind].replay()
+        elif kind not in self._seen:
+            self._seen.add(kind)
+            step()
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                step()
+            self._pool = self._pool or graph.pool()
+            self._graphs[kind] = graph
+            graph.replay()
+
+
+class Runtime:
+    """Opens sessions, and keeps the latest few.
+
+    Args:
+        capture: capture steps as CUDA graphs where the model is on a GPU; elsewhere steps always run eagerly.
+        max_sessions: sessions kept; the one unused for longest is freed first.
+    """
+
+    def __init__(self, capture: bool = True, max_sessions: int = 4) -> None:
+        self.capture = capture
+        self.max_sessions = max_sessions
+        self._sessions: OrderedDict[Hashable, tuple[weakref.ref, Session]] = OrderedDict()
+
+    def session(self, model: nn.Module, device: torch.device, key: Hashable) -> Session:
+        """The session of this model and key (batch, guided or not, every setting that changes a step's work).
+
+        A model whose weights were moved or cast gets a new one. On a CPU nothing is captured and nothing is kept.
+        """
+        if not (self.capture and device.type == "cuda"):
+            return Session(capture=False)
+        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
+        full_key = (id(model), weights, str(device), key)
+        reference, session = self._sessions.pop(full_key, (None, None))
+        if reference is None or reference() is not model or session is None:
+            session = Session(capture=True)
+        self._sessions[full_key] = (weakref.ref(model), session)
+        while len(self._sessions) > self.max_sessions:
+            self._sessions.popitem(last=False)
+        return session
+
+    def clear(self) -> None:
+        """Frees all graphs, caches and static tensors."""
+        self._sessions.clear()
+
+
+EAGER = Runtime(capture=False)
+"""Runs every step as it is."""
