@@ -1,4 +1,4 @@
-"""Ancestral sampling: each block from its conditional, one after the other. Exact by definition; the law others are held to."""
+"""Ancestral sampling: each block from its conditional. Exact by definition, and the law others are held to."""
 
 import time
 from collections.abc import Callable
@@ -29,7 +29,8 @@ def sample_ancestral(
 ) -> SampleOutput:
     """Draws every block of tokens from the model's conditional given the blocks before it. Exact.
 
-    The plain algorithm of every autoregressive paper (for images: arXiv 2406.06525 section 3.2; block-wise: 2404.02905).
+    The plain algorithm of every autoregressive paper (for images: arXiv 2406.06525 section 3.2; block-wise:
+    2404.02905).
 
     Args:
         model: a generator with start, predict, append, block_sizes and block_kinds.

@@ -1,7 +1,7 @@
 """Temperature, top-k, top-p and the draw of a token: what turns logits into the law that is sampled.
 
-Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/LlamaGen@ce98ec4, autoregressive/models/
-generate.py). B batch, L positions, V codes.
+Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/LlamaGen@ce98ec4,
+autoregressive/models/generate.py). B batch, L positions, V codes.
 """
 
 import torch
@@ -29,8 +29,8 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     Args:
         temperature: divides the logits; 1.0 = off.
         top_k: keeps the k largest, and all that tie with the k-th; 0 = off.
-        top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely code
-            always stays; 1.0 = off.
+        top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
+            code always stays; 1.0 = off.
     """
     if temperature != 1.0:
         logits = logits / temperature
@@ -83,5 +83,5 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
 
 
 def categorical(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws codes from softmax(logits): float32 [..., V] (-inf is never drawn) and uniform [...] in (0, 1); int64 [...]."""
+    """Codes int64 [...] drawn from softmax(logits), float32 [..., V], -inf never; uniform [...] is in (0, 1)."""
     return draw(torch.softmax(logits, dim=-1), uniform)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is flushed to disk and renamed to `path`, on failure removed.
+    """Yields a temporary path beside `path`, flushed and renamed to `path` on success, removed on failure.
 
     A reader therefore sees the old file or the new one, never half of one.
 
@@ -52,7 +52,7 @@ def sha256(path: str | Path) -> str:
 
 
 def load_weights(path: str | Path) -> dict[str, object]:
-    """Contents of a weights file on the CPU: `.safetensors`, or a PyTorch pickle that holds tensors and plain data only.
+    """Contents of a weights file on the CPU: `.safetensors`, or a PyTorch pickle of tensors and plain data.
 
     Returns: the file's mapping; PyTorch files may nest their tensors (converters unwrap them).
 

@@ -1,8 +1,8 @@
 """Classifier-free guidance for models that predict block after block; the only place that doubles a batch.
 
 Source: Ho and Salimans, arXiv 2207.12598. Two conventions are in use for logits c (conditional) and n (null):
-"interpolate" n + s (c - n), neutral at s = 1 (LlamaGen, MAR, NAR, Infinity), and "extrapolate" (1 + t) c - t n, neutral at
-t = 0 (VAR, HMAR, CoDe). They are the same with s = 1 + t.
+"interpolate" n + s (c - n), neutral at s = 1 (LlamaGen, MAR, NAR, Infinity), and "extrapolate" (1 + t) c - t n,
+neutral at t = 0 (VAR, HMAR, CoDe). They are the same with s = 1 + t.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Guidance:
     """How strongly a block's prediction follows the condition.
 
     Attributes:
-        scale: one strength for all blocks, or one a block. Neutral (off): 1.0 for "interpolate", 0.0 for "extrapolate".
+        scale: one strength for all blocks, or one a block. Off: 1.0 for "interpolate", 0.0 for "extrapolate".
         convention: see above.
         schedule: "constant", or "linear": rises from `start` at the first block to `scale` at the last.
         start: strength of the first block of a linear schedule; None is the neutral one.
@@ -89,6 +89,6 @@ def repeat(tensor: Tensor, times: int) -> Tensor:
 
 
 def combine(logits: Tensor, scale: Tensor | float) -> Tensor:
-    """Guided float32 logits [B, ...] from the doubled batch's [2B, ...]; scale broadcasts, "interpolate" convention."""
+    """Guided float32 logits [B, ...] from the doubled batch's [2B, ...]; "interpolate" scale, broadcast."""
     conditional, null = logits.float().chunk(2)
     return null + (conditional - null) * scale

@@ -19,7 +19,7 @@ _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
 
 
 class Use(enum.IntEnum):
-    """What a draw is for: draws of different uses at one position are independent. Values are part of a seed's meaning."""
+    """What a draw is for; different uses at one position are independent. The values are part of a seed's meaning."""
 
     TOKEN = 0  # the token of a position
     DRAFT = 1  # a drafted token

@@ -35,7 +35,7 @@ class SampleStatistics:
     """Counts of one call of a sampler.
 
     Attributes:
-        forward_passes: model calls by model name ("generator", "drafter", ...); a guided call on a doubled batch is one.
+        forward_passes: model calls by name ("generator", "drafter", ...); a guided call on a doubled batch is one.
         tokens_per_pass: histogram: committed tokens in one pass of one image -> how often; lossless bookkeeping of
             what a parallel sampler gains. An ancestral raster sampler has {1: B * N}.
         proposed: drafted tokens that were judged; 0 for samplers that draft nothing.
@@ -70,5 +70,5 @@ class SampleOutput:
 
 
 def to_uint8(image_BCHW: Tensor) -> Tensor:
-    """Images in [-1, 1] to uint8 [B, C, H, W]: clamp, then round to the nearest level. The project's only such rule."""
+    """Images in [-1, 1] to uint8 [B, C, H, W]: clamped, then rounded to the nearest level; the only such rule here."""
     return ((image_BCHW.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)

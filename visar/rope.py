@@ -1,8 +1,8 @@
 """Rotary position embedding as a table per sequence position: 1D, and 2D over (row, column) of a grid.
 
 Source: Su et al., arXiv 2104.09864. The 2D form and the treatment of the prefix are LlamaGen's (arXiv 2406.06525,
-FoundationVision/LlamaGen@ce98ec4): pairs (2i, 2i+1) are rotated, the first half of the pairs by the row, the second by the
-column. E is the head width.
+FoundationVision/LlamaGen@ce98ec4): pairs (2i, 2i+1) are rotated, the first half of the pairs by the row, the second
+by the column. E is the head width.
 """
 
 from typing import Literal
@@ -26,7 +26,8 @@ def rope_table(
     """Cosines and sines of every position of [prefix, image tokens in raster order].
 
     Args:
-        kind: "2d" rotates image tokens by their grid row and column; "1d" by their place in the sequence, prefix included.
+        kind: "2d" rotates image tokens by their grid row and column; "1d" by their place in the sequence, prefix
+            included.
         prefix_length: number of positions before the first image token.
         grid: (rows, columns) of image tokens.
         head_width: E; a multiple of 4 for "2d", even for "1d".

@@ -1,10 +1,10 @@
-"""Raster-order autoregressive transformer: a Llama decoder over image tokens, with class, attribute, word or caption prefix.
+"""Raster-order autoregressive transformer: a Llama decoder over image tokens behind a prefix that says what to draw.
 
-Source: LlamaGen, arXiv 2406.06525, FoundationVision/LlamaGen@ce98ec4 (modules and parameter names); with rope="1d" it is
-D-AR's transformer, arXiv 2505.23660. Attributes, words and codebook input are this project's.
+Source: LlamaGen, arXiv 2406.06525, FoundationVision/LlamaGen@ce98ec4 (modules and parameter names); with rope="1d" it
+is D-AR's transformer, arXiv 2505.23660. Attributes, words and codebook input are this project's.
 
-B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted tokens, L positions of one call, D width,
-V codes, C code width, S cache slots.
+B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted tokens, L positions of one call, D
+width, V codes, C code width, S cache slots.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,8 @@ from visar.rope import PrefixRotation, RopeKind, rope_table, rotate
 
 PADDING_WORD, NULL_WORD = 0, 1
 
-# Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B, 3.10 B).
+# Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B,
+# 3.10 B).
 RASTER_PRESETS: dict[str, dict] = {
     "llamagen-b": dict(width=768, num_layers=12, num_heads=12, hidden_width=2048),
     "llamagen-l": dict(width=1024, num_layers=24, num_heads=16, hidden_width=2816),
@@ -145,9 +146,10 @@ class RasterState:
 class RasterGPT(ModelMixin, ConfigMixin):
     """Llama decoder over image tokens in raster order; the prefix says what to draw. arXiv 2406.06525.
 
-    Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The prefix is
-    one of: a label token (class plus attributes, plus the mean of the words' vectors when words="sum"); the words one by one
-    and then the label token (words="prefix"); a text encoder's 120 projected vectors (caption_width > 0).
+    Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The
+    prefix is one of: a label token (class plus attributes, plus the mean of the words' vectors when words="sum");
+    the words one by one and then the label token (words="prefix"); a text encoder's 120 projected vectors
+    (caption_width > 0).
 
     Args:
         vocab_size: number of codes V.
@@ -163,7 +165,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
         prefix_rotation: "zero" as LlamaGen was trained, or "identity"; see visar/rope.py.
         token_input: "table" (embedding of the id) or "codebook" (linear map of the code's vector).
         codebook_width: C, for token_input="codebook".
-        token_dropout, residual_dropout, ffn_dropout: on the input, after attention's and the feed-forward's projection.
+        token_dropout, residual_dropout, ffn_dropout: on the input, after attention's and the feed-forward's
+            projection.
 
     Raises:
         ValueError: no condition at all, or settings that exclude each other.
@@ -244,7 +247,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         )
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Weights for training from scratch: N(0, 0.02) for linear and embedding layers, zero output head (LlamaGen)."""
+        """Weights to train from: N(0, 0.02) for linear and embedding layers, zero output head (LlamaGen)."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
@@ -312,7 +315,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
             raise ValueError(f"{condition.words_BT.shape[1]} words; this model reads up to {config['num_words']}")
 
     def null_condition(self, condition: Condition) -> Condition:
-        """The condition "nothing given" for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
+        """ "Nothing given" for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
         if self.config["caption_width"]:
             text = self.cls_embedding.uncond_embedding.expand(condition.batch, -1, -1)
             return Condition(text_BTC=text.to(condition.text_BTC), text_mask_BT=condition.text_mask_BT)
@@ -352,7 +355,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         return embedding, functional.pad(given, (0, 1), value=True)
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
-        """Input embedding [B, L, D] of ids int64 [B, L], or of code vectors float [B, L, C] (token_input="codebook")."""
+        """Input embedding [B, L, D] of ids int64 [B, L] or (token_input="codebook") code vectors [B, L, C]."""
         if self.config["token_input"] == "table":
             return self.tok_embeddings(tokens_BL)
         vectors = self.codebook[tokens_BL] if tokens_BL.dtype == torch.int64 else tokens_BL
@@ -481,7 +484,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
         return self.output(self.norm(x))
 
     def verify(self, state: RasterState, draft_BK: Tensor) -> Tensor:
-        """Guided float32 logits [B, K + 1, V]: slot j is the conditional of position length + j given the first j drafts."""
+        """Guided float32 logits [B, K + 1, V].
+
+        Slot j is the conditional of position length + j given the first j drafts.
+        """
         return self._guide(state, self.raw_logits(state, draft_BK))
 
     def predict(self, state: RasterState) -> Tensor:
