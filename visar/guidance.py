@@ -68,7 +68,7 @@ class Guidance:
             values = [self.scale] * num_blocks
         low, high = self.interval or (0, num_blocks - 1)
         values = [value if low <= block <= high else neutral for block, value in enumerate(values)]
-        return [value + 1.0 - neutral for value in values]
+        return values if neutral == 1.0 else [value + 1.0 for value in values]
 
     def active(self, num_blocks: int) -> bool:
         """Whether any block is guided; if none is, the null half of the batch is never run."""

@@ -1,5 +1,6 @@
 """What tokenizers and samplers hand back: the token layout, and tokens with the counts that a speed claim needs."""
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -48,6 +49,16 @@ class SampleStatistics:
     proposed: int = 0
     accepted: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: "SampleStatistics") -> "SampleStatistics":
+        """Counts of two calls together."""
+        return SampleStatistics(
+            forward_passes=dict(Counter(self.forward_passes) + Counter(other.forward_passes)),
+            tokens_per_pass=dict(Counter(self.tokens_per_pass) + Counter(other.tokens_per_pass)),
+            proposed=self.proposed + other.proposed,
+            accepted=self.accepted + other.accepted,
+            seconds=self.seconds + other.seconds,
+        )
 
     @property
     def acceptance_rate(self) -> float | None:

@@ -1,0 +1,55 @@
+"""The paper index of samplers: name, function, exact or lossy, source, and what it needs of a generator."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from visar.output import SampleOutput
+
+COMMON = ("model", "condition", "noise", "guidance", "temperature", "top_k", "top_p", "callback", "runtime")
+
+
+@dataclass(frozen=True)
+class SamplerEntry:
+    """One row of the index.
+
+    Attributes:
+        module, function: where it is.
+        exact: True when the tokens follow the law of ancestral sampling, False for a lossy one.
+        paper: what it is from.
+        needs: methods of the generator beyond start and predict.
+    """
+
+    module: str
+    function: str
+    exact: bool
+    paper: str
+    needs: tuple[str, ...]
+
+    def load(self) -> Callable[..., SampleOutput]:
+        """The function."""
+        return getattr(importlib.import_module(self.module), self.function)
+
+    def settings(self) -> dict[str, inspect.Parameter]:
+        """Its own settings, beyond those that every sampler has."""
+        parameters = inspect.signature(self.load()).parameters
+        return {name: parameter for name, parameter in parameters.items() if name not in COMMON}
+
+
+SAMPLERS: dict[str, SamplerEntry] = {
+    "ancestral": SamplerEntry(
+        "visar.samplers.ancestral", "sample_ancestral", True, "arXiv 2406.06525, 2404.02905", ("append",)
+    ),
+}
+
+
+def find_sampler(name: str) -> SamplerEntry:
+    """The row of that name.
+
+    Raises:
+        ValueError: no sampler of that name; lists those there are.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
+    return SAMPLERS[name]

@@ -1,0 +1,309 @@
+"""Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from torch import Tensor, nn
+
+from visar.condition import Condition
+from visar.guidance import Guidance
+from visar.noise import Noise, Use, image_seeds
+from visar.output import SampleOutput, SampleStatistics, to_uint8
+from visar.runtime import Runtime
+from visar.samplers.index import find_sampler
+from visar.vocabulary import Vocabulary
+
+OUTPUT_TYPES = ("pil", "pt", "np")
+
+
+@dataclass
+class ImageOutput(BaseOutput):
+    """Result of a call.
+
+    Attributes:
+        images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], or float array [B, H, W, 3] in [0, 1].
+        statistics: of the sampler.
+        tokens: int64 [B, N].
+        seeds: one an image; an image can be made again alone with its seed and condition.
+        descriptions: what each image was conditioned on, in words.
+    """
+
+    images: Any
+    statistics: SampleStatistics
+    tokens: Tensor
+    seeds: list[int]
+    descriptions: list[str]
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Class- or word-conditional generation of images.
+
+    Args:
+        tokenizer: turns ids into images.
+        generator: predicts ids.
+        vocabulary: `visar.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose classes have
+            numbers only.
+        defaults: sampling settings used where a call gives none: guidance_scale, temperature, top_k, top_p.
+    """
+
+    model_cpu_offload_seq = "generator->tokenizer"
+    _callback_tensor_inputs = ["tokens"]
+
+    def __init__(
+        self,
+        tokenizer: nn.Module,
+        generator: nn.Module,
+        vocabulary: dict | None = None,
+        defaults: dict | None = None,
+    ) -> None:
+        super().__init__()
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
+        self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
+        self.runtime = Runtime()
+
+    # ------------------------------------------------------------------------------------------------- the steps
+    def prepare_seeds(
+        self,
+        num_images: int,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[int]:
+        """One seed an image: given, counted up from `seed`, drawn from `generator` (one for all, or one each), or random.
+
+        Raises:
+            ValueError: more than one source, or another number of seeds than images.
+        """
+        if sum(source is not None for source in (seed, seeds, generator)) > 1:
+            raise ValueError("give one of seed, seeds and generator")
+        if seeds is not None:
+            if len(seeds) != num_images:
+                raise ValueError(f"{len(seeds)} seeds for {num_images} images")
+            return [int(value) for value in seeds]
+        if seed is not None:
+            return image_seeds(seed, num_images)
+        generators = generator if isinstance(generator, list) else [generator] * num_images
+        if len(generators) != num_images:
+            raise ValueError(f"{len(generators)} generators for {num_images} images")
+        return [
+            int(torch.randint(2**62, (), generator=each, device=each.device if each is not None else "cpu"))
+            for each in generators
+        ]
+
+    def prepare_condition(
+        self,
+        seeds: list[int],
+        class_labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        attributes: dict[str, str] | None = None,
+    ) -> tuple[Condition, list[str]]:
+        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training set.
+
+        Args:
+            seeds: one an image; unspecified conditions are functions of it.
+            class_labels: one class an image, by number or by name.
+            prompts: one an image, for models conditioned on words.
+            attributes: further labels by name, such as {"style": "noto"}.
+
+        Raises:
+            ValueError: unknown names (with the nearest ones), or a kind of condition that the model does not take.
+        """
+        config = self.generator.config
+        takes_class = bool(config["num_classes"])
+        takes_words = bool(config["word_vocab_size"])
+        if config["caption_width"]:
+            raise ValueError(
+                "this model reads features of a text encoder: pass condition=Condition(text_BTC=..., text_mask_BT=...)"
+            )
+        if class_labels is not None and not takes_class:
+            raise ValueError("this model is conditioned on words: give prompt, not class_labels")
+        if prompts is not None and not takes_words:
+            raise ValueError("this model is conditioned on classes only: give class_labels, not prompt")
+        if self.vocabulary is None:
+            return self._numbered_classes(seeds, class_labels, attributes)
+        uniform = Noise(seeds).uniform(Use.CONDITION, 0)
+        return self.vocabulary.complete(
+            uniform, class_labels=class_labels, prompts=prompts, attributes=attributes, with_labels=takes_class
+        )
+
+    def _numbered_classes(
+        self, seeds: list[int], class_labels: Sequence[int | str] | None, attributes: dict[str, str] | None
+    ) -> tuple[Condition, list[str]]:
+        num_classes = self.generator.config["num_classes"]
+        if attributes:
+            raise ValueError(f"this model has no attributes; got {', '.join(attributes)}")
+        if class_labels is None:
+            drawn = Noise(seeds).uniform(Use.CONDITION, 0) * num_classes
+            labels = drawn.long().clamp(max=num_classes - 1)
+        else:
+            wrong = [label for label in class_labels if not (isinstance(label, int) and 0 <= label < num_classes)]
+            if wrong:
+                raise ValueError(f"class {wrong[0]!r}; this model's classes are the numbers 0 ... {num_classes - 1}")
+            labels = torch.tensor([int(label) for label in class_labels])
+        return Condition(labels_BA=labels[:, None]), [f"class {int(label)}" for label in labels]
+
+    def sample_tokens(
+        self,
+        condition: Condition,
+        seeds: list[int],
+        *,
+        sampler: str = "ancestral",
+        sampler_options: dict[str, Any] | None = None,
+        guidance: Guidance,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> SampleOutput:
+        """Tokens of a batch; see the sampler's own docstring for its options.
+
+        Raises:
+            ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
+        """
+        entry = find_sampler(sampler)
+        options = sampler_options or {}
+        unknown = sorted(set(options) - set(entry.settings()))
+        if unknown:
+            allowed = ", ".join(entry.settings()) or "none"
+            raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
+        missing = [need for need in entry.needs if not callable(getattr(self.generator, need, None))]
+        if missing:
+            raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+        return entry.load()(
+            self.generator,
+            condition.to(self._execution_device),
+            noise=Noise(seeds, self._execution_device),
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            callback=callback,
+            runtime=self.runtime,
+            **options,
+        )
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N]."""
+        return self.tokenizer.decode(tokens).float().clamp(-1.0, 1.0)
+
+    # -------------------------------------------------------------------------------------------------- the call
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | None = None,
+        prompt: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        *,
+        attributes: dict[str, str] | None = None,
+        condition: Condition | None = None,
+        sampler: str = "ancestral",
+        sampler_options: dict[str, Any] | None = None,
+        guidance_scale: float | Guidance | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        batch_size: int | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None = None,
+    ) -> ImageOutput:
+        """Makes images.
+
+        Args:
+            class_labels: a class or one a picture, by name or number; None draws from the training law.
+            prompt: words, or one prompt a picture, for models conditioned on words.
+            num_images: images of every class or prompt.
+            attributes: further labels by name, such as {"style": "noto"}.
+            condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders' features).
+            sampler, sampler_options: see `visar samplers`.
+            guidance_scale: 1.0 = off, or a Guidance; None takes the model's default, as the next three do.
+            temperature: > 0; 1.0 = off.
+            top_k: 0 = off.
+            top_p: in (0, 1]; 1.0 = off.
+            seed: image i of the call has seed + i; an image depends on its own seed and condition only.
+            seeds: one an image, instead of seed.
+            generator: torch generator(s) to draw the seeds from, instead of seed.
+            batch_size: most images at a time; None is all.
+            output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
+            callback_on_step_end: called as f(pipeline, step, step, {"tokens": ids so far}) after every block.
+
+        Raises:
+            ValueError: bad values; the message names the value and the allowed ones.
+        """
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+        if num_images < 1 or int(num_images) != num_images:
+            raise ValueError(f"num_images {num_images}; it must be a whole number >= 1")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size {batch_size}; it must be >= 1")
+        if class_labels is not None and prompt is not None:
+            raise ValueError("give class_labels or prompt, not both")
+        labels = None if class_labels is None else _each(class_labels, num_images)
+        prompts = None if prompt is None else _each(prompt, num_images)
+        given = labels if labels is not None else prompts
+        count = condition.batch if condition is not None else num_images if given is None else len(given)
+        image_seed_list = self.prepare_seeds(count, seed, seeds, generator)
+        if condition is None:
+            condition, descriptions = self.prepare_condition(image_seed_list, labels, prompts, attributes)
+        else:
+            descriptions = [""] * count
+        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **self.config["defaults"]}
+        guidance = guidance_scale if guidance_scale is not None else defaults["guidance_scale"]
+        settings = {
+            "sampler": sampler,
+            "sampler_options": sampler_options,
+            "guidance": guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
+            "temperature": defaults["temperature"] if temperature is None else temperature,
+            "top_k": defaults["top_k"] if top_k is None else top_k,
+            "top_p": defaults["top_p"] if top_p is None else top_p,
+        }
+        size = batch_size or count
+        tokens, images, statistics = [], [], SampleStatistics()
+        with self.progress_bar(total=sum(1 for _ in range(0, count, size)) * len(self.generator.block_sizes)) as bar:
+            for first in range(0, count, size):
+                part = slice(first, first + size)
+
+                def callback(done: int, ids: Tensor) -> None:
+                    bar.update()
+                    if callback_on_step_end is not None:
+                        callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
+
+                out = self.sample_tokens(
+                    condition.rows(part), image_seed_list[part], callback=callback, **settings
+                )
+                tokens.append(out.tokens)
+                images.append(self.decode(out.tokens))
+                statistics = statistics + out.statistics
+        self.maybe_free_model_hooks()
+        image_BCHW = torch.cat(images)
+        return ImageOutput(
+            images=_finish(image_BCHW, output_type),
+            statistics=statistics,
+            tokens=torch.cat(tokens),
+            seeds=image_seed_list,
+            descriptions=descriptions,
+        )
+
+
+def _each(values: int | str | Sequence, num_images: int) -> list:
+    single = isinstance(values, int | str)
+    listed = [values] if single else list(values)
+    return [value for value in listed for _ in range(num_images)]
+
+
+def _finish(image_BCHW: Tensor, output_type: str) -> Any:
+    if output_type == "pt":
+        return (image_BCHW + 1.0) / 2.0
+    if output_type == "np":
+        return ((image_BCHW + 1.0) / 2.0).permute(0, 2, 3, 1).cpu().numpy()
+    array: np.ndarray = to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()
+    return [PIL.Image.fromarray(each) for each in array]
