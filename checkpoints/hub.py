@@ -1,4 +1,4 @@
-"""Names of models: the embedded ones, which ship with the package, and the official ones, which are fetched when asked for."""
+"""Names of models: the embedded ones that ship with the package, and the official ones, fetched when asked for."""
 
 import difflib
 import json

@@ -76,7 +76,8 @@ class ImagePipeline(DiffusionPipeline):
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> list[int]:
-        """One seed an image: given, counted up from `seed`, drawn from `generator` (one for all, or one each), or random.
+        """One seed an image: given, counted up from `seed`, drawn from `generator` (one for all, or one each), or
+        random.
 
         Raises:
             ValueError: more than one source, or another number of seeds than images.
@@ -104,7 +105,8 @@ class ImagePipeline(DiffusionPipeline):
         prompts: Sequence[str] | None = None,
         attributes: dict[str, str] | None = None,
     ) -> tuple[Condition, list[str]]:
-        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training set.
+        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training
+        set.
 
         Args:
             seeds: one an image; unspecified conditions are functions of it.

@@ -1,0 +1,54 @@
+"""The package's layout: both `tokenizers` packages can be imported at the root, and the wheel ships visar alone."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_both_tokenizers_at_the_root():
+    code = "import visar, tokenizers, visar.tokenizers.vq as ours; print(tokenizers.Tokenizer.__module__, ours.__name__)"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["tokenizers", "visar.tokenizers.vq"]
+
+
+def test_no_init_files_where_they_would_shadow():
+    for folder in ("tokenizers", "samplers", "checkpoints", "tests"):
+        assert not list((ROOT / folder).rglob("__init__.py")), folder
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> list[str]:
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(out.glob("*.whl"))) as archive:
+        return archive.namelist()
+
+
+def test_wheel_has_one_top_level_package(wheel):
+    tops = {name.split("/")[0] for name in wheel}
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"visar"}
+
+
+def test_wheel_has_every_module_and_every_shipped_file(wheel):
+    for folder in ("visar", "tokenizers", "samplers", "checkpoints"):
+        inside = "visar" if folder == "visar" else f"visar/{folder}"
+        for path in (ROOT / folder).rglob("*"):
+            shipped = path.suffix == ".py" or "embedded" in path.parts or path.name == "py.typed"
+            if path.is_file() and shipped and "__pycache__" not in path.parts:
+                assert f"{inside}/{path.relative_to(ROOT / folder)}" in wheel
+
+
+def test_import_has_no_side_effects(tmp_path):
+    code = (
+        "import torch; before = (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
+        "import visar.cli, visar.pipelines.loading;"
+        "assert before == (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed())"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,33 @@
+"""Sheets of pictures, drawn with Pillow."""
+
+import math
+from collections.abc import Sequence
+
+import PIL.Image
+
+
+def grid(
+    images: Sequence[PIL.Image.Image], columns: int | None = None, gap: int = 2, zoom: int = 1
+) -> PIL.Image.Image:
+    """Pictures of one size side by side on white, row by row.
+
+    Args:
+        columns: pictures a row; None makes the sheet about square.
+        gap: pixels between pictures and around them.
+        zoom: whole number by which every picture is enlarged, pixel by pixel.
+
+    Raises:
+        ValueError: no picture, or pictures of several sizes.
+    """
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs pictures of one size; got {sorted(sizes) or 'none'}")
+    width, height = (side * zoom for side in sizes.pop())
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    sheet = PIL.Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + gap)), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        enlarged = image.resize((width, height), PIL.Image.Resampling.NEAREST) if zoom > 1 else image
+        sheet.paste(enlarged, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
