@@ -1,0 +1,276 @@
+"""Making the pictures of an evaluation: sharded over processes, resumable, the same whatever the number of processes.
+
+Image i has seed base + i and a label that is a function of i (visar/evaluate/labels.py). Batches, processes and
+restarts decide only who makes it and when.
+"""
+
+import hashlib
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from visar.evaluate.copies import thumbnails
+from visar.evaluate.extractors import Extractor
+from visar.evaluate.labels import Label, LabelPlan
+from visar.evaluate.sharding import (
+    Part,
+    World,
+    finished,
+    image_digests,
+    missing_ranges,
+    parts_in_order,
+    remove_unfinished,
+    save_part,
+)
+from visar.files import atomic_write
+from visar.noise import image_seeds
+from visar.output import SampleStatistics
+
+KeepImages = Literal["none", "png", "npz"]
+KEEP_IMAGES: tuple[KeepImages, ...] = ("none", "png", "npz")
+
+
+class ImageGenerator(Protocol):
+    """Makes pictures from seeds and labels; picture b depends on seeds[b] and labels[b] only."""
+
+    def __call__(self, seeds: list[int], labels: list[Label]) -> tuple[Tensor, SampleStatistics]:
+        """uint8 [B, 3, H, W] (clips [B, T, 3, H, W]) and the sampler's counts."""
+        ...
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The pictures of a finished run, as features.
+
+    Attributes:
+        num_samples: N.
+        features: float32 [N, D] by layer, in the order of the images.
+        thumbnails_ND: float32 [N, 768], or None.
+        images_sha256: sha256 over the images' own sha256, in order: equal for equal pictures.
+        duplicates: pictures that have the same bytes as an earlier one.
+        statistics: of all sampler calls together.
+        calls: how many there were.
+        forward_passes_per_image: model calls that an image needed (of its batch), by model, averaged over images.
+        images_per_second: of one process, decoding included; its first batch left out where there are others.
+    """
+
+    num_samples: int
+    features: dict[str, Tensor]
+    thumbnails_ND: Tensor | None
+    images_sha256: str
+    duplicates: int
+    statistics: SampleStatistics
+    calls: int
+    forward_passes_per_image: dict[str, float]
+    images_per_second: float
+
+
+def _check_identity(folder: Path, identity: dict[str, object]) -> None:
+    """Stores what the run's pictures depend on, or compares it with what is stored.
+
+    Raises:
+        ValueError: the folder holds pictures of another run; the message names what differs.
+    """
+    path = folder / "run.json"
+    wanted = json.loads(json.dumps(identity, sort_keys=True))
+    if path.exists():
+        stored = json.loads(path.read_text())
+        differing = [
+            f"{key} ({stored.get(key)!r} there, {wanted.get(key)!r} now)"
+            for key in sorted(stored.keys() | wanted.keys())
+            if stored.get(key) != wanted.get(key)
+        ]
+        if differing:
+            raise ValueError(
+                f"{folder} holds pictures of another run: {'; '.join(differing)}. Choose another folder, or delete it"
+            )
+        return
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
+
+
+def generate_images(
+    generate: ImageGenerator,
+    extractor: Extractor,
+    plan: LabelPlan,
+    folder: str | Path,
+    *,
+    num_samples: int,
+    batch_size: int,
+    seed: int,
+    world: World,
+    identity: dict[str, object],
+    keep_images: KeepImages = "none",
+    keep_thumbnails: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Makes the pictures that a run's folder lacks, and their features. Every process of the run calls it.
+
+    A killed run goes on after its last finished batch; num_samples may be raised later, and the number of processes and
+    the batch size may change. Anything else that changes pictures belongs into `identity`.
+
+    Args:
+        generate: makes a batch.
+        extractor: whose features are stored.
+        plan: label of image i.
+        folder: state of the run; parts in `parts/`, pictures in `images/` when kept as PNG.
+        num_samples: pictures in all.
+        batch_size: pictures of one call.
+        seed: image i has seed + i.
+        world: the processes.
+        identity: what the pictures depend on besides the seed and labels, as JSON values; when a run goes on it must be
+            the stored one.
+        keep_images: "none", "png" (one file an image) or "npz" (one file, arr_0, as ADM's evaluator reads it).
+        keep_thumbnails: store what the copy rate needs.
+        progress: told the pictures done by this process.
+
+    Raises:
+        ValueError: a count below 1, another run's folder, or pictures that are not uint8 [B, 3, H, W].
+    """
+    if num_samples < 1 or batch_size < 1:
+        raise ValueError(f"num_samples {num_samples} and batch_size {batch_size} must be >= 1")
+    if keep_images not in KEEP_IMAGES:
+        raise ValueError(f"keep_images {keep_images!r}; choose {', '.join(KEEP_IMAGES)}")
+    folder = Path(folder)
+    parts = folder / "parts"
+    todo: object = None
+    if world.rank == 0:
+        parts.mkdir(parents=True, exist_ok=True)
+        settings: dict[str, object] = {
+            "seed": seed,
+            "labels": plan.digest(),
+            "extractor": [extractor.name, *extractor.layers, extractor.dtype, extractor.weights],
+            "keep_images": keep_images,
+            "keep_thumbnails": keep_thumbnails,
+        }
+        _check_identity(folder, {**identity, **settings})
+        remove_unfinished(folder)
+        todo = missing_ranges(finished(parts), num_samples, batch_size)
+    ranges = world.from_first(todo)
+    assert isinstance(ranges, list)
+    done = 0
+    for number, (first, stop) in enumerate(ranges[world.rank :: world.size]):
+        seeds = image_seeds(seed + first, stop - first)
+        started = time.perf_counter()
+        images, statistics = generate(seeds, plan.labels(range(first, stop), seeds))
+        images = images.cpu()
+        seconds = time.perf_counter() - started
+        _check_images(images, stop - first)
+        if keep_images == "png":
+            _save_pngs(images, first, folder / "images")
+        part = Part(
+            first=first,
+            features=extractor(images),
+            digests_B32=image_digests(images),
+            thumbnails_BD=thumbnails(images) if keep_thumbnails else None,
+            images=images.movedim(-3, -1).contiguous() if keep_images == "npz" else None,
+            statistics=statistics,
+            seconds=seconds,
+            warm=number > 0,
+        )
+        save_part(parts, part)
+        done += stop - first
+        if progress is not None:
+            progress(done)
+    world.barrier()
+
+
+def _check_images(images: Tensor, count: int) -> None:
+    if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-3] != 3 or len(images) != count:
+        raise ValueError(
+            f"the generator gave {images.dtype} {tuple(images.shape)} for {count} seeds; "
+            "uint8 [B, 3, H, W] (clips [B, T, 3, H, W]) is needed"
+        )
+
+
+def _save_pngs(images: Tensor, first: int, folder: Path) -> None:
+    """Each picture as a PNG named by its index; a clip as a strip of its frames from left to right."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for offset, image in enumerate(images):
+        pixels = image if image.dim() == 3 else torch.cat(list(image), dim=-1)
+        with atomic_write(folder / f"{first + offset:08d}.png") as temporary:
+            Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy()).save(temporary, format="PNG")
+
+
+def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None] | None = None) -> Generated:
+    """Puts the parts of a finished run together; only one process needs to.
+
+    Raises:
+        ValueError: images are missing, or a part is broken.
+    """
+    features: dict[str, list[Tensor]] = {}
+    small: list[Tensor] = []
+    digest, seen, duplicates = hashlib.sha256(), set(), 0
+    statistics = SampleStatistics()
+    passes: dict[str, float] = {}
+    rates: dict[bool, list[float]] = {True: [0, 0.0], False: [0, 0.0]}
+    calls = 0
+    for part in parts_in_order(Path(folder) / "parts", num_samples):
+        count = len(part.digests_B32)
+        for layer, value in part.features.items():
+            features.setdefault(layer, []).append(value)
+        if part.thumbnails_BD is not None:
+            small.append(part.thumbnails_BD)
+        digest.update(part.digests_B32.numpy().tobytes())
+        for row in part.digests_B32:
+            key = row.numpy().tobytes()
+            duplicates += key in seen
+            seen.add(key)
+        statistics, calls = statistics + part.statistics, calls + 1
+        for model, number in part.statistics.forward_passes.items():
+            passes[model] = passes.get(model, 0.0) + number * count
+        rates[part.warm][0] += count
+        rates[part.warm][1] += part.seconds
+        if progress is not None:
+            progress(part.stop)
+    made, seconds = rates[True] if rates[True][0] else rates[False]
+    return Generated(
+        num_samples=num_samples,
+        features={layer: torch.cat(blocks) for layer, blocks in features.items()},
+        thumbnails_ND=torch.cat(small) if small else None,
+        images_sha256=digest.hexdigest(),
+        duplicates=duplicates,
+        statistics=statistics,
+        calls=calls,
+        forward_passes_per_image={model: total / num_samples for model, total in passes.items()},
+        images_per_second=made / seconds if seconds > 0 else float("inf"),
+    )
+
+
+def write_npz(folder: str | Path, num_samples: int, path: str | Path) -> Path:
+    """Writes the kept pictures of a run as one .npz, arr_0 uint8 [N, H, W, 3], streamed: the file of ADM's evaluator.
+
+    Raises:
+        ValueError: the run did not keep its pictures as npz, or is not finished.
+    """
+    path = Path(path)
+    parts = parts_in_order(Path(folder) / "parts", num_samples, with_images=True)
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w", allowZip64=True) as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            started = False
+            for part in parts:
+                if part.images is None:
+                    raise ValueError(f"the pictures of {folder} were not kept; run with keep_images='npz'")
+                if not started:
+                    shape = (num_samples, *part.images.shape[1:])
+                    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(file, {**header, "shape": shape})
+                    started = True
+                file.write(part.images.contiguous().numpy().tobytes())
+    return path
+
+
+def remake_images(indices: list[int], generate: ImageGenerator, plan: LabelPlan, seed: int) -> Tensor:
+    """Some pictures of a run made again, uint8 [B, H, W, 3]: from their seeds, so nothing need have been kept."""
+    seeds = [seed + index for index in indices]
+    images, _ = generate(seeds, plan.labels(indices, seeds))
+    return images.cpu().movedim(-3, -1).contiguous()

@@ -1,0 +1,238 @@
+"""Sets of pictures to be scored: a folder, an .npz of images, an array; read batch by batch as uint8 [B, 3, H, W]."""
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from visar.files import sha256
+from visar.output import to_uint8
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGE_ARRAYS = ("arr_0", "images")
+ResizeChain = Literal["none", "adm", "torchvision"]
+
+
+def _truncate(image_BCHW: Tensor) -> Tensor:
+    return (image_BCHW.float() * 255.0).clamp(0.0, 255.0).to(torch.uint8)
+
+
+UINT8_RULES: dict[str, Callable[[Tensor], Tensor]] = {
+    # [0, 1] to uint8. "round" is this project's rule, and what LlamaGen (127.5 x + 128, truncated) and MAR do.
+    "round": lambda image_BCHW: to_uint8(image_BCHW * 2.0 - 1.0),
+    # 255 x with the fraction cut off: what VAR's sampling example does; darkens by half a level on average.
+    "truncate": _truncate,
+}
+
+
+class ImageSource(Protocol):
+    """Pictures that can be read in order, more than once.
+
+    Attributes:
+        name: what reports call it.
+        size: (height, width).
+    """
+
+    name: str
+    size: tuple[int, int]
+
+    def __len__(self) -> int: ...
+
+    def digest(self) -> str:
+        """sha256 that tells this set from another."""
+        ...
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        """uint8 [B, 3, H, W], in order; video sets give [B, T, 3, H, W]."""
+        ...
+
+
+class ArrayImages:
+    """Pictures in memory.
+
+    Args:
+        images_NHWC: uint8 [N, H, W, 3], or clips [N, T, H, W, 3]; numpy or torch.
+        name: what reports call it.
+
+    Raises:
+        ValueError: another dtype or shape, or no picture.
+    """
+
+    def __init__(self, images_NHWC: np.ndarray | Tensor, name: str = "array") -> None:
+        images = (
+            images_NHWC if isinstance(images_NHWC, Tensor) else torch.from_numpy(np.ascontiguousarray(images_NHWC))
+        )
+        if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-1] != 3 or not len(images):
+            raise ValueError(
+                f"{name}: images are {images.dtype} of shape {tuple(images.shape)}; "
+                "uint8 [N, H, W, 3] (clips [N, T, H, W, 3]) with N > 0 is needed"
+            )
+        self.images = images
+        self.name = name
+        self.size = (images.shape[-3], images.shape[-2])
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def digest(self) -> str:
+        """sha256 of the pixels in the order stored."""
+        return hashlib.sha256(self.images.contiguous().numpy().tobytes()).hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(self), batch_size):
+            yield self.images[start : start + batch_size].movedim(-1, -3).contiguous()
+
+
+class NpzImages:
+    """Pictures of an .npz as ADM's evaluator takes them (`arr_0`, or `images`), streamed: never all in memory.
+
+    Raises:
+        ValueError: no such file, not an .npz, no array of images in it, or one of another dtype or shape.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = self.path.name
+        self.key = next((key for key in IMAGE_ARRAYS if key in npz_arrays(self.path)), None)
+        if self.key is None:
+            raise ValueError(
+                f"{path} holds {', '.join(npz_arrays(self.path)) or 'nothing'}; "
+                f"an array of images named {' or '.join(IMAGE_ARRAYS)} is needed"
+            )
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
+            shape, fortran, dtype = _npy_header(file)
+        if dtype != np.uint8 or fortran or len(shape) not in (4, 5) or shape[-1] != 3 or shape[0] == 0:
+            raise ValueError(f"{path}: {self.key} is {dtype} {shape}; uint8 [N, H, W, 3] with N > 0 is needed")
+        self.shape = shape
+        self.size = (shape[-3], shape[-2])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def digest(self) -> str:
+        """sha256 of the file."""
+        return sha256(self.path)
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        item = int(np.prod(self.shape[1:]))
+        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
+            _npy_header(file)
+            for start in range(0, len(self), batch_size):
+                count = min(batch_size, len(self) - start)
+                block = file.read(count * item)
+                if len(block) != count * item:
+                    raise ValueError(f"{self.path} is truncated: {self.key} ends in picture {start} of {len(self)}")
+                images = torch.frombuffer(bytearray(block), dtype=torch.uint8).view(count, *self.shape[1:])
+                yield images.movedim(-1, -3).contiguous()
+
+
+class FolderImages:
+    """Pictures of a folder and the folders below it, in the order of their relative names.
+
+    Args:
+        path: the folder.
+        resize: how a picture becomes `image_size` pixels square. "none": all must have one size already; "adm": box
+            halvings, bicubic, centre crop (openai/guided-diffusion, image_datasets.py center_crop_arr: the chain
+            behind ImageNet statistics); "torchvision": antialiased bilinear to the short side, centre crop. Alpha is
+            dropped.
+        image_size: side in pixels; None for "none".
+
+    Raises:
+        ValueError: no folder, no picture, an unreadable picture or sizes that differ (each named).
+    """
+
+    def __init__(self, path: str | Path, resize: ResizeChain = "none", image_size: int | None = None) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise ValueError(f"{path} is not a folder")
+        if (resize == "none") != (image_size is None):
+            raise ValueError(
+                f"resize={resize!r} with image_size={image_size}: none takes no size, the others need one"
+            )
+        if resize not in ("none", "adm", "torchvision"):
+            raise ValueError(f"resize={resize!r}; choose none, adm or torchvision")
+        self.name = self.path.name
+        self.resize, self.image_size = resize, image_size
+        self.files = sorted(
+            (file for file in self.path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()),
+            key=lambda file: file.relative_to(self.path).as_posix(),
+        )
+        if not self.files:
+            raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) in {path} or below it")
+        first = self.read(self.files[0])
+        self.size = (first.shape[0], first.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def digest(self) -> str:
+        """sha256 over every file's relative name and bytes."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            digest.update(f"{file.relative_to(self.path).as_posix()} {sha256(file)}\n".encode())
+        return digest.hexdigest()
+
+    def read(self, file: Path) -> Tensor:
+        """One picture, uint8 [H, W, 3]."""
+        try:
+            with Image.open(file) as opened:
+                image = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            raise ValueError(f"cannot read the picture {file} ({error}); replace or remove it") from error
+        if self.image_size is not None:
+            image = resized(image, self.resize, self.image_size)
+        return torch.from_numpy(np.array(image))
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for start in range(0, len(self), batch_size):
+            images = []
+            for file in self.files[start : start + batch_size]:
+                image = self.read(file)
+                if tuple(image.shape[:2]) != self.size:
+                    raise ValueError(
+                        f"{file} has {image.shape[1]}x{image.shape[0]} pixels, the pictures before it "
+                        f"{self.size[1]}x{self.size[0]}; choose resize='adm' or 'torchvision'"
+                    )
+                images.append(image)
+            yield torch.stack(images).movedim(-1, -3).contiguous()
+
+
+def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
+    """One picture through a resize chain of `FolderImages` to size x size."""
+    if chain == "adm":
+        while min(image.size) >= 2 * size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    filter_used = Image.Resampling.BICUBIC if chain == "adm" else Image.Resampling.BILINEAR
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), filter_used)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def npz_arrays(path: str | Path) -> list[str]:
+    """Names of an .npz file's arrays.
+
+    Raises:
+        ValueError: no such file, or not an .npz.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"no file {path}")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is truncated or not an .npz file ({error})") from error
+
+
+def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    version = np.lib.format.read_magic(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)

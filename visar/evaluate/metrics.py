@@ -1,0 +1,192 @@
+"""Scores of generated pictures from their features, by torch-fidelity's public pieces behind one typed function.
+
+What torch-fidelity 0.4 leaves to its caller is settled here: keywords are checked (it ignores unknown ones), both
+sides of a Frechet distance are float64 (it asserts equal dtypes), the generated set is its first input (precision is
+the share of generated pictures inside the real manifold), KID's subsets are never larger than a set, precision and
+recall use the same extractor as the distance (its own default is VGG16), and cached pickles are not read.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch_fidelity import (
+    KEY_METRIC_ISC_MEAN,
+    KEY_METRIC_ISC_STD,
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    KEY_METRIC_PRECISION,
+    KEY_METRIC_RECALL,
+)
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kid_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from visar.evaluate.extractors import ExtractorKind
+from visar.evaluate.references import Reference
+from visar.evaluate.statistics import features_statistics, frechet_distance, singular_note
+
+SHUFFLE_SEED = 2020
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Settings of the scores; the defaults are torch-fidelity's and the papers'.
+
+    Attributes:
+        inception_splits: parts of the inception score; pictures are shuffled first, so class order cannot skew them.
+        kid_subsets: subsets of KID.
+        kid_subset_size: pictures in one; at most as many as a set has.
+        neighbours: k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991: 3).
+    """
+
+    inception_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    neighbours: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("inception_splits", "kid_subsets", "neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}; it must be >= 1")
+        if self.kid_subset_size < 2:
+            raise ValueError(f"kid_subset_size {self.kid_subset_size}; it must be >= 2")
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Scores; None where the extractor or the reference cannot give one (`notes` says why).
+
+    Attributes:
+        distance_name: what the Frechet distance is called: "FID" for Inception only.
+        distance: Frechet distance to the reference.
+        null_distance: what as many real pictures, disjoint from the reference, would score.
+        spatial_distance: sFID.
+        inception_score, inception_score_std: mean and standard deviation over the splits.
+        kid, kid_std: kernel distance, unbiased, over the subsets.
+        precision: share of generated pictures inside the real manifold; recall: of real ones inside the generated.
+        notes: what a reader of the figures should know.
+    """
+
+    distance_name: str
+    distance: float
+    null_distance: float | None = None
+    spatial_distance: float | None = None
+    inception_score: float | None = None
+    inception_score_std: float | None = None
+    kid: float | None = None
+    kid_std: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def inception_score(logits_NV: Tensor, splits: int = 10) -> tuple[float, float]:
+    """Mean and standard deviation over splits of exp E KL(p(y|x) || p(y)), of shuffled pictures.
+
+    Source: Salimans et al., arXiv 1606.03498. The shuffle is torch-fidelity's, with a fixed seed.
+    """
+    found = isc_features_to_metric(logits_NV, splits=splits, shuffle=True, rng_seed=SHUFFLE_SEED)
+    return found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD]
+
+
+def kernel_distance(generated_ND: Tensor, real_MD: Tensor, subsets: int, subset_size: int) -> tuple[float, float]:
+    """KID (Binkowski et al., arXiv 1801.01401), cubic polynomial kernel: mean and standard deviation over subsets."""
+    size = min(subset_size, len(generated_ND), len(real_MD))
+    found = kid_features_to_metric(
+        generated_ND,
+        real_MD,
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        rng_seed=SHUFFLE_SEED,
+        verbose=False,
+    )
+    return found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD]
+
+
+def precision_recall(generated_ND: Tensor, real_MD: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Precision and recall of k-nearest-neighbour manifolds (Kynkaanniemi et al., arXiv 1904.06991).
+
+    Raises:
+        ValueError: a set has no k-th neighbour.
+    """
+    smallest = min(len(generated_ND), len(real_MD))
+    if smallest <= neighbours:
+        raise ValueError(
+            f"{smallest} pictures have no {neighbours}-th neighbour; at least {neighbours + 1} are needed"
+        )
+    found = prc_features_to_metric(
+        generated_ND,
+        real_MD,
+        prc_neighborhood=neighbours,
+        prc_batch_size=2500,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
+
+
+def compute_metrics(
+    features: dict[str, Tensor],
+    reference: Reference,
+    kind: ExtractorKind,
+    *,
+    layer: str | None = None,
+    options: MetricOptions | None = None,
+) -> Metrics:
+    """All scores that the features and the reference allow.
+
+    Args:
+        features: of the generated pictures, float32 [N, D] by layer.
+        reference: real pictures, measured with the same extractor.
+        kind: the extractor's row in EXTRACTORS.
+        layer: features of the distance, KID, precision and recall; None is the kind's own.
+        options: None takes the defaults.
+
+    Raises:
+        ValueError: widths differ, the layer is missing on a side, or fewer than two pictures.
+    """
+    options, layer = options or MetricOptions(), layer or kind.layer
+    for name, side in (("the samples", features), (reference.name, reference.statistics)):
+        if layer not in side:
+            raise ValueError(f"{name}: no layer {layer!r}, only {', '.join(side)}")
+    generated = features[layer]
+    statistics = features_statistics(generated)
+    real = reference.statistics[layer]
+    notes = [singular_note(len(generated), real.width, "samples")]
+    if real.count is not None:
+        notes.append(singular_note(real.count, real.width, "reference pictures"))
+    spatial = isc = isc_std = kid = kid_std = precision = recall = None
+    if kind.spatial in features and kind.spatial in reference.statistics and kind.spatial is not None:
+        spatial = frechet_distance(features_statistics(features[kind.spatial]), reference.statistics[kind.spatial])
+    if kind.logits in features and kind.logits is not None:
+        splits = min(options.inception_splits, len(generated))
+        isc, isc_std = inception_score(features[kind.logits], splits)
+        if splits < options.inception_splits:
+            notes.append(f"inception score over {splits} splits: there are no more samples")
+    if layer in reference.features:
+        kid, kid_std = kernel_distance(
+            generated, reference.features[layer], options.kid_subsets, options.kid_subset_size
+        )
+        size = min(options.kid_subset_size, len(generated), len(reference.features[layer]))
+        notes.append(f"KID over {options.kid_subsets} subsets of {size}")
+        precision, recall = precision_recall(generated, reference.features[layer], options.neighbours)
+    else:
+        notes.append("no KID, precision and recall: the reference holds statistics only, no features")
+    return Metrics(
+        distance_name=distance_name(kind, layer),
+        distance=frechet_distance(statistics, real),
+        null_distance=real.null_distance(len(generated)),
+        spatial_distance=spatial,
+        inception_score=isc,
+        inception_score_std=isc_std,
+        kid=kid,
+        kid_std=kid_std,
+        precision=precision,
+        recall=recall,
+        notes=tuple(note for note in notes if note is not None),
+    )
+
+
+def distance_name(kind: ExtractorKind, layer: str) -> str:
+    """The name of a Frechet distance: the kind's, with the layer if it is not the kind's own."""
+    return kind.distance if layer == kind.layer else f"{kind.distance} (layer {layer})"

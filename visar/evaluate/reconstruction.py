@@ -1,0 +1,168 @@
+"""How well a tokenizer keeps pictures: PSNR, SSIM, the Frechet distance to the originals, and use of the codebook.
+
+These figures are of the "reconstruction" protocol: reconstructions against their originals. They never stand beside a
+Frechet distance of samples, which is against the training set.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from visar.evaluate.extractors import Extractor
+from visar.evaluate.images import ImageSource
+from visar.evaluate.metrics import distance_name
+from visar.evaluate.references import Reference, checked
+from visar.evaluate.statistics import FeatureStatistics, RunningStatistics, frechet_distance, singular_note
+from visar.output import TokenLayout, to_uint8
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer."""
+
+    @property
+    def layout(self) -> TokenLayout: ...
+
+    def encode(self, image_BCHW: Tensor) -> Tensor: ...
+
+    def decode(self, tokens: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ReconstructionMetrics:
+    """Figures of a tokenizer on N pictures.
+
+    Attributes:
+        protocol: always "reconstruction".
+        num_images: N.
+        psnr: dB on uint8 pixels, mean over pictures; a picture without any error counts as 100 dB.
+        ssim: structural similarity in [-1, 1], mean over pictures.
+        distance_name: what the Frechet distance is called, with an r in front (rFID for Inception).
+        distance: Frechet distance of the reconstructions to the reference.
+        reference: what it is measured against.
+        codes_used: share of the codebook that occurs, in [0, 1]; None for continuous tokens.
+        code_perplexity: exp of the entropy of the codes' frequencies; None for continuous tokens.
+        top_code_share: share of all tokens that are the most frequent code; None for continuous tokens.
+        notes: what a reader should know.
+    """
+
+    protocol: str
+    num_images: int
+    psnr: float
+    ssim: float
+    distance_name: str
+    distance: float
+    reference: str
+    codes_used: float | None
+    code_perplexity: float | None
+    top_code_share: float | None
+    notes: tuple[str, ...]
+
+
+def psnr(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of uint8 pictures in dB, float64 [B]: 10 log10(255^2 / MSE), at most 100."""
+    error_B = (first_BCHW.double() - second_BCHW.double()).square().flatten(1).mean(dim=1)
+    return (10.0 * torch.log10(255.0**2 / error_B.clamp(min=1e-30))).clamp(max=100.0)
+
+
+def ssim(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
+    """Structural similarity of uint8 pictures, float64 [B], mean over channels and places.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): Gaussian
+    window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, on RGB, places where the window fits.
+
+    Raises:
+        ValueError: pictures smaller than the window.
+    """
+    if min(first_BCHW.shape[-2:]) < 11:
+        raise ValueError(f"SSIM needs pictures of 11x11 or more, got {tuple(first_BCHW.shape[-2:])}")
+    offset = torch.arange(11, dtype=torch.float64, device=first_BCHW.device) - 5.0
+    window = torch.exp(-(offset**2) / (2 * 1.5**2))
+    window = window / window.sum()
+    kernel = torch.outer(window, window)[None, None].expand(first_BCHW.shape[1], 1, 11, 11)
+
+    def local_mean(values_BCHW: Tensor) -> Tensor:
+        return F.conv2d(values_BCHW, kernel, groups=values_BCHW.shape[1])
+
+    a, b = first_BCHW.double(), second_BCHW.double()
+    mean_a, mean_b = local_mean(a), local_mean(b)
+    variance_a, variance_b = local_mean(a * a) - mean_a**2, local_mean(b * b) - mean_b**2
+    covariance = local_mean(a * b) - mean_a * mean_b
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
+        (mean_a**2 + mean_b**2 + c1) * (variance_a + variance_b + c2)
+    )
+    return score.flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def evaluate_reconstruction(
+    tokenizer: Tokenizer,
+    images: ImageSource,
+    extractor: Extractor,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    reference: Reference | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> ReconstructionMetrics:
+    """Encodes and decodes pictures and compares.
+
+    Args:
+        tokenizer: in evaluation mode on `device`.
+        images: pictures it should keep; held-out ones, for an honest figure.
+        extractor: of the Frechet distance.
+        batch_size: pictures at a time.
+        device: the tokenizer's.
+        reference: of protocol "reconstruction"; None takes the statistics of `images` themselves.
+        progress: told the number of pictures done.
+
+    Raises:
+        ValueError: a reference for generation, or for another extractor.
+    """
+    layer = extractor.layers[0]
+    if reference is not None:
+        reference = checked(reference, extractor, "reconstruction")
+    layout = tokenizer.layout
+    original, decoded = RunningStatistics(), RunningStatistics()
+    counts_V = torch.zeros(max(layout.vocab_size, 1), dtype=torch.int64)
+    ratios, similarities = [], []
+    for image_BCHW in images.batches(batch_size):
+        image = image_BCHW.to(device)
+        tokens = tokenizer.encode(image.float() / 127.5 - 1.0)
+        result = to_uint8(tokenizer.decode(tokens))
+        if layout.kind != "continuous":
+            counts_V += torch.bincount(tokens.flatten().cpu(), minlength=layout.vocab_size)
+        ratios.append(psnr(image, result).cpu())
+        similarities.append(ssim(image, result).cpu())
+        decoded.update(extractor(result)[layer])
+        if reference is None:
+            original.update(extractor(image)[layer])
+        if progress is not None:
+            progress(decoded.count)
+    target: FeatureStatistics = original.finish() if reference is None else reference.statistics[layer]
+    usage, perplexity, top = codebook_usage(counts_V) if layout.kind != "continuous" else (None, None, None)
+    note = singular_note(decoded.count, target.width, "reconstructions")
+    return ReconstructionMetrics(
+        protocol="reconstruction",
+        num_images=decoded.count,
+        psnr=torch.cat(ratios).mean().item(),
+        ssim=torch.cat(similarities).mean().item(),
+        distance_name="r" + distance_name(extractor.kind, layer),
+        distance=frechet_distance(decoded.finish(), target),
+        reference=f"the {decoded.count} originals of {images.name}" if reference is None else reference.name,
+        codes_used=usage,
+        code_perplexity=perplexity,
+        top_code_share=top,
+        notes=() if note is None else (note,),
+    )
+
+
+def codebook_usage(counts_V: Tensor) -> tuple[float, float, float]:
+    """Share of codes that occur, perplexity of their frequencies, and the share of the most frequent code."""
+    frequency_V = counts_V.double() / counts_V.sum()
+    entropy = -torch.special.xlogy(frequency_V, frequency_V).sum()
+    return (counts_V > 0).double().mean().item(), entropy.exp().item(), frequency_V.max().item()

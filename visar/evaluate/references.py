@@ -1,0 +1,375 @@
+"""What samples are compared with: pictures, a batch file of ADM's evaluator, or a statistics file of ours.
+
+A statistics file is an .npz without pickles: `visar` (JSON: extractor, its weights, protocol, source and its sha256,
+...), and for each layer L `mu_L` float64 [D], `sigma_upper_L` float64 [D (D + 1) / 2] (upper triangle, row by row),
+optionally `features_L` float32 [N, D], and `label_rows` [R, A] with `label_counts` [R].
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from visar.evaluate.extractors import Extractor, extract
+from visar.evaluate.images import (
+    IMAGE_ARRAYS,
+    ArrayImages,
+    FolderImages,
+    ImageSource,
+    NpzImages,
+    ResizeChain,
+    npz_arrays,
+)
+from visar.evaluate.labels import LabelTable
+from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
+from visar.files import atomic_write, sha256
+
+Protocol = Literal["generation", "reconstruction"]
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+FORMAT = 1
+SHIPPED = {"emoji64-lite0-f320": Path(__file__).with_name("emoji64-lite0-f320.npz")}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Statistics of real pictures for one extractor.
+
+    Attributes:
+        name: file, folder or set.
+        kind: "statistics file", "ADM batch", "npz of images", "folder" or "images".
+        sha256: of the file, of the folder's names and bytes, or of the pixels.
+        protocol: what it is for; figures of the two protocols never share a column.
+        extractor: name of the extractor; None when the file does not say (ADM batches).
+        weights: sha256 of the extractor's weights; None when not known.
+        resize: how pictures got their size.
+        statistics: by layer.
+        features: float32 [N, D] by layer, for KID, precision and recall; empty when only statistics are known.
+        labels: the pictures' labels; None when not known.
+        notes: what a reader of a figure should know.
+    """
+
+    name: str
+    kind: str
+    sha256: str
+    protocol: Protocol
+    extractor: str | None
+    weights: str | None
+    resize: str
+    statistics: dict[str, FeatureStatistics]
+    features: dict[str, Tensor] = field(default_factory=dict)
+    labels: LabelTable | None = None
+    notes: tuple[str, ...] = ()
+
+
+def check_protocol(protocol: str) -> Protocol:
+    """The protocol, if there is one of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r}; choose {' or '.join(PROTOCOLS)}")
+    return protocol  # type: ignore[return-value]
+
+
+def open_images(
+    source: str | Path | np.ndarray | Tensor | ImageSource, resize: ResizeChain = "none", image_size: int | None = None
+) -> ImageSource:
+    """A set of pictures from a folder, an .npz of images, an array uint8 [N, H, W, 3], or an open set.
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(source, np.ndarray | Tensor):
+        return ArrayImages(source)
+    if not isinstance(source, str | Path):
+        return source
+    path = Path(source)
+    if path.is_dir():
+        return FolderImages(path, resize, image_size)
+    if path.suffix == ".npz":
+        return NpzImages(path)
+    raise ValueError(f"no pictures at {path}: a folder or an .npz of images is needed")
+
+
+def measure(
+    source: ImageSource,
+    extractor: Extractor,
+    *,
+    protocol: Protocol,
+    batch_size: int,
+    labels: LabelTable | None = None,
+    kind: str = "images",
+    resize: str = "none",
+    keep_features: bool = True,
+    progress: Callable[[int], None] | None = None,
+) -> Reference:
+    """A reference made by running the extractor over pictures.
+
+    Args:
+        source: the pictures.
+        extractor: its layers but the logits are measured.
+        protocol: what the reference is for.
+        batch_size: pictures at a time.
+        labels: their labels, for samples that follow the training histogram.
+        kind, resize: words for the report.
+        keep_features: hold the features too; KID, precision and recall need them.
+        progress: told the number of pictures done.
+    """
+    layers = [layer for layer in extractor.layers if layer != extractor.kind.logits]
+    running = {layer: MeasuredStatistics() for layer in layers}
+    gathered: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    for features in extract(extractor, source, batch_size, progress):
+        for layer in layers:
+            running[layer].update(features[layer])
+            if keep_features:
+                gathered[layer].append(features[layer])
+    return Reference(
+        name=source.name,
+        kind=kind,
+        sha256=source.digest(),
+        protocol=protocol,
+        extractor=extractor.name,
+        weights=extractor.weights,
+        resize=resize,
+        statistics={layer: sums.finish() for layer, sums in running.items()},
+        features={layer: torch.cat(blocks) for layer, blocks in gathered.items() if blocks},
+        labels=labels,
+    )
+
+
+def load_reference(
+    source: str | Path | np.ndarray | Tensor | ImageSource,
+    extractor: Extractor,
+    *,
+    protocol: str = "generation",
+    batch_size: int = 64,
+    resize: ResizeChain = "none",
+    image_size: int | None = None,
+    labels: LabelTable | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Reference:
+    """A reference from whatever holds one.
+
+    Args:
+        source: a name of `SHIPPED`; a statistics file of ours; an .npz with mu and sigma (ADM's reference batches:
+            their mu and sigma are used for the distance, their 10,000 images for KID, precision and recall); an .npz
+            of images; a folder; an array; an open set of pictures.
+        extractor: must be the one behind a file's statistics.
+        protocol: "generation" or "reconstruction"; must be the file's, where the file records it.
+        batch_size: pictures at a time, where pictures are read.
+        resize, image_size: for folders, see FolderImages.
+        labels: of the pictures, where they are given as pictures.
+        progress: told the number of pictures done.
+
+    Raises:
+        ValueError: the file is missing or broken, lacks arrays, or is for another extractor, layer or protocol.
+    """
+    protocol = check_protocol(protocol)
+    if isinstance(source, str | Path) and not Path(source).is_dir():
+        path = SHIPPED.get(str(source), Path(source))
+        arrays = npz_arrays(path)
+        if "visar" in arrays:
+            return checked(load_statistics(path), extractor, protocol)
+        if "mu" in arrays or "sigma" in arrays:
+            return _adm_batch(path, arrays, extractor, protocol, batch_size, progress)
+        if not set(IMAGE_ARRAYS) & set(arrays):
+            raise ValueError(
+                f"{path} holds {', '.join(arrays) or 'nothing'}; mu and sigma, or images "
+                f"({' or '.join(IMAGE_ARRAYS)}), or a file of `visar stats` is needed"
+            )
+        images: ImageSource = NpzImages(path)
+        kind, chain = "npz of images", "none"
+    else:
+        images = open_images(source, resize, image_size)
+        kind = "folder" if isinstance(images, FolderImages) else "images"
+        chain = "none" if image_size is None else f"{resize} to {image_size}"
+    return measure(
+        images,
+        extractor,
+        protocol=protocol,
+        batch_size=batch_size,
+        labels=labels,
+        kind=kind,
+        resize=chain,
+        progress=progress,
+    )
+
+
+def checked(reference: Reference, extractor: Extractor, protocol: Protocol) -> Reference:
+    """The reference, if it can be used with this extractor and protocol.
+
+    Raises:
+        ValueError: it is for another extractor, other weights, other layers or another protocol.
+    """
+    if reference.protocol != protocol:
+        raise ValueError(
+            f"{reference.name} is a reference for {reference.protocol}, not for {protocol}: figures of the two "
+            "protocols do not compare (samples against the training set; reconstructions against their originals)"
+        )
+    if reference.extractor != extractor.name:
+        raise ValueError(
+            f"{reference.name} was made with {reference.extractor}, the samples' extractor is {extractor.name}"
+        )
+    if None not in (reference.weights, extractor.weights) and reference.weights != extractor.weights:
+        raise ValueError(
+            f"{reference.name} was made with other weights of {extractor.name}: sha256 {reference.weights}, "
+            f"here {extractor.weights}"
+        )
+    missing = [name for name in extractor.layers if name not in (*reference.statistics, extractor.kind.logits)]
+    if missing:
+        raise ValueError(
+            f"{reference.name} holds layer {', '.join(reference.statistics)}, "
+            f"the extractor computes {', '.join(missing)}"
+        )
+    return reference
+
+
+def _adm_batch(
+    path: Path,
+    arrays: list[str],
+    extractor: Extractor,
+    protocol: Protocol,
+    batch_size: int,
+    progress: Callable[[int], None] | None,
+) -> Reference:
+    """A batch file of openai/guided-diffusion's evaluator: statistics of the training set, images of a part of it."""
+    missing = [name for name in ("mu", "sigma") if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} holds {', '.join(arrays)} but not {', '.join(missing)}")
+    layer, spatial = extractor.layers[0], extractor.kind.spatial
+    pairs = [(layer, "mu", "sigma")]
+    if spatial in extractor.layers and spatial is not None:
+        if not {"mu_s", "sigma_s"} <= set(arrays):
+            raise ValueError(f"{path} holds {', '.join(arrays)}; sFID needs mu_s and sigma_s")
+        pairs.append((spatial, "mu_s", "sigma_s"))
+    statistics = {}
+    with np.load(path, allow_pickle=False) as file:
+        for name, mu, sigma in pairs:
+            statistics[name] = _statistics(file[mu], file[sigma], path, mu, extractor, name)
+    notes = ["the reference file does not record its protocol or its extractor"]
+    features: dict[str, Tensor] = {}
+    if set(IMAGE_ARRAYS) & set(arrays):
+        images = NpzImages(path)
+        blocks = [block[layer] for block in extract(extractor, images, batch_size, progress)]
+        features[layer] = torch.cat(blocks)
+        notes.append(f"KID, precision and recall use the {len(images)} images of the reference file")
+    return Reference(
+        name=path.name,
+        kind="ADM batch",
+        sha256=sha256(path),
+        protocol=protocol,
+        extractor=None,
+        weights=None,
+        resize="as in the reference file",
+        statistics=statistics,
+        features=features,
+        notes=tuple(notes),
+    )
+
+
+def _statistics(
+    mu: np.ndarray, sigma: np.ndarray, path: Path, name: str, extractor: Extractor, layer: str
+) -> FeatureStatistics:
+    width = extractor.width(layer)
+    if mu.shape != (width,) or sigma.shape != (width, width):
+        raise ValueError(
+            f"{path}: {name} has shape {mu.shape} and its covariance {sigma.shape}; {extractor.name} layer {layer} "
+            f"needs ({width},) and ({width}, {width})"
+        )
+    return FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64), None)
+
+
+def save_statistics(reference: Reference, path: str | Path) -> Path:
+    """Writes a statistics file; features are stored where the reference holds them.
+
+    Raises:
+        ValueError: the reference lacks what the file must record (extractor, counts), or the path cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"a statistics file is named .npz, got {path}")
+    counts = {layer: statistics.count for layer, statistics in reference.statistics.items()}
+    if reference.extractor is None or None in counts.values():
+        raise ValueError(f"{reference.name} does not say its extractor or its number of pictures: it is not copied")
+    meta = {
+        "format": FORMAT,
+        "name": reference.name,
+        "kind": reference.kind,
+        "source_sha256": reference.sha256,
+        "protocol": reference.protocol,
+        "extractor": reference.extractor,
+        "extractor_weights_sha256": reference.weights,
+        "resize": reference.resize,
+        "layers": {
+            layer: {"count": statistics.count, "null_constant": statistics.null_constant}
+            for layer, statistics in reference.statistics.items()
+        },
+        "notes": list(reference.notes),
+    }
+    arrays: dict[str, np.ndarray] = {"visar": np.array(json.dumps(meta, sort_keys=True))}
+    for layer, statistics in reference.statistics.items():
+        arrays[f"mu_{layer}"] = statistics.mu_D
+        arrays[f"sigma_upper_{layer}"] = statistics.sigma_DD[np.triu_indices(statistics.width)]
+    for layer, features in reference.features.items():
+        arrays[f"features_{layer}"] = features.numpy()
+    if reference.labels is not None:
+        arrays["label_rows"] = np.array(reference.labels.rows, dtype=np.int32)
+        arrays["label_counts"] = np.array(reference.labels.counts, dtype=np.int32)
+    with atomic_write(path) as temporary:
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+    return path
+
+
+def load_statistics(path: str | Path) -> Reference:
+    """Reads a statistics file written by `save_statistics`.
+
+    Raises:
+        ValueError: missing, truncated, not such a file, or of a newer format.
+    """
+    path = Path(path)
+    if "visar" not in npz_arrays(path):
+        raise ValueError(f"{path} is not a statistics file: it holds {', '.join(npz_arrays(path))}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        meta = json.loads(str(arrays["visar"]))
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is truncated or broken ({error})") from error
+    if meta.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")
+    needed = [name for layer in meta["layers"] for name in (f"mu_{layer}", f"sigma_upper_{layer}")]
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}")
+    statistics = {}
+    for layer, row in meta["layers"].items():
+        mu = arrays[f"mu_{layer}"].astype(np.float64)
+        upper = np.zeros((len(mu), len(mu)))
+        upper[np.triu_indices(len(mu))] = arrays[f"sigma_upper_{layer}"]
+        sigma = upper + np.triu(upper, 1).T
+        statistics[layer] = FeatureStatistics(mu, sigma, row["count"], row["null_constant"])
+    labels = None
+    if "label_rows" in arrays:
+        rows = tuple(tuple(row) for row in arrays["label_rows"].tolist())
+        labels = LabelTable(rows, tuple(arrays["label_counts"].tolist()))
+    return Reference(
+        name=path.name,
+        kind="statistics file",
+        sha256=sha256(path),
+        protocol=check_protocol(meta["protocol"]),
+        extractor=meta["extractor"],
+        weights=meta["extractor_weights_sha256"],
+        resize=meta["resize"],
+        statistics=statistics,
+        features={
+            layer: torch.from_numpy(arrays[key]) for layer in statistics if (key := f"features_{layer}") in arrays
+        },
+        labels=labels,
+        notes=(f"made of {meta['name']} ({meta['kind']}), sha256 {meta['source_sha256']}", *meta["notes"]),
+    )
