@@ -159,6 +159,12 @@ def data_emoji(options: DataEmoji) -> None:
     print(build_emoji(options.out))
 
 
+def _bench() -> tuple[type, Callable]:
+    from visar.benchmark import Bench, bench
+
+    return Bench, lambda options: bench(options, print)
+
+
 def _train_tokenizer() -> tuple[type, Callable]:
     from visar.train.tokenizer import TrainTokenizer, train_tokenizer
 
@@ -176,6 +182,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable]]]] = {
     "models": ("list models, their classes and attributes", lambda: (Models, models)),
     "samplers": ("list samplers, exact and lossy, and their settings", lambda: (Samplers, samplers)),
     "data emoji": ("build the emoji image set", lambda: (DataEmoji, data_emoji)),
+    "bench": ("time decoding on this machine", _bench),
     "train tokenizer": ("train a tokenizer on images", _train_tokenizer),
     "train generator": ("train a generator on a tokenizer's ids", _train_generator),
 }
