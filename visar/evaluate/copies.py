@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from visar.files import atomic_write
+from visar.pictures import grid
 
 THUMBNAIL = 16
 COPY_DISTANCE = 0.029
@@ -138,9 +139,7 @@ def _share(distance_N: Tensor, threshold: float) -> float:
     return (distance_N < threshold).float().mean().item()
 
 
-def neighbour_picture(
-    sample_NHWC: Tensor, train_NHWC: Tensor, path: str | Path, neighbours: int = 4, gap: int = 2
-) -> Path:
+def neighbour_picture(sample_NHWC: Tensor, train_NHWC: Tensor, path: str | Path, neighbours: int = 4) -> Path:
     """Writes a PNG: each row a sample, then its nearest training pictures, nearest first.
 
     Args:
@@ -148,7 +147,6 @@ def neighbour_picture(
         train_NHWC: uint8 training pictures of the same size.
         path: file to write, .png.
         neighbours: training pictures a row.
-        gap: white pixels between pictures.
 
     Raises:
         ValueError: sizes differ, or the path is not a .png that can be written.
@@ -160,19 +158,12 @@ def neighbour_picture(
         raise ValueError(
             f"samples {tuple(sample_NHWC.shape[1:])} and pictures {tuple(train_NHWC.shape[1:])} differ in size"
         )
-    height, width = sample_NHWC.shape[1:3]
     train_MD = torch.cat([thumbnails(part.movedim(-1, -3)) for part in train_NHWC.split(1024)])
-    distance = torch.cdist(thumbnails(sample_NHWC.movedim(-1, -3)), train_MD)
-    order = distance.topk(min(neighbours, len(train_NHWC)), dim=1, largest=False).indices
-    rows, columns = len(sample_NHWC), 1 + order.shape[1]
-    size = (columns * (width + gap) + 3 * gap, rows * (height + gap) - gap)
-    sheet = Image.new("RGB", size, "white")
-    for row in range(rows):
-        top = row * (height + gap)
-        sheet.paste(Image.fromarray(sample_NHWC[row].cpu().numpy()), (0, top))
-        for column, index in enumerate(order[row].tolist(), start=1):
-            left = column * (width + gap) + 4 * gap
-            sheet.paste(Image.fromarray(train_NHWC[index].cpu().numpy()), (left, top))
+    distance_NM = torch.cdist(thumbnails(sample_NHWC.movedim(-1, -3)), train_MD)
+    order = distance_NM.topk(min(neighbours, len(train_NHWC)), dim=1, largest=False).indices
+    pictures = []
+    for sample, indices in zip(sample_NHWC, order.tolist(), strict=True):
+        pictures += [Image.fromarray(image.cpu().numpy()) for image in (sample, *(train_NHWC[i] for i in indices))]
     with atomic_write(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        grid(pictures, columns=1 + order.shape[1]).save(temporary, format="PNG")
     return path

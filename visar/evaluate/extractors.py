@@ -239,8 +239,8 @@ def load_extractor(
         spatial: also compute sFID's features.
 
     Raises:
-        ValueError: an unknown name, layer or dtype, a file that is not the network's, or no sFID features.
-        OSError: weights had to be downloaded and could not be.
+        ValueError: an unknown name, layer or dtype, a file that is not the network's, no sFID features, or weights
+            that had to be downloaded and could not be.
     """
     if name not in EXTRACTORS:
         raise ValueError(f"feature extractor {name!r}; choose {', '.join(EXTRACTORS)}")
@@ -266,7 +266,7 @@ def load_extractor(
             feature_extractor_weights_path=None if weights is None else str(weights),
         )
     except OSError as error:
-        raise OSError(
+        raise ValueError(
             f"{name}'s weights could not be downloaded ({error}); fetch weights-inception-2015-12-05-"
             f"{INCEPTION_URL_SHA_PREFIX}.pth from torch-fidelity's releases and give its path, "
             "or use efficientnet-lite0"

@@ -115,8 +115,8 @@ def generate_images(
 ) -> None:
     """Makes the pictures that a run's folder lacks, and their features. Every process of the run calls it.
 
-    A killed run goes on after its last finished batch; num_samples may be raised later, and the number of processes and
-    the batch size may change. Anything else that changes pictures belongs into `identity`.
+    A killed run goes on after its last finished batch. num_samples may be raised later, and the number of processes
+    and the batch size may change; anything else that changes pictures belongs into `identity`.
 
     Args:
         generate: makes a batch.
@@ -127,8 +127,8 @@ def generate_images(
         batch_size: pictures of one call.
         seed: image i has seed + i.
         world: the processes.
-        identity: what the pictures depend on besides the seed and labels, as JSON values; when a run goes on it must be
-            the stored one.
+        identity: what the pictures depend on besides the seed and labels, as JSON values; when a run goes on it must
+            be the stored one.
         keep_images: "none", "png" (one file an image) or "npz" (one file, arr_0, as ADM's evaluator reads it).
         keep_thumbnails: store what the copy rate needs.
         progress: told the pictures done by this process.

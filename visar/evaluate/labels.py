@@ -43,6 +43,22 @@ class LabelTable:
         found = sorted(Counter(tuple(int(value) for value in row) for row in labels_NA).items())
         return cls(tuple(row for row, _ in found), tuple(count for _, count in found))
 
+    def leading(self, columns: int) -> "LabelTable":
+        """The table of the first columns only: what a model with fewer attributes reads.
+
+        Raises:
+            ValueError: there are not as many columns.
+        """
+        if not 1 <= columns <= len(self.rows[0]):
+            raise ValueError(
+                f"the model reads {columns} label columns, the reference's pictures have {len(self.rows[0])}"
+            )
+        merged: Counter[tuple[int, ...]] = Counter()
+        for row, count in zip(self.rows, self.counts, strict=True):
+            merged[row[:columns]] += count
+        found = sorted(merged.items())
+        return LabelTable(tuple(row for row, _ in found), tuple(count for _, count in found))
+
     @property
     def total(self) -> int:
         """Pictures counted."""
@@ -127,4 +143,4 @@ class LabelPlan:
             )
         if self.policy == "prompts":
             return f"prompts: prompt i mod {len(self.prompts)}"
-        return "none"
+        return "none given: the model's own choice, by the image's seed"

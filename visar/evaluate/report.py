@@ -1,0 +1,270 @@
+"""The figure with its whole protocol: metrics.json, a Markdown card, and tables of what compares only."""
+
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from visar.evaluate.copies import Copies
+from visar.evaluate.extractors import Extractor
+from visar.evaluate.generation import Generated
+from visar.evaluate.metrics import Metrics
+from visar.evaluate.references import Reference
+from visar.files import atomic_write
+
+# Figures compare when these agree; what differs between the rows of a table is the model and how it was sampled.
+COMPARABLE = (
+    "protocol",
+    "reference_sha256",
+    "extractor",
+    "extractor_layer",
+    "extractor_weights_sha256",
+    "extractor_dtype",
+    "num_samples",
+    "labels",
+    "uint8_rule",
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Scores of a run and everything needed to make them again.
+
+    Attributes:
+        name: row of a table.
+        protocol: what was done, in the order in which the card prints it.
+        metrics: the scores.
+        cost: images_per_second, forward_passes_per_image by model, mean_tokens_per_pass, acceptance_rate.
+        images_sha256: of all pictures; equal for equal pictures.
+        duplicates: pictures with the bytes of an earlier one.
+        copies: copy rates; None where no training pictures were given.
+    """
+
+    name: str
+    protocol: dict[str, Any]
+    metrics: Metrics
+    cost: dict[str, Any]
+    images_sha256: str
+    duplicates: int
+    copies: dict[str, float | None] | None = None
+    notes: tuple[str, ...] = field(default_factory=tuple)
+
+    @property
+    def passes(self) -> float:
+        """Forward passes of all models for one image (of its batch)."""
+        return sum(self.cost["forward_passes_per_image"].values())
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """Versions and device, for the card."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})"
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "torch-fidelity": version("torch-fidelity"),
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+    }
+
+
+def make_report(
+    name: str,
+    generated: Generated,
+    metrics: Metrics,
+    reference: Reference,
+    extractor: Extractor,
+    *,
+    settings: dict[str, Any],
+    processes: int,
+    batch_size: int,
+    device: torch.device,
+    copies: Copies | None = None,
+) -> Report:
+    """Puts a run's figures and protocol together.
+
+    Args:
+        settings: what only the caller knows: model, sampler and its options, guidance, temperature, top_k, top_p,
+            labels, seeds, uint8_rule, dtype, image_size.
+    """
+    layer = extractor.layers[0]
+    statistics = reference.statistics[layer]
+    protocol = {
+        "protocol": reference.protocol,
+        "reference": reference.name,
+        "reference_kind": reference.kind,
+        "reference_sha256": reference.sha256,
+        "reference_count": statistics.count,
+        "reference_resize": reference.resize,
+        "extractor": extractor.name,
+        "extractor_layer": layer,
+        "extractor_weights_sha256": extractor.weights,
+        "extractor_resize": extractor.kind.resize,
+        "extractor_dtype": extractor.dtype,
+        "num_samples": generated.num_samples,
+        **settings,
+        "processes": processes,
+        "batch_size": batch_size,
+        **environment(device),
+    }
+    counts = generated.statistics
+    notes = [*metrics.notes, *reference.notes]
+    if generated.duplicates:
+        notes.append(f"{generated.duplicates} of {generated.num_samples} pictures have the bytes of an earlier one")
+    rates = None
+    if copies is not None:
+        rates = {key: value for key, value in vars(copies).items() if isinstance(value, float | None)}
+        if copies.copy_rate > 0.1:
+            notes.append(
+                f"{copies.copy_rate:.1%} of the samples are copies of training pictures: the distance says little"
+            )
+    return Report(
+        name=name,
+        protocol=protocol,
+        metrics=metrics,
+        cost={
+            "images_per_second": generated.images_per_second,
+            "forward_passes_per_image": generated.forward_passes_per_image,
+            "mean_tokens_per_pass": counts.mean_tokens_per_pass,
+            "acceptance_rate": counts.acceptance_rate,
+        },
+        images_sha256=generated.images_sha256,
+        duplicates=generated.duplicates,
+        copies=rates,
+        notes=tuple(notes),
+    )
+
+
+def save_report(report: Report, folder: str | Path) -> None:
+    """Writes metrics.json and card.md."""
+    folder = Path(folder)
+    with atomic_write(folder / "metrics.json") as path:
+        path.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
+    with atomic_write(folder / "card.md") as path:
+        path.write_text(card(report), encoding="utf-8")
+
+
+def load_report(folder: str | Path) -> Report:
+    """Reads metrics.json of a folder.
+
+    Raises:
+        ValueError: there is none, or it is not one of ours.
+    """
+    path = Path(folder) / "metrics.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        metrics = Metrics(**{**content["metrics"], "notes": tuple(content["metrics"]["notes"])})
+        return Report(**{**content, "metrics": metrics, "notes": tuple(content["notes"])})
+    except FileNotFoundError as error:
+        raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a report of visar eval ({error})") from error
+
+
+def check_comparable(reports: Sequence[Report]) -> None:
+    """Refuses a table of figures that do not compare.
+
+    Raises:
+        ValueError: rows differ in the protocol; the message names in what.
+    """
+    first = reports[0]
+    for report in reports[1:]:
+        differing = [
+            f"{key} ({first.protocol.get(key)!r} and {report.protocol.get(key)!r})"
+            for key in COMPARABLE
+            if first.protocol.get(key) != report.protocol.get(key)
+        ]
+        if differing:
+            raise ValueError(f"{first.name} and {report.name} do not compare: they differ in {'; '.join(differing)}")
+
+
+def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
+    """Header and rows of a table of comparable reports; speed and passes are also given relative to the first row.
+
+    Raises:
+        ValueError: the reports do not compare.
+    """
+    check_comparable(reports)
+    metrics = [report.metrics for report in reports]
+    first = reports[0]
+    columns: list[tuple[str, list[str]]] = [
+        ("run", [report.name for report in reports]),
+        (metrics[0].distance_name, [f"{row.distance:.2f}" for row in metrics]),
+        ("real null", [_number(row.null_distance, ".2f") for row in metrics]),
+        ("s" + metrics[0].distance_name, [_number(row.spatial_distance, ".2f") for row in metrics]),
+        ("KID", [_pair(row.kid, row.kid_std) for row in metrics]),
+        ("IS", [_pair(row.inception_score, row.inception_score_std, 2) for row in metrics]),
+        ("precision", [_number(row.precision, ".3f") for row in metrics]),
+        ("recall", [_number(row.recall, ".3f") for row in metrics]),
+        ("copies", [_share(report, "copy_rate") for report in reports]),
+        ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
+        ("passes/image", [f"{report.passes:.1f}" for report in reports]),
+        ("passes ratio", [_ratio(report.passes, first.passes) for report in reports]),
+        ("images/s", [f"{report.cost['images_per_second']:.2f}" for report in reports]),
+        ("speed ratio", [_ratio(row.cost["images_per_second"], first.cost["images_per_second"]) for row in reports]),
+    ]
+    shown = [(name, cells) for name, cells in columns if any(cell != "-" for cell in cells)]
+    if len(reports) == 1:
+        shown = [(name, cells) for name, cells in shown if not name.endswith("ratio")]
+    return [tuple(name for name, _ in shown), *zip(*(cells for _, cells in shown), strict=True)]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _pair(value: float | None, deviation: float | None, digits: int = 4) -> str:
+    return "-" if value is None else f"{value:.{digits}f} +- {deviation or 0.0:.{digits}f}"
+
+
+def _share(report: Report, key: str) -> str:
+    value = None if report.copies is None else report.copies[key]
+    return _number(value, ".1%")
+
+
+def _ratio(value: float, first: float) -> str:
+    return f"{value / first:.2f}x" if first else "-"
+
+
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Rows (the first is the header) as a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|" + " --- |" * len(rows[0]))
+    return "\n".join(lines) + "\n"
+
+
+def card(report: Report) -> str:
+    """The Markdown card of one run: figures, then the whole protocol."""
+    held_out = None if report.copies is None else report.copies["held_out_rate"]
+    name = report.metrics.distance_name
+    warning = "" if name == "FID" else f" {name} is not FID and must not be set beside published FIDs."
+    lines = [
+        f"# Evaluation of {report.name}",
+        "",
+        markdown_table(table([report])),
+        f"Figures compare only where the protocol below agrees.{warning}",
+        '"real null" is what as many real pictures, not in the reference, would score.',
+        "",
+    ]
+    if held_out is not None:
+        lines += [f"Copies among real held-out pictures: {held_out:.1%}.", ""]
+    lines += ["## Protocol", ""]
+    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.protocol.items()]
+    lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.cost.items()]
+    lines += [f"- images sha256: {report.images_sha256}", f"- duplicate pictures: {report.duplicates}"]
+    if report.notes:
+        lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items()) or "none"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return "not known" if value is None else str(value)
