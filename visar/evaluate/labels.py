@@ -106,7 +106,7 @@ class LabelPlan:
         if self.policy == "balanced" and self.num_classes is not None:
             return [(index % self.num_classes,) for index in indices]
         if self.policy == "random" and self.num_classes is not None:
-            uniform_B = Noise(list(seeds)).uniform(Use.CONDITION, 0)[:, 0] if len(seeds) else torch.zeros(0)
+            uniform_B = Noise(list(seeds)).uniform(Use.CONDITION, 0) if len(seeds) else torch.zeros(0)
             return [(min(int(u * self.num_classes), self.num_classes - 1),) for u in uniform_B.tolist()]
         if self.table is not None and self.policy == "histogram":
             order = self._shuffled

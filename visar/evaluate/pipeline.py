@@ -1,4 +1,4 @@
-"""A pipeline as the thing that evaluation scores: seeds and labels in, uint8 pictures out."""
+"""Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
 import hashlib
 from dataclasses import asdict, dataclass, field
@@ -9,7 +9,11 @@ from torch import Tensor, nn
 
 from visar.condition import Condition
 from visar.evaluate.images import UINT8_RULES
-from visar.evaluate.labels import Label
+from visar.evaluate.labels import Label, LabelTable
+from visar.evaluate.references import load_reference, open_images
+from visar.evaluate.report import Report
+from visar.evaluate.run import Progress, RunOptions, ScoreOptions, counted, evaluate_generator, label_plan, stacked
+from visar.evaluate.sharding import World, join_world, leave_world
 from visar.guidance import Guidance
 from visar.output import SampleStatistics
 from visar.pipelines.image import ImagePipeline
@@ -113,3 +117,78 @@ def weights_digest(*modules: nn.Module) -> str:
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
             digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def evaluate_pipeline(
+    pipeline: ImagePipeline,
+    sampling: Sampling,
+    score: ScoreOptions,
+    options: RunOptions,
+    *,
+    name: str,
+    uint8_rule: str = "round",
+    prompts: tuple[str, ...] = (),
+    world: World | None = None,
+    progress: Progress | None = None,
+) -> Report | None:
+    """Scores a pipeline; the whole of `visar eval`. Run by every process of a torchrun or accelerate launch.
+
+    Args:
+        pipeline: on the device it shall run on.
+        sampling: how it samples.
+        score: reference and extractor.
+        options: of the run.
+        name: the model's name in tables and cards.
+        uint8_rule: key of UINT8_RULES.
+        prompts: for models conditioned on words; image i has prompt i mod their number.
+        world: the processes; None joins those of the launcher.
+        progress: told (what, done, total).
+
+    Returns: the report in the first process, None in the others.
+
+    Raises:
+        ValueError: settings, references or folders that do not fit.
+    """
+    if score.protocol != "generation":
+        raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
+    joined = world or join_world(pipeline.device.type)
+    generate = PipelineGenerator(pipeline, sampling, uint8_rule)
+    if joined.device != pipeline.device:
+        pipeline.to(joined.device)
+    pipeline.set_progress_bar_config(disable=True)
+    extractor = score.load_extractor(joined.device)
+    reference = None
+    if joined.rank == 0:
+        reference = load_reference(
+            score.reference,
+            extractor,
+            protocol=score.protocol,
+            batch_size=options.batch_size,
+            resize=score.resize,
+            image_size=score.image_size,
+            progress=counted(progress, "reference", 0),
+        )
+    table = joined.from_first(None if reference is None else reference.labels)
+    plan = label_plan(
+        options.labels,
+        num_classes=generate.num_classes,
+        label_columns=generate.label_columns,
+        table=table if isinstance(table, LabelTable) else None,
+        prompts=prompts,
+    )
+    report = evaluate_generator(
+        generate,
+        reference,
+        extractor,
+        plan,
+        options,
+        name=name,
+        settings=generate.settings(),
+        world=joined,
+        train_NHWC=None if score.train is None else stacked(open_images(score.train)),
+        held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
+        progress=progress,
+    )
+    if world is None:
+        leave_world(joined)
+    return report

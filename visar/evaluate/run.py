@@ -1,4 +1,4 @@
-"""From a model to its card: `visar eval`, `visar stats`, `visar compare` and the pieces they are made of."""
+"""From something that makes pictures to its card: the backend of `visar eval`, `visar stats` and `visar compare`."""
 
 import json
 from collections.abc import Callable
@@ -24,12 +24,10 @@ from visar.evaluate.images import ImageSource, ResizeChain
 from visar.evaluate.labels import LABEL_POLICIES, LabelPlan, LabelPolicy, LabelTable
 from visar.evaluate.metrics import MetricOptions, compute_metrics
 from visar.evaluate.pareto import Point, draw_pareto
-from visar.evaluate.pipeline import PipelineGenerator, Sampling
-from visar.evaluate.references import Reference, load_reference, measure, open_images, save_statistics
+from visar.evaluate.references import Reference, measure, open_images, save_statistics
 from visar.evaluate.report import Report, make_report, markdown_table, save_report, table
-from visar.evaluate.sharding import World, join_world, leave_world
+from visar.evaluate.sharding import World
 from visar.files import atomic_write
-from visar.pipelines.image import ImagePipeline
 
 Progress = Callable[[str, int, int], None]
 
@@ -124,7 +122,7 @@ def evaluate_generator(
         identity={"model": name, **settings},
         keep_images=options.keep_images,
         keep_thumbnails=train_NHWC is not None,
-        progress=_part_of(progress, "images", -(-options.num_samples // world.size)),
+        progress=counted(progress, "images", -(-options.num_samples // world.size)),
     )
     if world.rank:
         return None
@@ -178,7 +176,8 @@ def _copies(
     return found
 
 
-def _part_of(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+def counted(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
+    """The progress of one stage, told the number done only."""
     return None if progress is None else lambda done: progress(what, done, total)
 
 
@@ -223,81 +222,6 @@ class ScoreOptions:
         )
 
 
-def evaluate_pipeline(
-    pipeline: ImagePipeline,
-    sampling: Sampling,
-    score: ScoreOptions,
-    options: RunOptions,
-    *,
-    name: str,
-    uint8_rule: str = "round",
-    prompts: tuple[str, ...] = (),
-    world: World | None = None,
-    progress: Progress | None = None,
-) -> Report | None:
-    """Scores a pipeline; the whole of `visar eval`. Run by every process of a torchrun or accelerate launch.
-
-    Args:
-        pipeline: on the device it shall run on.
-        sampling: how it samples.
-        score: reference and extractor.
-        options: of the run.
-        name: the model's name in tables and cards.
-        uint8_rule: key of UINT8_RULES.
-        prompts: for models conditioned on words; image i has prompt i mod their number.
-        world: the processes; None joins those of the launcher.
-        progress: told (what, done, total).
-
-    Returns: the report in the first process, None in the others.
-
-    Raises:
-        ValueError: settings, references or folders that do not fit.
-    """
-    if score.protocol != "generation":
-        raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
-    joined = world or join_world(pipeline.device.type)
-    generate = PipelineGenerator(pipeline, sampling, uint8_rule)
-    if joined.device != pipeline.device:
-        pipeline.to(joined.device)
-    pipeline.set_progress_bar_config(disable=True)
-    extractor = score.load_extractor(joined.device)
-    reference = None
-    if joined.rank == 0:
-        reference = load_reference(
-            score.reference,
-            extractor,
-            protocol=score.protocol,
-            batch_size=options.batch_size,
-            resize=score.resize,
-            image_size=score.image_size,
-            progress=_part_of(progress, "reference", 0),
-        )
-    table = joined.from_first(None if reference is None else reference.labels)
-    plan = label_plan(
-        options.labels,
-        num_classes=generate.num_classes,
-        label_columns=generate.label_columns,
-        table=table if isinstance(table, LabelTable) else None,
-        prompts=prompts,
-    )
-    report = evaluate_generator(
-        generate,
-        reference,
-        extractor,
-        plan,
-        options,
-        name=name,
-        settings=generate.settings(),
-        world=joined,
-        train_NHWC=None if score.train is None else stacked(open_images(score.train)),
-        held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
-        progress=progress,
-    )
-    if world is None:
-        leave_world(joined)
-    return report
-
-
 def make_statistics(
     source: str | Path | ImageSource,
     extractor: Extractor,
@@ -338,7 +262,7 @@ def make_statistics(
         labels=labels,
         resize="none" if image_size is None else f"{resize} to {image_size}",
         keep_features=keep_features,
-        progress=_part_of(progress, "pictures", len(images)),
+        progress=counted(progress, "pictures", len(images)),
     )
     save_statistics(reference, out)
     return reference
