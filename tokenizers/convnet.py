@@ -7,7 +7,7 @@ A level holds residual blocks of one resolution. Encoder levels go from fine to 
 fine. B images, C channels, H W height and width of any level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -172,6 +172,7 @@ class _Checkpointable(nn.Module):
     """Runs its levels with activation checkpointing once `enable_gradient_checkpointing()` of the model was called."""
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[[nn.Module, Tensor], Tensor]
 
     def run(self, part: nn.Module, x_BCHW: Tensor) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -9,7 +9,6 @@ B images, C channels, H W image pixels, h w latent grid, N = h * w ids, V codes.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -102,18 +101,21 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         self.factor = 2 ** (len(channel_multipliers) - 1)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self._grid = self._grid_of(height, width)
-        sizes = dict(base_channels=base_channels, num_res_blocks=num_res_blocks, dropout=dropout)
         self.encoder = Encoder(
             in_channels=image_channels,
             out_channels=latent_channels,
+            base_channels=base_channels,
             channel_multipliers=channel_multipliers,
-            **sizes,
+            num_res_blocks=num_res_blocks,
+            dropout=dropout,
         )
         self.decoder = Decoder(
             in_channels=latent_channels,
             out_channels=image_channels,
+            base_channels=base_channels,
             channel_multipliers=decoder_multipliers,
-            **sizes,
+            num_res_blocks=num_res_blocks,
+            dropout=dropout,
         )
         self.quantize = VectorQuantizer(codebook_size, codebook_dim, normalize_codes)
         self.quant_conv = nn.Conv2d(latent_channels, codebook_dim, 1)
