@@ -1,0 +1,159 @@
+"""Collaborative decoding: models that share a tokenizer take turns over the scales.
+
+A large one draws the few coarse tokens, a small one the many fine ones.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from visar.condition import Condition
+from visar.guidance import OFF, Guidance
+from visar.multiscale import ScaleGenerator, ScaleState
+from visar.noise import Noise, Use
+from visar.runtime import EAGER, Runtime
+from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, draw_scale, finish, scale_settings
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A model and the scales that it predicts, first ... last - 1."""
+
+    model: ScaleGenerator
+    first: int
+    last: int
+
+
+def plan_stages(
+    model: ScaleGenerator, followers: Sequence[ScaleGenerator], takes_over: Sequence[int], last: int
+) -> list[Stage]:
+    """Which model predicts which scales; a model that follows itself goes on in its own state.
+
+    Args:
+        model: predicts from the first scale.
+        followers: the models after it.
+        takes_over: scale at which each of them begins.
+        last: number of scales to make.
+
+    Raises:
+        ValueError: another number of scales than of followers, scales not rising inside the pyramid, or models that
+            do not share a tokenizer.
+    """
+    if len(followers) != len(takes_over):
+        raise ValueError(f"{len(followers)} followers, but {len(takes_over)} scales at which they take over")
+    starts = [0, *takes_over, last]
+    if any(later <= earlier for earlier, later in zip(starts, starts[1:], strict=False)):
+        raise ValueError(f"takes_over {list(takes_over)}; the scales must rise, inside 1 ... {last - 1}")
+    stages: list[Stage] = []
+    for index, generator in enumerate([model, *followers]):
+        first, end = starts[index], starts[index + 1]
+        if stages and stages[-1].model is generator:
+            stages[-1] = Stage(generator, stages[-1].first, end)
+            continue
+        ours, theirs = model.pyramid, generator.pyramid
+        if ours.scales != theirs.scales or not torch.equal(ours.codebook, theirs.codebook):
+            raise ValueError(f"follower {index} was made for another tokenizer: other scales or another codebook")
+        stages.append(Stage(generator, first, end))
+    return stages
+
+
+def _run_stage(
+    stage: Stage,
+    condition: Condition,
+    guidance: Guidance,
+    settings: tuple[ScaleSettings, ...],
+    noise: Noise,
+    history: ScaleState | None,
+    callback: Callable[[int, Tensor], None] | None,
+    runtime: Runtime,
+) -> ScaleState:
+    """Predicts a stage's scales, and returns its state without the cache: what the next model needs of it."""
+    model = stage.model
+    guided = guidance.active(len(model.scales))
+    key = ("collaborative", condition.batch, guided, settings, stage.first, stage.last)
+    session = runtime.session(model, noise.device, key)
+    state = session.state = model.start(
+        condition,
+        guidance,
+        state=session.state,
+        first_scale=stage.first,
+        last_scale=stage.last - 1,
+        history=history,
+    )
+    every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
+    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+
+    def step() -> None:
+        model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, noise))
+
+    for scale in range(stage.first, stage.last):
+        state.block = scale
+        session.run(step, model.block_kinds[scale])
+        if callback is not None:
+            callback(model.ends[scale], state.tokens)
+    return dataclasses.replace(state, cache=None, modulations={})
+
+
+@torch.no_grad()
+def sample_collaborative(
+    model: ScaleGenerator,
+    condition: Condition,
+    *,
+    followers: Sequence[ScaleGenerator],
+    takes_over: Sequence[int],
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    temperature_after_filter: bool = True,
+    num_scales: int | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> ScaleOutput:
+    """Draws the first scales from one model and the later ones from others. Exact for the mixture of models that it
+    is.
+
+    CoDe, arXiv 2411.17787 section 3 (there: one drafter, one refiner). What is handed over is the map and the
+    resized maps of all scales; a model that takes over reads the coarser scales in the pass of its first own scale.
+    Any number of models, at any scale, of any family over scales. When all models are the same the tokens are those
+    of plain sampling.
+
+    Memory: a model's cache holds the scales up to its last only, and is freed before the next model's is made, so a
+    refiner's phase needs what the refiner alone would. (A runtime that captures keeps all caches for the next call.)
+
+    Args:
+        model: predicts from the first scale (the drafter).
+        condition: of the B images.
+        followers: models after it, in order (the refiner).
+        takes_over: scale at which each follower begins. CoDe: [N] with N = 9, 8, 7 or 6 of 10 scales.
+        noise: one seed an image; one uniform number a token.
+        guidance: blocks are scales. CoDe: Guidance(1.5, "extrapolate", "linear") for FID, 4 for pictures.
+        temperature: > 0, for all scales or one a scale; 1.0 = off. CoDe: 1.1 on the first 7 scales, then 1.0.
+        top_k: 0 = off; for all scales or one a scale. CoDe: 600.
+        top_p: in (0, 1]; 1.0 = off. CoDe: 0.96 for FID, 0.95 for pictures.
+        temperature_after_filter: divide by the temperature after top-k and top-p (CoDe) or before.
+        num_scales: stop after so many scales; None is all.
+        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        runtime: eager, or CUDA graphs.
+
+    Returns: tokens int64 [B, N], the accumulated map and statistics; forward passes are counted as "drafter",
+        "refiner", "refiner 2" ...
+
+    Raises:
+        ValueError: see `plan_stages`; a setting out of range; a condition that does not fit a model.
+    """
+    begun = time.perf_counter()
+    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
+    _, last = check_scales(model, num_scales, None)
+    stages = plan_stages(model, followers, takes_over, last)
+    state: ScaleState | None = None
+    for stage in stages:
+        state = _run_stage(stage, condition, guidance, settings, noise, state, callback, runtime)
+    assert state is not None
+    names = ["drafter", "refiner", *(f"refiner {index}" for index in range(2, len(stages)))]
+    passes = {name: stage.last - stage.first for name, stage in zip(names, stages, strict=False)}
+    return finish(model, state, last, passes, model.block_sizes[:last], begun)

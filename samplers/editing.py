@@ -1,0 +1,178 @@
+"""Editing without training: new tokens where a mask says so, those of a given image elsewhere, at every scale."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from visar.condition import Condition
+from visar.guidance import OFF, Guidance
+from visar.multiscale import ScaleGenerator, ScaleState
+from visar.noise import Noise, Use
+from visar.runtime import EAGER, Runtime
+from visar.samplers.next_scale import ScaleOutput, check_scales, draw_scale, finish, scale_settings
+
+Strategy = Literal["codes", "map"]
+
+
+def box_mask(
+    grid: tuple[int, int], box: tuple[float, float, float, float], *, keep: Literal["outside", "inside"]
+) -> Tensor:
+    """Keep-mask bool [1, h, w] of a box: keep its outside to inpaint (or edit) the box, its inside to outpaint.
+
+    Args:
+        grid: finest grid (h, w).
+        box: top, left, bottom, right as fractions in 0 ... 1; edges are rounded to the grid.
+        keep: the part of the given image that stays.
+
+    Raises:
+        ValueError: an empty box or one outside the image.
+    """
+    top, left, bottom, right = box
+    if not (0 <= top < bottom <= 1 and 0 <= left < right <= 1):
+        raise ValueError(
+            f"box {box}; it is top, left, bottom, right with 0 <= top < bottom <= 1 and so for left, right"
+        )
+    height, width = grid
+    inside = torch.zeros(1, height, width, dtype=torch.bool)
+    inside[:, round(top * height) : round(bottom * height), round(left * width) : round(right * width)] = True
+    return inside if keep == "inside" else ~inside
+
+
+def grid_mask(keep_BHW: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Keep-mask bool [B, h, w] of a mask in pixels, bool [B, H, W]: a position stays if all its pixels do."""
+    kept = functional.interpolate(keep_BHW[:, None].float(), size=grid, mode="area")[:, 0]
+    return kept > 1 - 1e-4
+
+
+def scale_keep_mask(keep_Bhw: Tensor, scale: tuple[int, int]) -> Tensor:
+    """Keep-mask of a scale, bool [B, L]: the finest one resized bilinearly, where it exceeds one half."""
+    resized = functional.interpolate(keep_Bhw[:, None].float(), size=scale, mode="bilinear", align_corners=False)
+    return resized.flatten(1) > 0.5
+
+
+def keep_codes(
+    model: ScaleGenerator,
+    state: ScaleState,
+    tokens_BL: Tensor,
+    codes_BLC: Tensor | None,
+    given_BL: Tensor,
+    keep_BL: Tensor,
+) -> None:
+    """Commits a scale whose kept positions have the given tokens."""
+    mixed_BL = torch.where(keep_BL, given_BL, tokens_BL)
+    if codes_BLC is not None:
+        codes_BLC = torch.where(keep_BL[..., None], model.pyramid.embedding(given_BL), codes_BLC)
+    model.append(state, mixed_BL, codes_BLC)
+
+
+def keep_map(
+    model: ScaleGenerator,
+    state: ScaleState,
+    tokens_BL: Tensor,
+    codes_BLC: Tensor | None,
+    given_map_BChw: Tensor,
+    keep_Bhw: Tensor,
+) -> None:
+    """Commits a scale after which the accumulated map is the given one at kept positions."""
+    codes = model.pyramid.embedding(tokens_BL) if codes_BLC is None else codes_BLC
+    accumulated = model.pyramid.accumulate(state.map_BChw, state.block, codes)
+    model.commit_map(state, tokens_BL, torch.where(keep_Bhw[:, None], given_map_BChw, accumulated))
+
+
+@torch.no_grad()
+def sample_edit(
+    model: ScaleGenerator,
+    condition: Condition,
+    *,
+    given_tokens: Tensor,
+    keep: Tensor,
+    strategy: Strategy = "codes",
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    temperature_after_filter: bool = False,
+    smooth: bool = False,
+    always_keep: int = 3,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> ScaleOutput:
+    """Inpainting, outpainting and class-conditional editing of a given image. Lossy: not the model's law given the
+    rest.
+
+    VAR, arXiv 2404.02905 section 4.4. What is to be done is said by the mask and the condition: a box kept outside
+        and the
+    null condition inpaints, with a class it edits, a box kept inside outpaints. VAR's authors use the 512 px model.
+
+    Args:
+        model: a generator over scales.
+        condition: of the B images; the model's null condition for none.
+        given_tokens: int64 [B, N], the tokenizer's ids of the given images.
+        keep: bool [B, h, w] or [1, h, w] on the finest grid, True where the given image stays (`box_mask`,
+            `grid_mask`).
+        strategy: "codes" (FoundationVision/VAR@78b9539, editing notebook): at every scale kept positions have the
+            given tokens, under the mask resized to the scale, and scales of up to `always_keep` tokens are given
+            whole. "map" (czg1225/CoDe@bfb204d): after every scale the accumulated map is the given image's at kept
+            positions of the finest grid. Codes blend at the mask's edge, because phi and the resizing mix
+            neighbours; the map's cut is exact.
+        noise: one seed an image; one uniform number a token.
+        guidance: blocks are scales. VAR: Guidance(3, "extrapolate", "linear").
+        temperature, top_k, top_p, temperature_after_filter, smooth: see `sample_next_scale`. VAR: top_k 900, top_p
+            0.95, smooth.
+        always_keep: see strategy; VAR: 3.
+        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        runtime: eager, or CUDA graphs.
+
+    Returns: tokens int64 [B, N] (kept positions have the given ones with "codes", all are drawn ones with "map"), the
+        accumulated map, which is the picture (`tokenizer.decode_latents`), and statistics.
+
+    Raises:
+        ValueError: an unknown strategy, tokens or a mask that do not fit, a setting out of range.
+    """
+    if strategy not in ("codes", "map"):
+        raise ValueError(f"editing strategy {strategy!r}; choose codes or map")
+    if tuple(given_tokens.shape) != (condition.batch, model.num_tokens):
+        raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: {(condition.batch, model.num_tokens)}")
+    if keep.shape[0] not in (1, condition.batch) or tuple(keep.shape[1:]) != model.scales[-1]:
+        raise ValueError(f"keep {tuple(keep.shape)}; needed: [1 or {condition.batch}, *{model.scales[-1]}]")
+    begun = time.perf_counter()
+    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
+    _, last = check_scales(model, None, None)
+    guided = guidance.active(last)
+    session = runtime.session(
+        model, noise.device, ("edit", condition.batch, guided, settings, strategy, always_keep, keep.shape[0])
+    )
+    state = session.state = model.start(condition, guidance, state=session.state)
+    held_noise = Noise(session.hold("seeds", noise.seeds_B), noise.device) if smooth else noise
+    every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
+    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    given_BN = session.hold("given", given_tokens.to(noise.device))
+    keep_Bhw = session.hold("keep", keep.to(noise.device))
+    given_maps = (
+        [session.hold(f"map {scale}", each) for scale, each in enumerate(model.pyramid.running_maps(given_BN))]
+        if strategy == "map"
+        else []
+    )
+
+    def step() -> None:
+        scale = state.block
+        drawn = draw_scale(model, state, settings[scale], uniform_BN, held_noise)
+        if strategy == "map":
+            keep_map(model, state, *drawn, given_maps[scale], keep_Bhw)
+            return
+        keep_BL = scale_keep_mask(keep_Bhw, model.scales[scale])
+        if model.block_sizes[scale] <= always_keep:
+            keep_BL = torch.ones_like(keep_BL)
+        keep_codes(model, state, *drawn, given_BN[:, model.begin_of(scale) : model.ends[scale]], keep_BL)
+
+    for scale in range(last):
+        state.block = scale
+        session.run(step, model.block_kinds[scale])
+        if callback is not None:
+            callback(model.ends[scale], state.tokens)
+    return finish(model, state, last, {"generator": last}, model.block_sizes, begun)

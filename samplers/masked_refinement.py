@@ -1,0 +1,169 @@
+"""Next-scale sampling in which a scale's least certain tokens are masked and drawn again, a few times."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from visar.condition import Condition
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.guidance import OFF, Guidance
+from visar.multiscale import ScaleState
+from visar.noise import Noise, Use
+from visar.runtime import EAGER, Runtime
+from visar.samplers.filtering import categorical
+from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, finish, scale_settings
+
+Schedule = Sequence[int | Sequence[int]]
+
+# HMAR's default at 256 px: tokens kept by every pass of the scales of 4 and of 9 tokens; other scales take one pass.
+DEFAULT_PASSES: dict[int, tuple[int, ...]] = {4: (1, 3), 9: (1, 1, 2, 5)}
+
+
+def refinement_schedule(sizes: Sequence[int], schedule: Schedule | None) -> tuple[tuple[int, ...], ...]:
+    """Tokens that every pass of every scale keeps.
+
+    Args:
+        sizes: tokens of every scale.
+        schedule: of the first scales (later ones take one pass): the counts (n0, n1, ...) of a scale's passes, which
+            add up to its tokens; one count alone, whatever it is, means no refinement; a number m means m passes
+            that keep about the same number each, the first ones less. None is HMAR's default.
+
+    Raises:
+        ValueError: counts that do not add up, more passes than tokens, or more entries than scales.
+    """
+    if schedule is None:
+        return tuple(DEFAULT_PASSES.get(size, (size,)) for size in sizes)
+    if len(schedule) > len(sizes):
+        raise ValueError(f"a refinement schedule of {len(schedule)} scales; the model has {len(sizes)}")
+    passes = []
+    for scale, size in enumerate(sizes):
+        entry = schedule[scale] if scale < len(schedule) else 1
+        if isinstance(entry, int):
+            if not 1 <= entry <= size:
+                raise ValueError(f"{entry} passes at scale {scale}; it has {size} tokens")
+            counts = tuple(size * (i + 1) // entry - size * i // entry for i in range(entry))
+        else:
+            counts = tuple(entry) if len(entry) > 1 else (size,)
+        if sum(counts) != size or min(counts) < 1:
+            raise ValueError(f"passes {list(counts)} at scale {scale}; they must be >= 1 and add up to {size}")
+        if scale == 0 and len(counts) > 1:
+            raise ValueError("the first scale is not refined; give it one pass")
+        passes.append(counts)
+    return tuple(passes)
+
+
+def least_certain(confidence_BL: Tensor, candidate_BL: Tensor, count: int) -> Tensor:
+    """bool [B, L]: the `count` candidates of every image with the lowest confidence (the first ones on ties)."""
+    ranked = confidence_BL.masked_fill(~candidate_BL, float("inf"))
+    rank_BL = ranked.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    return rank_BL < count
+
+
+def draw_with_confidence(
+    logits_BLV: Tensor, settings: ScaleSettings, uniform_BL: Tensor, greedy: bool
+) -> tuple[Tensor, Tensor]:
+    """Ids int64 [B, L] and their probabilities under the filtered law, float32 [B, L]."""
+    filtered = settings.filter(logits_BLV)
+    tokens_BL = filtered.argmax(-1) if greedy else categorical(filtered, uniform_BL)
+    confidence = torch.softmax(filtered, dim=-1).gather(-1, tokens_BL[..., None])
+    return tokens_BL, confidence.squeeze(-1)
+
+
+def refine_scale(
+    model: HierarchicalMaskedTransformer,
+    state: ScaleState,
+    settings: ScaleSettings,
+    counts: tuple[int, ...],
+    uniforms_PBL: Sequence[Tensor],
+    guidance_scale: float,
+    greedy: bool,
+) -> Tensor:
+    """Ids of scale `state.block`: a next-scale draw, then passes that draw what is masked anew; kept tokens never
+    change."""
+    tokens_BL, confidence_BL = draw_with_confidence(model.predict(state), settings, uniforms_PBL[0], greedy)
+    masked_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
+    for index in range(1, len(counts)):
+        masked_BL = least_certain(confidence_BL, masked_BL, sum(counts[index:]))
+        logits_BLV = model.refine(state, tokens_BL, masked_BL, guidance_scale)
+        drawn_BL, confidence_BL = draw_with_confidence(logits_BLV, settings, uniforms_PBL[index], greedy)
+        tokens_BL = torch.where(masked_BL, drawn_BL, tokens_BL)
+    return tokens_BL
+
+
+@torch.no_grad()
+def sample_masked_refinement(
+    model: HierarchicalMaskedTransformer,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float | Sequence[float] = 1.0,
+    top_k: int | Sequence[int] = 0,
+    top_p: float | Sequence[float] = 1.0,
+    temperature_after_filter: bool = False,
+    schedule: Schedule | None = None,
+    refinement_guidance: float = 1.0,
+    greedy: bool = False,
+    num_scales: int | None = None,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> ScaleOutput:
+    """Draws scale after scale, each with a next-scale pass and masked passes. Its own law: not that of the
+    next-scale model.
+
+    HMAR, arXiv 2506.04421 section 3. With one pass a scale it is plain next-scale sampling, bit for bit.
+
+    Args:
+        model: a generator over scales with `refine`.
+        condition: of the B images.
+        noise: one seed an image; one uniform number a token and pass.
+        guidance: of the next-scale passes. HMAR: Guidance(t, "extrapolate", "linear") with t 1.7, 1.9, 2.1 for depth
+            16, 20, 24, and 1.6 for 30.
+        temperature: > 0, for all scales or one a scale; 1.0 = off (HMAR).
+        top_k: 0 = off. HMAR: 1000, 950, 900, 650 for depth 16, 20, 24, 30. With 1 every confidence is 1 and the
+            choice of
+            masked tokens means nothing: use `greedy`.
+        top_p: in (0, 1]; 1.0 = off. HMAR: 0.99.
+        temperature_after_filter: see `sample_next_scale`.
+        schedule: see `refinement_schedule`. HMAR: (1, 3) at the scale of 4 tokens, (1, 1, 2, 5) at that of 9.
+        refinement_guidance: scale of masked passes, "interpolate" convention; 1.0 = off (HMAR, to 1e-6).
+        greedy: take the most likely token instead of drawing.
+        num_scales: stop after so many scales; None is all.
+        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        runtime: eager, or CUDA graphs.
+
+    Returns: tokens int64 [B, N], the accumulated map and statistics.
+
+    Raises:
+        ValueError: a setting or schedule out of range, or a condition that does not fit the model.
+    """
+    begun = time.perf_counter()
+    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
+    _, last = check_scales(model, num_scales, None)
+    passes = refinement_schedule(model.block_sizes, schedule)[:last]
+    guided = guidance.active(len(model.scales))
+    key = ("masked_refinement", condition.batch, guided, settings, passes, refinement_guidance, greedy)
+    session = runtime.session(model, noise.device, key)
+    state = session.state = model.start(condition, guidance, state=session.state)
+    every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
+    uniforms = [
+        session.hold(f"uniform {index}", noise.uniform(Use.TOKEN, every_position, counter=index))
+        for index in range(max(len(counts) for counts in passes))
+    ]
+
+    def step() -> None:
+        scale = state.block
+        here = [uniform_BN[:, model.begin_of(scale) : model.ends[scale]] for uniform_BN in uniforms]
+        counts = passes[scale]
+        tokens_BL = refine_scale(model, state, settings[scale], counts, here, refinement_guidance, greedy)
+        model.append(state, tokens_BL)
+
+    for scale in range(last):
+        state.block = scale
+        session.run(step, model.block_kinds[scale])
+        if callback is not None:
+            callback(model.ends[scale], state.tokens)
+    pass_sizes = [count for counts in passes for count in counts]
+    return finish(model, state, last, {"generator": len(pass_sizes)}, pass_sizes, begun)

@@ -1,0 +1,300 @@
+"""Hierarchical masked transformer: next-scale prediction that is Markov in the scale, and refinement inside a scale.
+
+Source: HMAR, CVPR 2025, arXiv 2506.04421: written from its method and from recorded inputs and outputs; parameter
+names are those of the released files. Attributes and words are this project's. The released weights are for
+non-commercial use.
+
+B images, R rows (2B when guided), L positions of one scale, N all positions, D width, V codes, C code width.
+"""
+
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.nn import functional
+
+from visar.condition import Condition
+from visar.generators.next_scale import SCALES_256
+from visar.guidance import combine
+from visar.multiscale import ScaleGenerator, ScaleState
+from visar.scale_attention import Method
+from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, reset_blocks
+
+Phase = Literal["next_scale", "refinement"]
+
+# Released sizes: depth d has width 64 d and d heads; the last 8 blocks exist twice (468 M, 846 M, 1.38 B, 2.56 B).
+HIERARCHICAL_MASKED_PRESETS: dict[str, dict] = {
+    "hmar-d16": dict(width=1024, num_layers=16, num_heads=16),
+    "hmar-d20": dict(width=1280, num_layers=20, num_heads=20),
+    "hmar-d24": dict(width=1536, num_layers=24, num_heads=24),
+    "hmar-d30": dict(width=1920, num_layers=30, num_heads=30),
+}
+
+
+class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
+    """Two transformers that share their first blocks: one predicts a scale, one predicts its masked tokens anew.
+
+    Both see the scale itself only (block-diagonal attention); all history arrives through the accumulated map, so
+    decoding keeps no keys and values.
+
+    Args:
+        vocab_size, codebook_width, scales, num_phi, phi_ratio: of the tokenizer, see `ScalePyramid`.
+        width, num_layers, num_heads, mlp_ratio: D, depth of each of the two, heads, feed-forward width / D.
+        num_refinement_layers: blocks at the end that the two do not share (released: 8).
+        num_classes, attributes, word_vocab_size, qk_norm, drop_path, norm_eps: see `NextScaleTransformer`.
+
+    Raises:
+        ValueError: sizes that exclude each other.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        codebook_width: int = 32,
+        scales: tuple = SCALES_256,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        width: int = 1024,
+        num_layers: int = 16,
+        num_heads: int = 16,
+        num_refinement_layers: int = 8,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        attributes: tuple[int, ...] = (),
+        word_vocab_size: int = 0,
+        qk_norm: bool = True,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
+        if not 0 <= num_refinement_layers <= num_layers:
+            raise ValueError(f"num_refinement_layers {num_refinement_layers}; it must be in 0 ... {num_layers}")
+        self._build_inputs(
+            vocab_size=vocab_size,
+            codebook_width=codebook_width,
+            scales=scales,
+            num_phi=num_phi,
+            phi_ratio=phi_ratio,
+            width=width,
+            num_classes=num_classes,
+            attributes=attributes,
+            word_vocab_size=word_vocab_size,
+        )
+
+        def blocks(first: int, last: int) -> nn.ModuleList:
+            return nn.ModuleList(
+                AdaLNBlock(
+                    width,
+                    num_heads,
+                    round(width * mlp_ratio),
+                    qk_norm=qk_norm,
+                    drop_path=drop_path * index / max(num_layers - 1, 1),
+                    eps=norm_eps,
+                )
+                for index in range(first, last)
+            )
+
+        self.attention_method: Method = "auto"
+        self.word_embed = nn.Linear(codebook_width, width, bias=False)
+        self.word_embed_bias = nn.Parameter(torch.zeros(width))
+        self.mask_embed = nn.Embedding(1, width)
+        self.base_blocks = blocks(0, num_layers - num_refinement_layers)
+        self.ns_blocks = blocks(num_layers - num_refinement_layers, num_layers)
+        self.mask_blocks = blocks(num_layers - num_refinement_layers, num_layers)
+        self.ns_head_nm, self.mask_head_nm = AdaLNOutputNorm(width, norm_eps), AdaLNOutputNorm(width, norm_eps)
+        self.ns_head, self.mask_head = nn.Linear(width, vocab_size), nn.Linear(width, vocab_size)
+        self._reset_inputs(width, None)
+
+    def reset_parameters(self, generator: torch.Generator | None = None, gate: float = 1e-3) -> None:
+        """Weights for the first phase of training, as VAR's; see `NextScaleTransformer.reset_parameters`."""
+        width, depth = self.config["width"], self.config["num_layers"]
+        std = (1 / width / 3) ** 0.5
+        self._reset_inputs(width, generator)
+        for blocks in (self.base_blocks, self.ns_blocks):
+            reset_blocks(blocks, width, depth, gate, generator)
+        for weight in (
+            self.word_embed.weight,
+            self.mask_embed.weight,
+            self.ns_head.weight,
+            self.ns_head_nm.ada_lin[1].weight,
+        ):
+            nn.init.trunc_normal_(weight, std=std, generator=generator)
+        for bias in (self.word_embed_bias, self.ns_head.bias, self.ns_head_nm.ada_lin[1].bias):
+            nn.init.zeros_(bias)
+        with torch.no_grad():
+            self.ns_head.weight.mul_(0.02)
+            self.ns_head_nm.ada_lin[1].weight.mul_(0.5)
+        self.begin_refinement()
+
+    def begin_refinement(self) -> None:
+        """Starts the refinement blocks and head from those of next-scale prediction (between the two phases)."""
+        self.mask_blocks.load_state_dict(self.ns_blocks.state_dict())
+        self.mask_head_nm.load_state_dict(self.ns_head_nm.state_dict())
+        self.mask_head.load_state_dict(self.ns_head.state_dict())
+
+    def set_phase(self, phase: Phase) -> None:
+        """Makes the parameters of one phase of training trainable and freezes the others.
+
+        Args:
+            phase: "next_scale" trains everything but the refinement parts; "refinement" trains these alone: the last
+                blocks, the head and the mask embedding.
+
+        Raises:
+            ValueError: an unknown phase.
+        """
+        if phase not in ("next_scale", "refinement"):
+            raise ValueError(f"phase {phase!r}; choose next_scale or refinement")
+        self.requires_grad_(phase == "next_scale")
+        for part in (self.mask_blocks, self.mask_head_nm, self.mask_head, self.mask_embed):
+            part.requires_grad_(phase == "refinement")
+        self.pyramid.requires_grad_(False)
+
+    # ------------------------------------------------------------------------------------------------ the two paths
+    def embed_map(self, inputs_BLC: Tensor) -> Tensor:
+        return self.word_embed(inputs_BLC.to(self.word_embed.weight.dtype)) + self.word_embed_bias
+
+    def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
+        """Modulations [blocks, R, 6, D] of the shared blocks and of both ends, and [1, R, 2, D] of both output
+        norms."""
+        ends: dict[str, nn.ModuleList] = {"base": self.base_blocks, "ns": self.ns_blocks, "mask": self.mask_blocks}
+        modulations = {
+            name: torch.stack([block.modulation(condition_RD, None) for block in blocks])
+            for name, blocks in ends.items()
+            if len(blocks)
+        }
+        modulations["ns_head"] = self.ns_head_nm.modulation(condition_RD)[None]
+        modulations["mask_head"] = self.mask_head_nm.modulation(condition_RD)[None]
+        return modulations
+
+    def _run(
+        self, x: Tensor, modulations: dict[str, Tensor], sizes: tuple[int, ...], end: Literal["ns", "mask"]
+    ) -> Tensor:
+        """Logits [R, L, V] through the shared blocks and one of the two ends."""
+        last = self.ns_blocks if end == "ns" else self.mask_blocks
+        for name, blocks in (("base", self.base_blocks), (end, last)):
+            for index, block in enumerate(blocks):
+                x = block(x, modulations[name][index], sizes, "diagonal", method=self.attention_method)
+        norm, head = (self.ns_head_nm, self.ns_head) if end == "ns" else (self.mask_head_nm, self.mask_head)
+        return head(norm(x, modulations[f"{end}_head"][0]))
+
+    def _masked_codes(self, codes_BLC: Tensor, masked_BL: Tensor) -> Tensor:
+        """What the current tokens of positions add to their input: a map of their codes, or the mask embedding; [B,
+        L, D]."""
+        embedded = self.word_embed(codes_BLC.to(self.word_embed.weight.dtype))
+        return torch.where(masked_BL[..., None], self.mask_embed.weight[0].to(embedded.dtype), embedded)
+
+    def current_input(self, scale: int, tokens_BL: Tensor) -> Tensor:
+        """The map of a scale's own codes (resized, through phi) seen at its resolution, [B, L, C]."""
+        contribution = self.pyramid.contribution(scale, self.pyramid.embedding(tokens_BL))
+        return self.pyramid.next_input(contribution, scale)
+
+    def current_inputs(self, tokens_BN: Tensor) -> Tensor:
+        """`current_input` of all scales after the first, [B, N - L_0, C]."""
+        parts = tokens_BN.split(self.block_sizes, dim=1)
+        return torch.cat([self.current_input(scale, parts[scale]) for scale in range(1, len(parts))], dim=1)
+
+    # -------------------------------------------------------------------------------------------- teacher forcing
+    def forward(self, tokens_BN: Tensor, condition: Condition, masked_BN: Tensor | None = None) -> Tensor:
+        """Teacher-forced conditionals of every token.
+
+        Args:
+            tokens_BN: int64 ids [B, N], coarse to fine.
+            condition: of the B images.
+            masked_BN: None for next-scale prediction. For refinement: bool [B, N] or [1, N], True at the positions
+                whose tokens are hidden; the first scale's are not read.
+
+        Returns: float32 logits [B, N, V].
+        """
+        with torch.no_grad():
+            inputs_BLC = self.pyramid.inputs(tokens_BN)
+            current_BLC = None if masked_BN is None else self.current_inputs(tokens_BN)
+        condition_RD = self.condition_vector(condition)
+        x = self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1)
+        if current_BLC is not None and masked_BN is not None:
+            first = self.block_sizes[0]
+            x = x + functional.pad(self._masked_codes(current_BLC, masked_BN[:, first:]), (0, 0, first, 0))
+        end: Literal["ns", "mask"] = "ns" if masked_BN is None else "mask"
+        return self._run(x, self.modulate(condition_RD), self.block_sizes, end).float()
+
+    # --------------------------------------------------------------------------------------------------- decoding
+    def make_cache(self, rows: int, num_scales: int, dtype: torch.dtype, device: torch.device) -> None:
+        """None: a scale sees itself only."""
+        return None
+
+    def raw_logits(self, state: ScaleState) -> Tensor:
+        """Unguided logits [R, L, V] of scale `state.block`."""
+        scale = state.block
+        inputs_BLC = state.inputs_BNC[:, max(self.begin_of(scale), self.block_sizes[0]) : self.ends[scale]]
+        x = self.embed(state.condition_RD, inputs_BLC, scale, scale)
+        return self._run(x, state.modulations, (self.block_sizes[scale],), "ns")
+
+    def refine(self, state: ScaleState, tokens_BL: Tensor, masked_BL: Tensor, guidance_scale: float = 1.0) -> Tensor:
+        """Conditionals of all tokens of scale `state.block` (not the first) given those that are not masked.
+
+        Args:
+            state: coarser scales committed, this one not.
+            tokens_BL: int64 ids of the scale.
+            masked_BL: bool, True where the token is hidden.
+            guidance_scale: "interpolate" convention; 1.0 = off, which runs no null rows (the released sampler's 1e-6
+                in the other convention is practically that).
+
+        Returns: float32 logits [B, L, V].
+        """
+        scale = state.block
+        guided = state.scale_S is not None and guidance_scale != 1.0
+        rows = state.condition_RD.shape[0] if guided else state.batch
+        modulations = {name: value[:, :rows] for name, value in state.modulations.items()}
+        inputs_BLC = state.inputs_BNC[:, self.begin_of(scale) : self.ends[scale]]
+        x = self.embed(state.condition_RD[:rows], inputs_BLC, scale, scale)
+        current = self._masked_codes(self.current_input(scale, tokens_BL), masked_BL)
+        x = x + (torch.cat([current, current]) if guided else current)
+        logits = self._run(x, modulations, (self.block_sizes[scale],), "mask")
+        return combine(logits, guidance_scale) if guided else logits.float()
+
+
+# ------------------------------------------------------------------------------------------------------- training
+def scale_weights(sizes: tuple[int, ...]) -> Tensor:
+    """Loss weight of every position in the first phase, float32 [N], summing to 1.
+
+    A scale's weight is the normal density at its place in the reversed order of side lengths, standardised; it is
+    spread over the scale's tokens. Scales of middling size count most, where a plain mean counts the finest most.
+    """
+    sides = torch.tensor(sizes, dtype=torch.float64).sqrt()
+    reversed_sides = sides.flip(0) / sides[-1]
+    standard = (reversed_sides - reversed_sides.mean()) / reversed_sides.std()
+    weight_S = torch.softmax(-0.5 * standard.square(), dim=0)
+    counts = torch.tensor(sizes)
+    return torch.repeat_interleave(weight_S / counts, counts).float()
+
+
+def next_scale_loss(logits_BNV: Tensor, tokens_BN: Tensor, weight_N: Tensor) -> Tensor:
+    """Cross-entropy of the first phase, positions weighted by `scale_weights` (or 1 / N everywhere, VAR's)."""
+    loss_BN = functional.cross_entropy(logits_BNV.float().transpose(1, 2), tokens_BN, reduction="none")
+    return (loss_BN * weight_N).sum(1).mean()
+
+
+def random_mask(sizes: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
+    """Masked positions of a step of the second phase, bool [1, N]: one ratio p ~ U(0, 1), ceil(p n) of a scale's n
+    tokens.
+
+    All images of the batch share them. The first scale has none. Made on the generator's device (CPU if None).
+    """
+    device = "cpu" if generator is None else generator.device
+    ratio = torch.rand((), generator=generator, device=device)
+    parts = [torch.zeros(sizes[0], dtype=torch.bool, device=device)]
+    for size in sizes[1:]:
+        rank = torch.rand(size, generator=generator, device=device).argsort().argsort()
+        parts.append(rank < torch.ceil(ratio * size))
+    return torch.cat(parts)[None]
+
+
+def refinement_loss(logits_BNV: Tensor, tokens_BN: Tensor, masked_BN: Tensor) -> Tensor:
+    """Cross-entropy of the second phase: mean over the masked positions."""
+    loss_BN = functional.cross_entropy(logits_BNV.float().transpose(1, 2), tokens_BN, reduction="none")
+    masked = masked_BN.expand_as(loss_BN)
+    return (loss_BN * masked).sum() / masked.sum().clamp(min=1)

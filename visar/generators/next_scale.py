@@ -1,0 +1,185 @@
+"""Next-scale transformer: predicts all tokens of a scale at once from the scales before it.
+
+Source: VAR, arXiv 2404.02905 section 3; parameter names and numerics of FoundationVision/VAR@78b9539. Attributes and
+words are this project's.
+
+B images, R rows (2B when guided), L positions of a call, N all positions, D width, V codes, C code width.
+"""
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from visar.cache import KVCache
+from visar.condition import Condition
+from visar.multiscale import ScaleGenerator, ScaleState
+from visar.scale_attention import Method
+from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
+SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
+
+# Released sizes, arXiv 2404.02905 table 1 and appendix: depth d has width 64 d and d heads (310 M, 601 M, 1.03 B,
+# 2.01 B; 2.35 B at 512 px).
+NEXT_SCALE_PRESETS: dict[str, dict] = {
+    "var-d16": dict(width=1024, num_layers=16, num_heads=16, scales=SCALES_256),
+    "var-d20": dict(width=1280, num_layers=20, num_heads=20, scales=SCALES_256),
+    "var-d24": dict(width=1536, num_layers=24, num_heads=24, scales=SCALES_256),
+    "var-d30": dict(width=1920, num_layers=30, num_heads=30, scales=SCALES_256),
+    "var-d36": dict(width=2304, num_layers=36, num_heads=36, scales=SCALES_512, shared_adaln=True),
+}
+
+
+class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
+    """Block-causal transformer over a pyramid of token maps. arXiv 2404.02905.
+
+    A scale's input is the map accumulated from all coarser scales, resized to it; the first scale's is the condition.
+
+    Args:
+        vocab_size, codebook_width: V and C of the tokenizer.
+        scales: sizes, coarse to fine (numbers or (height, width) pairs); the first may exceed 1.
+        num_phi, phi_ratio: of the tokenizer, see `ScalePyramid`.
+        width, num_layers, num_heads, mlp_ratio: D, depth, heads, feed-forward width / D.
+        num_classes: classes of label column 0; 0 = not conditioned on a class.
+        attributes: number of values of every further label column.
+        word_vocab_size: size of the word table (0 padding, 1 "not given"); 0 = no words.
+        shared_adaln: one modulation layer for all blocks plus an offset a block (VAR at 512 px), else one a block.
+        qk_norm: l2-normalised queries and keys with a learned scale a head (all released models).
+        drop_path: stochastic depth of the last block in training, rising linearly from 0 (VAR: 0.1 depth / 24).
+        norm_eps: of all norms.
+
+    Raises:
+        ValueError: nothing to be conditioned on, a width that heads do not divide, or scales that are not a pyramid.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        vocab_size: int = 4096,
+        codebook_width: int = 32,
+        scales: tuple = SCALES_256,
+        num_phi: int = 4,
+        phi_ratio: float = 0.5,
+        width: int = 1024,
+        num_layers: int = 16,
+        num_heads: int = 16,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        attributes: tuple[int, ...] = (),
+        word_vocab_size: int = 0,
+        shared_adaln: bool = False,
+        qk_norm: bool = True,
+        drop_path: float = 0.0,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(f"width {width} must be a multiple of num_heads {num_heads}")
+        self._build_inputs(
+            vocab_size=vocab_size,
+            codebook_width=codebook_width,
+            scales=scales,
+            num_phi=num_phi,
+            phi_ratio=phi_ratio,
+            width=width,
+            num_classes=num_classes,
+            attributes=attributes,
+            word_vocab_size=word_vocab_size,
+        )
+        self.attention_method: Method = "auto"
+        self.word_embed = nn.Linear(codebook_width, width)
+        if shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(
+                width,
+                num_heads,
+                round(width * mlp_ratio),
+                qk_norm=qk_norm,
+                shared_adaln=shared_adaln,
+                drop_path=drop_path * index / max(num_layers - 1, 1),
+                eps=norm_eps,
+            )
+            for index in range(num_layers)
+        )
+        self.head_nm = AdaLNOutputNorm(width, norm_eps)
+        self.head = nn.Linear(width, vocab_size)
+        self._reset_inputs(width, None)
+
+    def reset_parameters(self, generator: torch.Generator | None = None, gate: float = 1e-3) -> None:
+        """Weights for training from scratch (VAR's); gate: 1e-3 for depth 16 and 20, down to 5e-6 for depth 36."""
+        width, depth = self.config["width"], self.config["num_layers"]
+        std = (1 / width / 3) ** 0.5
+        self._reset_inputs(width, generator)
+        reset_blocks(self.blocks, width, depth, gate, generator)
+        for linear in (self.word_embed, self.head, self.head_nm.ada_lin[1]):
+            nn.init.trunc_normal_(linear.weight, std=std, generator=generator)
+            nn.init.zeros_(linear.bias)
+        with torch.no_grad():
+            self.head.weight.mul_(0.02)
+            self.head_nm.ada_lin[1].weight.mul_(0.5)
+
+    # -------------------------------------------------------------------------------------------- teacher forcing
+    def embed_map(self, inputs_BLC: Tensor) -> Tensor:
+        return self.word_embed(inputs_BLC.to(self.word_embed.weight.dtype))
+
+    def forward(self, tokens_BN: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced conditionals of every token given the condition and the coarser scales.
+
+        Args:
+            tokens_BN: int64 ids [B, N], coarse to fine (those of the last scale are not read).
+            condition: of the B images.
+
+        Returns: float32 logits [B, N, V].
+        """
+        with torch.no_grad():
+            inputs_BLC = self.pyramid.inputs(tokens_BN)
+        return self.forward_inputs(inputs_BLC, condition)
+
+    def forward_inputs(self, inputs_BLC: Tensor, condition: Condition) -> Tensor:
+        """As `forward`, from the inputs [B, N - L_0, C] of the scales after the first."""
+        condition_RD = self.condition_vector(condition)
+        x = self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1)
+        modulations = self.modulate(condition_RD)
+        for block, modulation in zip(self.blocks, modulations["blocks"], strict=True):
+            x = block(x, modulation, self.block_sizes, "causal", method=self.attention_method)
+        return self.head(self.head_nm(x, modulations["head"][0])).float()
+
+    def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
+        """Modulations of all blocks [depth, R, 6, D] and of the output norm [1, R, 2, D]."""
+        shared = None
+        if self.config["shared_adaln"]:
+            shared = self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
+        blocks = torch.stack([block.modulation(condition_RD, shared) for block in self.blocks])
+        return {"blocks": blocks, "head": self.head_nm.modulation(condition_RD)[None]}
+
+    # --------------------------------------------------------------------------------------------------- decoding
+    def make_cache(self, rows: int, num_scales: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+        """Keys and values of the first scales."""
+        return KVCache(
+            num_layers=len(self.blocks),
+            rows=rows,
+            num_heads=self.config["num_heads"],
+            num_slots=self.ends[num_scales - 1],
+            head_width=self.config["width"] // self.config["num_heads"],
+            device=device,
+            dtype=dtype,
+        )
+
+    def raw_logits(self, state: ScaleState) -> Tensor:
+        """Unguided logits [R, L, V] of scale `state.block`; reads all coarser scales in the same pass when this is the
+        first scale that the state predicts."""
+        scale = state.block
+        first = 0 if scale == state.first_block else scale
+        begin, end = self.begin_of(first), self.ends[scale]
+        inputs_BLC = state.inputs_BNC[:, max(begin, self.block_sizes[0]) : end]
+        x = self.embed(state.condition_RD, inputs_BLC, first, scale)
+        position = torch.arange(begin, end, device=x.device)[None]
+        sizes = self.block_sizes[first : scale + 1]
+        for index, block in enumerate(self.blocks):
+            view = LayerCache(state.cache, index, position, end)
+            x = block(x, state.modulations["blocks"][index], sizes, "causal", cache=view, method=self.attention_method)
+        x = x[:, -self.block_sizes[scale] :]
+        return self.head(self.head_nm(x, state.modulations["head"][0]))

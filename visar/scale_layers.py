@@ -1,0 +1,256 @@
+"""Transformer parts of generators over scales: condition vector, adaptive norms, attention by cosine similarity.
+
+Source: VAR, arXiv 2404.02905; parameter names and numerics of FoundationVision/VAR@78b9539.
+
+B images, R rows (2B when guided), L positions, D width, N heads, E head width, F feed-forward width.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from visar.cache import KVCache
+from visar.condition import Condition
+from visar.scale_attention import Method, Pattern, scale_attention
+
+PADDING_WORD, NULL_WORD = 0, 1
+_LOG_LARGEST_SCALE = math.log(100.0)
+
+
+class ConditionVector(nn.Module):
+    """One vector for everything an image is conditioned on: class, attributes and the mean of its words, added up.
+
+    Args:
+        width: D.
+        num_classes: classes of label column 0; 0 = none (a learned vector takes its place).
+        attributes: number of values of every further label column.
+        word_vocab_size: size of the word table; 0 = no words.
+    """
+
+    def __init__(self, width: int, num_classes: int, attributes: tuple[int, ...], word_vocab_size: int) -> None:
+        super().__init__()
+        if not (num_classes or word_vocab_size):
+            raise ValueError("a class (num_classes) or words (word_vocab_size) are needed")
+        self.label_sizes = ((num_classes,) if num_classes else ()) + tuple(attributes)
+        self.num_classes, self.word_vocab_size = num_classes, word_vocab_size
+        if num_classes:
+            self.class_emb = nn.Embedding(num_classes + 1, width)
+        else:
+            self.begin = nn.Parameter(torch.randn(width) * 0.02)
+        self.attribute_emb = nn.ModuleList(nn.Embedding(size + 1, width) for size in attributes)
+        if word_vocab_size:
+            self.word_emb = nn.Embedding(word_vocab_size, width)
+
+    def check(self, condition: Condition) -> None:
+        """Checks that the condition has what the model reads.
+
+        Raises:
+            ValueError: labels are missing, have the wrong number of columns or a value outside the table; words are
+                missing.
+        """
+        sizes = self.label_sizes
+        if sizes:
+            labels = condition.labels_BA
+            if labels is None or labels.shape[1] != len(sizes):
+                raise ValueError(f"this model is conditioned on labels [B, {len(sizes)}] with {list(sizes)} values")
+            if not labels.is_cuda:
+                for column, size in enumerate(sizes):
+                    wrong = labels[(labels[:, column] < 0) | (labels[:, column] > size), column]
+                    if wrong.numel():
+                        raise ValueError(f"label {int(wrong[0])} in column {column}; allowed: 0 ... {size} (null)")
+        if self.word_vocab_size and condition.words_BT is None:
+            raise ValueError("this model is conditioned on word ids [B, T]")
+
+    def null(self, condition: Condition) -> Condition:
+        """The condition "nothing given" for as many images, in the same shapes."""
+        labels = words = None
+        if condition.labels_BA is not None:
+            labels = torch.tensor(self.label_sizes, device=condition.labels_BA.device).expand(condition.batch, -1)
+        if condition.words_BT is not None:
+            words = torch.zeros_like(condition.words_BT)
+            words[:, 0] = NULL_WORD
+        return Condition(labels_BA=labels, words_BT=words)
+
+    def forward(self, condition: Condition) -> Tensor:
+        """float [R, D]."""
+        labels, first = condition.labels_BA, 0
+        if self.num_classes:
+            vector, first = self.class_emb(labels[:, 0]), 1
+        else:
+            vector = self.begin.expand(condition.batch, -1)
+        for column, embedding in enumerate(self.attribute_emb):
+            vector = vector + embedding(labels[:, first + column])
+        if self.word_vocab_size:
+            given = (condition.words_BT != PADDING_WORD)[..., None]
+            total = (self.word_emb(condition.words_BT) * given).sum(1)
+            vector = vector + total / given.sum(1).clamp(min=1).to(total.dtype)
+        return vector
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's view of the cache during one call: positions [1, L] to write, and how many slots are then in use."""
+
+    cache: KVCache
+    layer: int
+    position: Tensor
+    bound: int
+
+    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cache.update(self.layer, key, value, self.position, self.bound)
+
+
+class ScaleSelfAttention(nn.Module):
+    """Self-attention with biases on queries and values only, and cosine similarity with a learned scale a head.
+
+    Args:
+        width, num_heads: D, N.
+        qk_norm: l2-normalise queries and keys; the softmax scale is then exp(min(scale_mul, log 100)). Without it the
+            softmax scale is 0.25 / sqrt(E).
+    """
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qk_norm = qk_norm
+        self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
+        self.mat_qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        if qk_norm:
+            self.scale_mul_1H11 = nn.Parameter(torch.full((1, num_heads, 1, 1), math.log(4.0)))
+        self.proj = nn.Linear(width, width)
+
+    def forward(
+        self, x_RLD: Tensor, sizes: tuple[int, ...], pattern: Pattern, cache: LayerCache | None, method: Method
+    ) -> Tensor:
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = functional.linear(x_RLD, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = (part.transpose(1, 2) for part in qkv.unbind(2))
+        if self.qk_norm:
+            scale = self.scale_mul_1H11.float().clamp(max=_LOG_LARGEST_SCALE).exp()
+            query = (functional.normalize(query.float(), dim=-1) * scale).to(value.dtype)
+            key = functional.normalize(key.float(), dim=-1).to(value.dtype)
+        if cache is not None:
+            key, value = cache.update(key, value)
+        out = scale_attention(query, key, value, sizes, pattern, softmax_scale=self.softmax_scale, method=method)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class FeedForward(nn.Module):
+    """fc2(gelu_tanh(fc1 x))."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+
+class AdaLNBlock(nn.Module):
+    """Transformer block whose norms are scaled, shifted and gated by the condition.
+
+    Args:
+        width, num_heads, hidden_width: D, N, F.
+        qk_norm: see `ScaleSelfAttention`.
+        shared_adaln: the six vectors come from a layer that all blocks share, plus a learned offset of the block's
+            own.
+        drop_path: chance that a residual branch is left out for a row in training.
+        eps: of the norms.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        hidden_width: int,
+        *,
+        qk_norm: bool = True,
+        shared_adaln: bool = False,
+        drop_path: float = 0.0,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.drop_path, self.eps = drop_path, eps
+        self.attn = ScaleSelfAttention(width, num_heads, qk_norm)
+        self.ffn = FeedForward(width, hidden_width)
+        if shared_adaln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, width) / width**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+        self.shared_adaln = shared_adaln
+
+    def modulation(self, condition_RD: Tensor, shared_R6D: Tensor | None) -> Tensor:
+        """[R, 6, D]: gate of attention and of the feed-forward part, then both scales, then both shifts."""
+        if self.shared_adaln:
+            return shared_R6D + self.ada_gss[0]
+        return self.ada_lin(condition_RD).unflatten(-1, (6, -1))
+
+    def _norm(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return functional.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
+
+    def _drop(self, x_RLD: Tensor) -> Tensor:
+        if not (self.training and self.drop_path):
+            return x_RLD
+        return x_RLD * functional.dropout(x_RLD.new_ones(x_RLD.shape[0], 1, 1), self.drop_path)
+
+    def forward(
+        self,
+        x_RLD: Tensor,
+        modulation_R6D: Tensor,
+        sizes: tuple[int, ...],
+        pattern: Pattern,
+        *,
+        cache: LayerCache | None = None,
+        method: Method = "auto",
+    ) -> Tensor:
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_R6D[:, :, None].unbind(1)
+        attended = self.attn(self._norm(x_RLD, scale_1, shift_1), sizes, pattern, cache, method)
+        x_RLD = x_RLD + self._drop(gate_1 * attended)
+        return x_RLD + self._drop(gate_2 * self.ffn(self._norm(x_RLD, scale_2, shift_2)))
+
+
+class AdaLNOutputNorm(nn.Module):
+    """Norm before the head, scaled and shifted by the condition."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def modulation(self, condition_RD: Tensor) -> Tensor:
+        """[R, 2, D]: scale, then shift."""
+        return self.ada_lin(condition_RD).unflatten(-1, (2, -1))
+
+    def forward(self, x_RLD: Tensor, modulation_R2D: Tensor) -> Tensor:
+        scale, shift = modulation_R2D[:, :, None].unbind(1)
+        normed = functional.layer_norm(x_RLD.float(), x_RLD.shape[-1:], eps=self.eps)
+        return (normed * (1 + scale.float()) + shift.float()).to(x_RLD.dtype)
+
+
+def reset_blocks(
+    blocks: nn.ModuleList, width: int, depth: int, gate: float, generator: torch.Generator | None
+) -> None:
+    """VAR's start: N(0, sqrt(1 / (3 D))) for linear layers, residual projections divided by sqrt(2 depth), adaLN
+    halved, its gates multiplied by `gate` (paper's code: 1e-3 ... 1e-5, smaller for deeper models)."""
+    std = (1 / width / 3) ** 0.5
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=std, generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            block.attn.proj.weight.div_(math.sqrt(2 * depth))
+            block.ffn.fc2.weight.div_(math.sqrt(2 * depth))
+            if block.shared_adaln:
+                block.ada_gss[:, :, 2:].mul_(0.5)
+                block.ada_gss[:, :, :2].mul_(gate)
+            else:
+                block.ada_lin[1].weight[2 * width :].mul_(0.5)
+                block.ada_lin[1].weight[: 2 * width].mul_(gate)
