@@ -6,6 +6,8 @@ optionally `features_L` float32 [N, D], and `label_rows` [R, A] with `label_coun
 """
 
 import json
+import zipfile
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -339,7 +341,7 @@ def load_statistics(path: str | Path) -> Reference:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays["visar"]))
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is truncated or broken ({error})") from error
     if meta.get("format") != FORMAT:
         raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")

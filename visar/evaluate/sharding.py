@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -149,7 +151,7 @@ def load_part(path: Path, with_images: bool = False) -> Part:
             meta = json.loads(str(file["meta"]))
             arrays = {name: torch.from_numpy(file[name]) for name in file.files if name not in ("meta", "images")}
             images = torch.from_numpy(file["images"]) if with_images and "images" in file.files else None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} is broken ({error}); delete it and its images are made again") from error
     statistics = meta["statistics"]
     statistics["tokens_per_pass"] = {int(key): value for key, value in statistics["tokens_per_pass"].items()}
