@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.files import load_weights
 
 State = dict[str, Tensor]
-Model = TypeVar("Model", bound=ModelMixin)
+Model = TypeVar("Model", bound=nn.Module)
 
 WRAPPERS = ("model", "module", "state_dict")
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
