@@ -86,7 +86,9 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     for seed, text in zip(result.seeds, result.descriptions, strict=True):
         print(f"seed {seed}: {text}")
     passes = sum(result.statistics.forward_passes.values())
-    print(f"{len(result.images)} images in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
+    print(
+        f"{len(result.images)} images in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}"
+    )
 
 
 def _number_or_name(text: str) -> int | str:
@@ -237,7 +239,9 @@ def _sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
             allowed = ", ".join(settings) or "none"
             raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {allowed}")
         holder = dataclasses.make_dataclass("Setting", [(name, settings[name].annotation)])
-        values[name] = getattr(tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog="visar sample"), name)
+        values[name] = getattr(
+            tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog="visar sample"), name
+        )
     return rest, values
 
 
