@@ -1,6 +1,7 @@
 """VQ tokenizer: parity with LlamaGen, sizes and errors, quantiser under training, usage and revival of codes."""
 
 import multiprocessing
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -14,12 +15,12 @@ from visar.output import to_uint8
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage, VectorQuantizer, nearest_codes
 from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
 
-TOLERANCE = dict(atol=3e-5, rtol=0)
+TOLERANCE: dict[str, Any] = dict(atol=3e-5, rtol=0)
 
 
 def tiny(**changes) -> VQTokenizer:
     torch.manual_seed(0)
-    settings = dict(
+    settings: dict[str, Any] = dict(
         image_size=16,
         base_channels=32,
         channel_multipliers=(1, 2),
@@ -253,7 +254,7 @@ def _loss(output, image):
 
 
 @torch.enable_grad()
-def _fit(model, image, steps, update="gradient", call=None):
+def _fit(model, image, steps, update: Literal["gradient", "ema"] = "gradient", call=None):
     codebook = CodebookTrainer(model.quantize, update=update, decay=0.8, revive_below=0.01)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
     losses = []
