@@ -1,0 +1,427 @@
+"""The training loop of all recipes: optimiser steps, moving average, logs, pictures, checkpoints, exact resume.
+
+A run that is killed goes on from its newest checkpoint and computes the same numbers as one that was not: all
+randomness is a function of the step (visar/train/randomness.py), so a checkpoint is weights, their average,
+optimisers, the step, the best validation and the sums of the log line in progress. Several processes are started by
+`accelerate launch` or `torchrun`; each takes its share of every batch.
+
+The host waits for the device only at log lines, validations, pictures and checkpoints.
+"""
+
+import contextlib
+import logging
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json, replace_folder
+from visar.train.log import RunLog, Sheet
+from visar.train.options import FREE_OPTIONS, RunOptions, check_run_options
+from visar.train.randomness import StepRandom
+from visar.train.schedule import schedule_factor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call ended.
+
+    Attributes:
+        out: folder of the run.
+        steps: optimiser steps done since its beginning.
+        finished: False if the time limit stopped it.
+        best: best value of the validation metric that models are chosen by; None without a validation.
+    """
+
+    out: Path
+    steps: int
+    finished: bool
+    best: float | None
+
+
+@dataclass
+class Part:
+    """A trained module with its optimiser.
+
+    Attributes:
+        module: as it is saved.
+        call: the same module behind gradient averaging over processes, if there are several; what a step calls.
+        optimizer: of its parameters.
+        learning_rate: at its highest.
+    """
+
+    module: nn.Module
+    call: nn.Module
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+
+
+class Task(ABC):
+    """What a recipe gives to the loop.
+
+    Attributes:
+        parts: trained modules by name; "model" is the one that is averaged and saved.
+        select: name of the validation metric that the saved model is chosen by.
+        higher_is_better: direction of `select`.
+    """
+
+    parts: dict[str, Part]
+    select: str
+    higher_is_better: bool
+
+    @abstractmethod
+    def step(self, step: int) -> dict[str, Tensor]:
+        """Runs optimiser steps of the parts; returns scalars to be averaged, left on the device."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        """Measures averaged weights; called in the main process only."""
+
+    @abstractmethod
+    def sheets(self, model: nn.Module) -> dict[str, Sheet]:
+        """Pictures by name, made with averaged weights; called in the main process only."""
+
+    @abstractmethod
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        """Writes averaged weights in the form that `visar.load` reads."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """State beyond weights and optimisers."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes the state back."""
+
+
+class Averages:
+    """Means of scalars since the last log line, each over the steps that gave it; summed on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """Takes in the scalars of one step."""
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def means(self) -> dict[str, Tensor]:
+        """Means by name, on the device."""
+        return {name: total / self._counts[name] for name, total in self._sums.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"sums": dict(self._sums), "counts": dict(self._counts)}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """From a checkpoint."""
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._counts = dict(state["counts"])
+
+
+class Run:
+    """A process's place in a run: device, folder, random numbers, optimiser steps.
+
+    Args:
+        options: of the run.
+
+    Raises:
+        ValueError: an option outside its range.
+        ImportError: accelerate is not installed.
+    """
+
+    def __init__(self, options: RunOptions) -> None:
+        try:
+            from accelerate import Accelerator
+            from accelerate.utils import DistributedDataParallelKwargs
+        except ImportError as error:
+            raise ImportError("training needs accelerate: pip install 'torch-visar[train]'") from error
+        self.options = options
+        # Autocast is ours (below), so that methods other than forward run in it too.
+        self.accelerator = Accelerator(
+            mixed_precision="no",
+            cpu=options.device == "cpu",
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+        check_run_options(options, self.accelerator.num_processes)
+        self.device: torch.device = self.accelerator.device
+        self.random = StepRandom(options.seed, self.accelerator.process_index, self.device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self.accelerator.is_main_process
+
+    @property
+    def part_size(self) -> int:
+        """Images of one micro-batch of this process."""
+        return self.options.batch_size // (self.accelerator.num_processes * self.options.gradient_accumulation)
+
+    def share(self, index: Tensor, part: int) -> Tensor:
+        """This process's rows of a whole batch [batch_size, ...] for one micro-batch."""
+        first = (self.accelerator.process_index * self.options.gradient_accumulation + part) * self.part_size
+        return index[first : first + self.part_size]
+
+    def autocast(self) -> torch.autocast:
+        """The region of mixed precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16")
+
+    def add_part(
+        self, module: nn.Module, learning_rate: float, *, betas: tuple[float, float], weight_decay: float
+    ) -> Part:
+        """A module with AdamW; weight decay on parameters of two axes and more only (LlamaGen, arXiv 2406.06525)."""
+        module.to(self.device)
+        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=betas,
+            fused=self.device.type == "cuda",
+        )
+        return Part(module, module, optimizer, learning_rate)
+
+    def descend(
+        self, part: Part, step: int, losses: Callable[[int], tuple[Tensor, dict[str, Tensor]]]
+    ) -> dict[str, Tensor]:
+        """One optimiser step on the mean loss of the micro-batches.
+
+        Args:
+            part: what is trained.
+            step: number of the step.
+            losses: of a micro-batch's number: its loss, and scalars to be logged.
+
+        Returns: means of the scalars, and the gradient's norm before clipping.
+        """
+        options, means = self.options, Averages()
+        parts = options.gradient_accumulation
+        for index in range(parts):
+            last = index == parts - 1
+            self.random.seed_layers(step, index)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(part.call):
+                with self.autocast():
+                    loss, scalars = losses(index)
+                (loss / parts).backward()
+            means.add(scalars)
+        norm = nn.utils.clip_grad_norm_(part.module.parameters(), options.clip_norm or float("inf"), foreach=True)
+        factor = self.learning_rate_factor(step)
+        for group in part.optimizer.param_groups:
+            group["lr"] = part.learning_rate * factor
+        part.optimizer.step()
+        part.optimizer.zero_grad(set_to_none=True)
+        return {**means.means(), "gradient_norm": norm}
+
+    def learning_rate_factor(self, step: int) -> float:
+        """Factor of the schedule in a step."""
+        return schedule_factor(
+            step,
+            schedule=self.options.schedule,
+            steps=self.options.steps,
+            warmup_steps=self.options.warmup_steps,
+            decay_steps=self.options.decay_steps,
+            final_fraction=self.options.final_fraction,
+        )
+
+
+@contextlib.contextmanager
+def fast_math(enabled: bool) -> Iterator[None]:
+    """TF32 products and autotuned convolutions inside the region; flags are put back after it."""
+    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    before = (cudnn.allow_tf32, cudnn.benchmark)
+    try:
+        torch.set_float32_matmul_precision("high" if enabled else "highest")
+        cudnn.allow_tf32, cudnn.benchmark = enabled, True
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.benchmark = before
+
+
+def check_finite(values: dict[str, float], step: int) -> None:
+    """Checks means of losses.
+
+    Raises:
+        ValueError: one is infinite or not a number; all of them are named.
+    """
+    wrong = [name for name, value in values.items() if not abs(value) < float("inf")]
+    if wrong:
+        raise ValueError(
+            f"{', '.join(wrong)} not finite in the steps up to {step}: a smaller learning_rate, longer warmup_steps "
+            "or mixed_precision no may help; the newest checkpoint is from before"
+        )
+
+
+class Loop:
+    """Runs a task from its newest checkpoint to its last step, or to the time limit.
+
+    Args:
+        run: this process.
+        task: the recipe.
+
+    Raises:
+        ValueError: the folder holds a run with other options.
+    """
+
+    def __init__(self, run: Run, task: Task) -> None:
+        self.run, self.task, self.options = run, task, run.options
+        self.folder = run.options.out
+        self.store = CheckpointStore(self.folder / "checkpoints", run.options.keep_checkpoints)
+        self.averages = Averages()
+        self.best: float | None = None
+        # Of the bare module: a compiled or distributed one would give other names.
+        self.ema = AveragedModel(task.parts["model"].module, multi_avg_fn=get_ema_multi_avg_fn(run.options.ema_decay))
+        self.ema.requires_grad_(False).eval()
+        self.begin = self._resume()
+        if run.options.compile:
+            task.parts["model"].module.compile()
+        for part in task.parts.values():
+            if run.accelerator.num_processes > 1:
+                part.call = run.accelerator.prepare_model(part.module)
+        self.log = RunLog(run.options, run.accelerator, self.begin)
+        self.window_begin, self.window_steps = time.perf_counter(), 0
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+    def _resume(self) -> int:
+        if self.run.is_main:
+            self.store.remove_parts()
+            if self.options.resume == "restart":
+                self.store.clear()
+        self.run.accelerator.wait_for_everyone()
+        steps = self.store.steps()
+        if not steps:
+            return 0
+        check_same_options(self.store.config(steps[-1]), self.options, FREE_OPTIONS, self.folder)
+        state = self.store.load(steps[-1])
+        for name, part in self.task.parts.items():
+            part.module.load_state_dict(state["parts"][name]["module"])
+            part.optimizer.load_state_dict(state["parts"][name]["optimizer"])
+        self.ema.load_state_dict(state["ema"])
+        self.task.load_state_dict(state["task"])
+        self.averages.load_state_dict(state["averages"], self.run.device)
+        self.best = state["best"]
+        return state["step"]
+
+    def _save(self, step: int) -> None:
+        if self.run.is_main:
+            check_finite({name: float(value) for name, value in self.averages.means().items()}, step)
+            self.store.save(
+                step,
+                {
+                    "step": step,
+                    "best": self.best,
+                    "parts": {
+                        name: {"module": part.module.state_dict(), "optimizer": part.optimizer.state_dict()}
+                        for name, part in self.task.parts.items()
+                    },
+                    "ema": self.ema.state_dict(),
+                    "task": self.task.state_dict(),
+                    "averages": self.averages.state_dict(),
+                },
+                options_to_json(self.options),
+            )
+        self.run.accelerator.wait_for_everyone()
+
+    def _save_model(self) -> None:
+        temporary = self.folder / ".model.part"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.task.save_model(self.ema.module, temporary)
+        replace_folder(temporary, self.folder / "model")
+
+    # -------------------------------------------------------------------------------------------------- measurements
+    def _validate(self, step: int) -> None:
+        if self.run.is_main:
+            with torch.no_grad():
+                values = self.task.validate(self.ema.module)
+            self.log.write(step, {f"validation/{name}": value for name, value in values.items()})
+            value = values[self.task.select]
+            sign = 1.0 if self.task.higher_is_better else -1.0
+            if self.best is None or sign * value > sign * self.best:
+                self.best = value
+                self._save_model()
+        self.run.accelerator.wait_for_everyone()
+
+    def _sheets(self, step: int) -> None:
+        if self.run.is_main:
+            with torch.no_grad():
+                sheets = self.task.sheets(self.ema.module)
+            for name, sheet in sheets.items():
+                self.log.picture(step, name, sheet)
+        self.run.accelerator.wait_for_everyone()
+
+    def _log(self, step: int, deadline: float | None) -> bool:
+        """Writes the means since the last line; returns whether time is up, agreed on by all processes."""
+        averages = self.averages.means()
+        late = deadline is not None and time.monotonic() > deadline
+        flag = torch.tensor(float(late), dtype=torch.float64, device=self.run.device)
+        both = self.run.accelerator.reduce(torch.stack([*averages.values(), flag]), reduction="mean").tolist()
+        values = {f"train/{name}": mean for name, mean in zip(averages, both, strict=False)}
+        seconds = time.perf_counter() - self.window_begin
+        check_finite(values, step)
+        values["train/learning_rate"] = self.options.learning_rate * self.run.learning_rate_factor(step - 1)
+        values["train/images_per_second"] = self.options.batch_size * self.window_steps / seconds
+        self.log.write(step, values)
+        self.log.progress(step, values)
+        self.averages = Averages()
+        self.window_begin, self.window_steps = time.perf_counter(), 0
+        return both[-1] > 0
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.options.steps or (every > 0 and step % every == 0)
+
+    def train(self) -> TrainResult:
+        """Runs the loop."""
+        options, task = self.options, self.task
+        deadline = time.monotonic() + 60.0 * options.max_minutes if options.max_minutes else None
+        step, late = self.begin, False
+        model = task.parts["model"].module
+        for part in task.parts.values():
+            part.module.train()
+        while step < options.steps and not late:
+            self.averages.add(task.step(step))
+            self.ema.update_parameters(model)
+            step += 1
+            self.window_steps += 1
+            if self._due(step, options.log_every):
+                late = self._log(step, deadline)
+            begun = time.perf_counter()
+            if self._due(step, options.validate_every):
+                self._validate(step)
+            if self._due(step, options.sample_every):
+                self._sheets(step)
+            if late or self._due(step, options.save_every):
+                self._save(step)
+            self.window_begin += time.perf_counter() - begun
+        self.log.close()
+        finished = step == options.steps
+        if not finished and self.run.is_main:
+            if self.best is None:
+                self._save_model()
+            logger.warning(
+                "stopped after %g minutes at step %d of %d: give the same command again to go on from there",
+                options.max_minutes,
+                step,
+                options.steps,
+            )
+        return TrainResult(self.folder, step, finished, self.best)
+
+
+def run_task(run: Run, task: Task) -> TrainResult:
+    """Trains a task to its end or to the time limit, going on from its newest checkpoint; see `Loop`."""
+    with fast_math(run.options.tf32):
+        return Loop(run, task).train()

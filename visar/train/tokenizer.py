@@ -1,0 +1,343 @@
+"""Training of VQ and multi-scale VQ tokenizers: reconstruction, perceptual and codebook losses, optional discriminator.
+
+Source: VQGAN, arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525 section 3.1 (l2-normalised lookup, perceptual and hinge
+losses); multi-scale: arXiv 2404.02905. Moving-average codebook and revival of unused codes: visar/tokenizers/quantizer.py.
+"""
+
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from visar.evaluate.reconstruction import psnr
+from visar.output import to_uint8
+from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer
+from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
+from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage
+from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
+from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
+from visar.train.images import PictureSet, open_pictures
+from visar.train.log import Sheet
+from visar.train.loop import Run, Task, TrainResult, run_task
+from visar.train.options import RunOptions
+from visar.train.perceptual import PerceptualKind, gradient_l1, load_perceptual
+from visar.train.randomness import Draw, IndexDraws, step_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(RunOptions):
+    """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
+
+    data: Path
+    """Images: emoji64.zip, a folder with a subfolder a class, or a parquet file."""
+    image_size: int | None = None
+    """Side of the images in pixels; that of the preset when not given."""
+    preset: str = "vq-4-64"
+    """Architecture: a preset of the VQ or the multi-scale VQ tokenizer."""
+    model_options: str = "{}"
+    """Constructor arguments that differ from the preset's, as JSON, such as '{"base_channels": 48}'."""
+    codebook_size: int | None = None
+    """Codes; those of the preset when not given."""
+    codebook_update: Literal["gradient", "ema"] = "ema"
+    """Codes follow the moving average of their latents, or the gradient of the codebook loss."""
+    codebook_decay: float = 0.99
+    """Of the moving averages of codes and their uses."""
+    commitment_weight: float = 0.25
+    """Weight of the loss that keeps latents near their codes."""
+    codebook_weight: float = 1.0
+    """Weight of the loss that moves codes; codes that follow a moving average have no gradient from it."""
+    revive_every: int = 20
+    """Steps between revivals of unused codes; 0 = never."""
+    revive_below: float = 0.2
+    """Uses a step below which a code counts as unused."""
+    revive_until: float = 0.8
+    """Share of the run in which codes are revived."""
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    l2_weight: float = 2.0
+    """Weight of the mean squared error."""
+    gradient_weight: float = 0.5
+    """Weight of the multi-scale L1 of pixel differences."""
+    perceptual_weight: float = 0.3
+    """Weight of the perceptual distance; 0 = off."""
+    perceptual: PerceptualKind = "lite0"
+    """lite0: EfficientNet-Lite0, from a package; lpips: VGG-16, weights are fetched."""
+    adversarial_weight: float = 0.0
+    """Weight of the discriminator's loss; 0 = off."""
+    adversarial_start: int = 0
+    """Step at which the discriminator sets in."""
+    adversarial_learning_rate: float = 1e-4
+    """Of the discriminator."""
+    adversarial_spectral: bool = True
+    """Spectral norm in the discriminator, else group norm."""
+    adversarial_adaptive: bool = False
+    """Scale its loss by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
+    adversarial_maximum: float = 10.0
+    """Largest such ratio."""
+    weight_decay: float = 0.0
+    """Of matrices and convolutions."""
+    augment: bool = True
+    """Shifts, flips and rescalings of the training images."""
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights in model/."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What training needs to know of a kind of tokenizer."""
+
+    build: Callable[..., nn.Module]
+    presets: dict[str, dict]
+    quantizer: str
+    codebook_trainer: type[CodebookTrainer]
+
+
+FAMILIES = (
+    Family(VQTokenizer, VQ_PRESETS, "quantize", CodebookTrainer),
+    Family(MultiScaleVQTokenizer, MULTISCALE_VQ_PRESETS, "quantizer", MultiScaleCodebookTrainer),
+)
+
+
+def find_family(preset: str) -> Family:
+    """The kind of tokenizer that a preset is of.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    for family in FAMILIES:
+        if preset in family.presets:
+            return family
+    raise ValueError(f"preset {preset!r}; choose {', '.join(name for family in FAMILIES for name in family.presets)}")
+
+
+def json_options(text: str) -> dict[str, Any]:
+    """Constructor arguments given as JSON.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model_options {text!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model_options {text!r}; needed: a JSON object such as '{{\"base_channels\": 48}}'")
+    return values
+
+
+def build_tokenizer(options: TrainTokenizer) -> nn.Module:
+    """A tokenizer with fresh weights, made from the run's seed.
+
+    Raises:
+        ValueError: an unknown preset, or arguments that the architecture refuses.
+    """
+    family = find_family(options.preset)
+    arguments = {**family.presets[options.preset], **json_options(options.model_options)}
+    if options.codebook_size is not None:
+        arguments["codebook_size"] = options.codebook_size
+    if options.image_size is not None and family.build is VQTokenizer:
+        arguments["image_size"] = options.image_size
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(step_seed(options.seed, 0, Draw.INITIAL))
+        try:
+            return family.build(**arguments)
+        except TypeError as error:
+            raise ValueError(f"preset {options.preset} does not take these model_options: {error}") from error
+
+
+def usage_scalars(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
+    """Share of codes used, and perplexity of their frequencies, in one batch; left on the device."""
+    flat = ids.flatten()
+    count_V = torch.zeros(vocab_size, device=ids.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float))
+    share_V = count_V / flat.shape[0]
+    entropy = torch.special.entr(share_V).sum()
+    return {"codes_used": (count_V > 0).float().mean(), "code_perplexity": entropy.exp()}
+
+
+class TokenizerTask(Task):
+    """Steps and measurements of `train_tokenizer`."""
+
+    select, higher_is_better = "psnr", True
+
+    def __init__(self, run: Run, options: TrainTokenizer, pictures: PictureSet, validation: PictureSet) -> None:
+        self.run, self.options = run, options
+        self.pictures, self.validation = pictures, validation
+        self.draws = IndexDraws(len(pictures), None, run.device)
+        family = find_family(options.preset)
+        model = build_tokenizer(options).to(run.device)
+        if run.device.type == "cuda":
+            model.to(memory_format=torch.channels_last)
+        self.codebook = family.codebook_trainer(
+            getattr(model, family.quantizer),
+            update=options.codebook_update,
+            decay=options.codebook_decay,
+            revive_below=options.revive_below,
+        )
+        self.parts = {
+            "model": run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+        }
+        if options.adversarial_weight:
+            self.parts["discriminator"] = run.add_part(
+                PatchDiscriminator(spectral=options.adversarial_spectral),
+                options.adversarial_learning_rate,
+                betas=(0.5, 0.9),
+                weight_decay=0.0,
+            )
+        self.perceptual = None
+        if options.perceptual_weight:
+            bf16 = run.device.type == "cuda" and options.mixed_precision == "bf16"
+            self.perceptual = load_perceptual(
+                options.perceptual, run.device, torch.bfloat16 if bf16 else torch.float32
+            )
+            if options.compile:
+                self.perceptual.compile()
+        generator = run.random.generator(0, Draw.SUBSET, shared=True)
+        order = torch.randperm(len(pictures), generator=generator, device=run.device)
+        self.train_subset = order[: len(validation)]
+
+    # -------------------------------------------------------------------------------------------------------- steps
+    def step(self, step: int) -> dict[str, Tensor]:
+        options, random = self.options, self.run.random
+        index_B = self.draws.draw(options.batch_size, random.generator(step, Draw.DATA, shared=True))
+        adversarial = options.adversarial_weight > 0 and step >= options.adversarial_start
+        seen: list[tuple[Tensor, VQOutput]] = []
+
+        def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
+            generator = random.generator(step, Draw.AUGMENT, part=part) if options.augment else None
+            image_BCHW = self.pictures.batch(self.run.share(index_B, part), generator)
+            output = self.parts["model"].call(image_BCHW)
+            seen.append((image_BCHW, output))
+            return self._losses(image_BCHW, output, adversarial)
+
+        scalars = self.run.descend(self.parts["model"], step, losses)
+        if adversarial:
+            scalars |= self._train_discriminator(step, seen)
+        latent_BChw = torch.cat([output.latent_BChw.detach() for _, output in seen])
+        ids_BN = torch.cat([output.ids_BN for _, output in seen])
+        self.codebook.step(latent_BChw, ids_BN)
+        scalars |= usage_scalars(ids_BN, self.parts["model"].module.layout.vocab_size)
+        due = options.revive_every and (step + 1) % options.revive_every == 0
+        if due and options.revive_below and step < options.revive_until * options.steps:
+            self.codebook.revive(latent_BChw, random.generator(step, Draw.REVIVE))
+        return scalars
+
+    def _losses(self, image_BCHW: Tensor, output: VQOutput, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        options, made_BCHW = self.options, output.image_BCHW.float()
+        difference = made_BCHW - image_BCHW
+        square_B = difference.square().mean((1, 2, 3))
+        loss = options.l1_weight * difference.abs().mean() + options.l2_weight * square_B.mean()
+        loss = loss + options.commitment_weight * output.commitment_loss
+        loss = loss + options.codebook_weight * output.codebook_loss
+        scalars = {
+            "psnr": (-10.0 * torch.log10(square_B.clamp(min=1e-10) / 4.0)).mean(),
+            "commitment": output.commitment_loss,
+        }
+        if options.gradient_weight:
+            loss = loss + options.gradient_weight * gradient_l1(made_BCHW, image_BCHW).mean()
+        if self.perceptual is not None:
+            scalars["perceptual"] = self.perceptual(made_BCHW, image_BCHW).mean()
+            loss = loss + options.perceptual_weight * scalars["perceptual"]
+        if adversarial:
+            discriminator = self.parts["discriminator"].module.requires_grad_(False)
+            scalars["adversarial"] = generator_loss(discriminator(output.image_BCHW))
+            weight: Tensor | float = options.adversarial_weight
+            if options.adversarial_adaptive:
+                last_layer = self.parts["model"].module.decoder.conv_out.weight
+                scalars["adaptive_weight"] = adaptive_weight(
+                    loss, scalars["adversarial"], last_layer, options.adversarial_maximum
+                )
+                weight = weight * scalars["adaptive_weight"]
+            loss = loss + weight * scalars["adversarial"]
+            discriminator.requires_grad_(True)
+        return loss, {"loss": loss, **scalars}
+
+    def _train_discriminator(self, step: int, seen: list[tuple[Tensor, VQOutput]]) -> dict[str, Tensor]:
+        part = self.parts["discriminator"]
+
+        def losses(index: int) -> tuple[Tensor, dict[str, Tensor]]:
+            image_BCHW, output = seen[index]
+            made_BCHW = output.image_BCHW.detach().to(image_BCHW.dtype)
+            real_logits, fake_logits = part.call(torch.cat([image_BCHW, made_BCHW])).chunk(2)
+            loss = discriminator_loss(real_logits, fake_logits)
+            return loss, {"discriminator": loss}
+
+        return {"discriminator": self.run.descend(part, step, losses)["discriminator"]}
+
+    # ------------------------------------------------------------------------------------------------- measurements
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        everything = torch.arange(len(self.validation), device=self.run.device)
+        usage = CodebookUsage(model.layout.vocab_size, self.run.device)
+        values = self._measure(model, self.validation, everything, usage)
+        values["codes_used"], values["code_perplexity"] = usage.fraction, usage.perplexity
+        trained = self._measure(model, self.pictures, self.train_subset, None)
+        return values | {f"train_{name}": value for name, value in trained.items()}
+
+    def _measure(
+        self, model: nn.Module, pictures: PictureSet, index_N: Tensor, usage: CodebookUsage | None
+    ) -> dict[str, float]:
+        ratios, distances = [], []
+        for index_B in index_N.split(4 * self.run.part_size):
+            image_BCHW = pictures.batch(index_B)
+            with self.run.autocast():
+                output = model(image_BCHW)
+            if usage is not None:
+                usage.update(output.ids_BN)
+            ratios.append(psnr(to_uint8(image_BCHW), to_uint8(output.image_BCHW)))
+            if self.perceptual is not None:
+                distances.append(self.perceptual(output.image_BCHW.float(), image_BCHW))
+        values = {"psnr": float(torch.cat(ratios).mean())}
+        return values | ({"perceptual": float(torch.cat(distances).mean())} if distances else {})
+
+    def sheets(self, model: nn.Module) -> dict[str, Sheet]:
+        """Rows of images and the rows of their reconstructions below them."""
+        columns = 12
+        count = min(4 * columns, len(self.validation))
+        index = torch.linspace(0, len(self.validation) - 1, count, device=self.run.device).long()
+        image_BCHW = self.validation.batch(index)
+        with self.run.autocast():
+            made_BCHW = model(image_BCHW).image_BCHW
+        rows = [
+            row
+            for pair in zip(image_BCHW.split(columns), made_BCHW.float().split(columns), strict=True)
+            for row in pair
+        ]
+        return {"reconstruction": Sheet(to_uint8(torch.cat(rows)), columns)}
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        save_weights(model, folder, self.options.save_dtype)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.codebook.state_dict()
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.codebook.load_state_dict(state)
+
+
+def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
+    """A copy with contiguous weights in a dtype; modules that must stay float32 see to that themselves."""
+    return nn.Module.to(deepcopy(model), dtype=getattr(torch, dtype), memory_format=torch.contiguous_format)
+
+
+def save_weights(model: nn.Module, folder: Path, dtype: str) -> None:
+    """Writes a copy of the model in a dtype, by save_pretrained."""
+    in_dtype(model, dtype).save_pretrained(folder)
+
+
+def train_tokenizer(options: TrainTokenizer) -> TrainResult:
+    """Trains a tokenizer; see `TrainTokenizer`. Results: model/ holds the averaged weights of the best validation PSNR.
+
+    Raises:
+        ValueError: an option outside its range, data that cannot be read, or a folder that holds another run.
+        ImportError: a package is missing.
+    """
+    if options.adversarial_adaptive and options.compile:
+        raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
+    run = Run(options)
+    size = options.image_size or 64
+    pictures, validation = open_pictures(options.data, size, run.device)
+    return run_task(run, TokenizerTask(run, options, pictures, validation))
