@@ -1,16 +1,16 @@
 """Evaluation runs: labels, shards, restarts, processes."""
 
-import importlib.util
 import json
 import os
 import random
+import runpy
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,15 +30,7 @@ from visar.output import SampleStatistics
 SCRIPT = Path(__file__).parent / "fixtures" / "evaluation.py"
 
 
-def load_tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("visar_evaluation_fixture", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
+TINY = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 ONE = World(0, 1, torch.device("cpu"))
 PLAN = LabelPlan("balanced", num_classes=5)
 

@@ -1,10 +1,10 @@
 """Sets of pictures, references from whatever holds one, and the statistics file."""
 
 import dataclasses
-import importlib.util
 import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,17 +20,7 @@ from visar.evaluate.references import load_reference, load_statistics, open_imag
 from visar.evaluate.run import make_statistics
 from visar.evaluate.statistics import frechet_distance
 
-
-def load_tiny() -> ModuleType:
-    path = Path(__file__).parent / "fixtures" / "evaluation.py"
-    spec = importlib.util.spec_from_file_location("visar_evaluation_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py")))
 
 
 @pytest.fixture

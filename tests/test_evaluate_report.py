@@ -1,10 +1,10 @@
 """Reports, tables, comparisons and pictures of them."""
 
 import dataclasses
-import importlib.util
 import json
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,17 +21,7 @@ from visar.evaluate.report import Report, card, check_comparable, load_report, t
 from visar.evaluate.run import RunOptions, evaluate_generator, write_comparison
 from visar.evaluate.sharding import World
 
-
-def load_tiny() -> ModuleType:
-    path = Path(__file__).parent / "fixtures" / "evaluation.py"
-    spec = importlib.util.spec_from_file_location("visar_evaluation_fixture", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = load_tiny()
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py")))
 PLAN = LabelPlan("balanced", num_classes=5)
 
 

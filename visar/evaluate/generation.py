@@ -20,6 +20,7 @@ from torch import Tensor
 
 from visar.evaluate.copies import thumbnails
 from visar.evaluate.extractors import Extractor
+from visar.evaluate.images import ImageSource
 from visar.evaluate.labels import Label, LabelPlan
 from visar.evaluate.sharding import (
     Part,
@@ -60,7 +61,8 @@ class Generated:
         statistics: of all sampler calls together.
         calls: how many there were.
         forward_passes_per_image: model calls that an image needed (of its batch), by model, averaged over images.
-        images_per_second: of one process, decoding included; its first batch left out where there are others.
+        images_per_second: of one process, decoding included; its first batch left out where there are others. None for
+            pictures that were not made here.
     """
 
     num_samples: int
@@ -71,7 +73,7 @@ class Generated:
     statistics: SampleStatistics
     calls: int
     forward_passes_per_image: dict[str, float]
-    images_per_second: float
+    images_per_second: float | None
 
 
 def _check_identity(folder: Path, identity: dict[str, object]) -> None:
@@ -184,6 +186,43 @@ def generate_images(
     world.barrier()
 
 
+def read_pictures(
+    source: ImageSource,
+    extractor: Extractor,
+    batch_size: int,
+    keep_thumbnails: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Generated:
+    """Pictures made elsewhere, as features: so that they can be scored like a run's.
+
+    Raises:
+        ValueError: a picture that cannot be read.
+    """
+    features: dict[str, list[Tensor]] = {layer: [] for layer in extractor.layers}
+    small: list[Tensor] = []
+    digests: list[Tensor] = []
+    for images in source.batches(batch_size):
+        for layer, value in extractor(images).items():
+            features[layer].append(value)
+        digests.append(image_digests(images))
+        if keep_thumbnails:
+            small.append(thumbnails(images))
+        if progress is not None:
+            progress(sum(len(block) for block in digests))
+    digest_N32 = torch.cat(digests)
+    return Generated(
+        num_samples=len(digest_N32),
+        features={layer: torch.cat(blocks) for layer, blocks in features.items()},
+        thumbnails_ND=torch.cat(small) if small else None,
+        images_sha256=hashlib.sha256(digest_N32.numpy().tobytes()).hexdigest(),
+        duplicates=len(digest_N32) - len(digest_N32.unique(dim=0)),
+        statistics=SampleStatistics(),
+        calls=0,
+        forward_passes_per_image={},
+        images_per_second=None,
+    )
+
+
 def _check_images(images: Tensor, count: int) -> None:
     if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-3] != 3 or len(images) != count:
         raise ValueError(
@@ -209,7 +248,7 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
     """
     features: dict[str, list[Tensor]] = {}
     small: list[Tensor] = []
-    digest, seen, duplicates = hashlib.sha256(), set(), 0
+    digests: list[Tensor] = []
     statistics = SampleStatistics()
     passes: dict[str, float] = {}
     rates: dict[bool, list[float]] = {True: [0, 0.0], False: [0, 0.0]}
@@ -220,11 +259,7 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
             features.setdefault(layer, []).append(value)
         if part.thumbnails_BD is not None:
             small.append(part.thumbnails_BD)
-        digest.update(part.digests_B32.numpy().tobytes())
-        for row in part.digests_B32:
-            key = row.numpy().tobytes()
-            duplicates += key in seen
-            seen.add(key)
+        digests.append(part.digests_B32)
         statistics, calls = statistics + part.statistics, calls + 1
         for model, number in part.statistics.forward_passes.items():
             passes[model] = passes.get(model, 0.0) + number * count
@@ -232,13 +267,14 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
         rates[part.warm][1] += part.seconds
         if progress is not None:
             progress(part.stop)
+    digest_N32 = torch.cat(digests)
     made, seconds = rates[True] if rates[True][0] else rates[False]
     return Generated(
         num_samples=num_samples,
         features={layer: torch.cat(blocks) for layer, blocks in features.items()},
         thumbnails_ND=torch.cat(small) if small else None,
-        images_sha256=digest.hexdigest(),
-        duplicates=duplicates,
+        images_sha256=hashlib.sha256(digest_N32.numpy().tobytes()).hexdigest(),
+        duplicates=num_samples - len(digest_N32.unique(dim=0)),
         statistics=statistics,
         calls=calls,
         forward_passes_per_image={model: total / num_samples for model, total in passes.items()},

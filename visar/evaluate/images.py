@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from visar.data.crops import center_crop
 from visar.files import sha256
 from visar.output import to_uint8
 
@@ -206,11 +207,10 @@ class FolderImages:
 def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
     """One picture through a resize chain of `FolderImages` to size x size."""
     if chain == "adm":
-        while min(image.size) >= 2 * size:
-            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    filter_used = Image.Resampling.BICUBIC if chain == "adm" else Image.Resampling.BILINEAR
+        return center_crop(image, size)
     scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), filter_used)
+    enlarged = (round(image.width * scale), round(image.height * scale))
+    image = image.resize(enlarged, Image.Resampling.BILINEAR)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 

@@ -81,12 +81,12 @@ class PipelineGenerator:
     @property
     def num_classes(self) -> int:
         """Classes of the model; 0 if it is not conditioned on one."""
-        return self.pipeline.generator.config["num_classes"]
+        return self.pipeline.generator.config.get("num_classes", 0)
 
     @property
     def label_columns(self) -> int:
         """Label columns that the model reads: the class and its attributes."""
-        return int(self.num_classes > 0) + len(self.pipeline.generator.config["attributes"])
+        return int(self.num_classes > 0) + len(self.pipeline.generator.config.get("attributes", ()))
 
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on besides seeds and labels, defaults filled in."""

@@ -60,6 +60,11 @@ class Report:
         """Forward passes of all models for one image (of its batch)."""
         return sum(self.cost["forward_passes_per_image"].values())
 
+    @property
+    def speed(self) -> float | None:
+        """Images a second of one process; None for pictures that were not made here."""
+        return self.cost["images_per_second"]
+
 
 def environment(device: torch.device) -> dict[str, str]:
     """Versions and device, for the card."""
@@ -203,10 +208,10 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
         ("recall", [_number(row.recall, ".3f") for row in metrics]),
         ("copies", [_share(report, "copy_rate") for report in reports]),
         ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
-        ("passes/image", [f"{report.passes:.1f}" for report in reports]),
+        ("passes/image", [_number(report.passes or None, ".1f") for report in reports]),
         ("passes ratio", [_ratio(report.passes, first.passes) for report in reports]),
-        ("images/s", [f"{report.cost['images_per_second']:.2f}" for report in reports]),
-        ("speed ratio", [_ratio(row.cost["images_per_second"], first.cost["images_per_second"]) for row in reports]),
+        ("images/s", [_number(report.speed, ".2f") for report in reports]),
+        ("speed ratio", [_ratio(report.speed, first.speed) for report in reports]),
     ]
     shown = [(name, cells) for name, cells in columns if any(cell != "-" for cell in cells)]
     if len(reports) == 1:
@@ -227,8 +232,8 @@ def _share(report: Report, key: str) -> str:
     return _number(value, ".1%")
 
 
-def _ratio(value: float, first: float) -> str:
-    return f"{value / first:.2f}x" if first else "-"
+def _ratio(value: float | None, first: float | None) -> str:
+    return f"{value / first:.2f}x" if value and first else "-"
 
 
 def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:

@@ -17,6 +17,7 @@ from visar.evaluate.generation import (
     KeepImages,
     collect,
     generate_images,
+    read_pictures,
     remake_images,
     write_npz,
 )
@@ -157,6 +158,41 @@ def evaluate_generator(
     return report
 
 
+def evaluate_images(
+    source: ImageSource,
+    reference: Reference,
+    extractor: Extractor,
+    out: Path,
+    *,
+    batch_size: int = 64,
+    metrics: MetricOptions | None = None,
+    train_NHWC: Tensor | None = None,
+    held_out_NHWC: Tensor | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Scores pictures made elsewhere (a folder, an .npz) and writes metrics.json, card.md; arguments as above."""
+    generated = read_pictures(
+        source, extractor, batch_size, train_NHWC is not None, counted(progress, "images", len(source))
+    )
+    found = None
+    if train_NHWC is not None and generated.thumbnails_ND is not None:
+        found = copies(generated.thumbnails_ND, train_NHWC, held_out_NHWC, device=extractor.device)
+    report = make_report(
+        source.name,
+        generated,
+        compute_metrics(generated.features, reference, extractor.kind, layer=extractor.layers[0], options=metrics),
+        reference,
+        extractor,
+        settings={"pictures": source.name, "pictures_sha256": source.digest()},
+        processes=1,
+        batch_size=batch_size,
+        device=extractor.device,
+        copies=found,
+    )
+    save_report(report, out)
+    return report
+
+
 def _copies(
     generated: Generated,
     generate: ImageGenerator,
@@ -271,6 +307,8 @@ def make_statistics(
 def write_comparison(reports: list[Report], out: str | Path) -> None:
     """Writes compare.json, compare.md and pareto.png of comparable reports; the first row is what ratios refer to.
 
+    There is no pareto.png if some pictures were not made here, so that their passes are not known.
+
     Raises:
         ValueError: the reports do not compare, or there is none.
     """
@@ -285,9 +323,10 @@ def write_comparison(reports: list[Report], out: str | Path) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomic_write(out / "compare.json") as path:
         path.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n", encoding="utf-8")
-    draw_pareto(
-        [Point(report.name, report.passes, report.metrics.distance) for report in reports],
-        out / "pareto.png",
-        cost_name="forward passes per image",
-        distance_name=reports[0].metrics.distance_name,
-    )
+    if all(report.passes for report in reports):
+        draw_pareto(
+            [Point(report.name, report.passes, report.metrics.distance) for report in reports],
+            out / "pareto.png",
+            cost_name="forward passes per image",
+            distance_name=reports[0].metrics.distance_name,
+        )

@@ -1,0 +1,198 @@
+"""The commands, on real pictures and on a tiny real pipeline."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from visar.evaluate.commands import (
+    Compare,
+    Eval,
+    EvalTokenizer,
+    Stats,
+    compare,
+    evaluate,
+    evaluate_tokenizer,
+    parse_sampler,
+    stats,
+)
+from visar.evaluate.extractors import EXTRACTORS, load_extractor
+from visar.evaluate.images import ArrayImages
+from visar.evaluate.labels import LabelTable
+from visar.evaluate.pipeline import PipelineGenerator, Sampling, weights_digest
+from visar.evaluate.run import make_statistics
+from visar.generators.raster import RasterGPT
+from visar.guidance import Guidance
+from visar.pipelines.image import ImagePipeline
+from visar.tokenizers.vq import VQTokenizer
+
+SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
+TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py"))["TINY"]
+
+
+@pytest.fixture
+def tables() -> list[list[tuple[str, ...]]]:
+    return []
+
+
+@pytest.fixture(autouse=True)
+def tiny_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EXTRACTORS, "tiny", TINY)
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    """A folder of 12 real pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    with np.load(SAMPLE) as file:
+        for i, image in enumerate(file["images"][:12]):
+            Image.fromarray(image).save(folder / f"{i}.png")
+    return folder
+
+
+def tiny_pipeline(num_classes: int = 4, attributes: tuple[int, ...] = ()) -> ImagePipeline:
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(
+        image_size=16,
+        base_channels=32,
+        channel_multipliers=(1, 1, 1),
+        num_res_blocks=1,
+        latent_channels=32,
+        codebook_size=32,
+        codebook_dim=4,
+    )
+    generator = RasterGPT(
+        vocab_size=32,
+        grid=(4, 4),
+        width=32,
+        num_layers=1,
+        num_heads=2,
+        hidden_width=64,
+        num_classes=num_classes,
+        attributes=attributes,
+    )
+    pipeline = ImagePipeline(tokenizer.eval(), generator.eval(), defaults={"guidance_scale": 1.5, "top_k": 8})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_stats_then_eval_of_pictures(tmp_path: Path, pictures: Path, tables: list) -> None:
+    stats(Stats(str(pictures), tmp_path / "real.npz", keep_features=True, device="cpu"), tables.append)
+    assert tables[0][0] == ("layer", "pictures", "features", "null constant") and tables[0][1][:3] == (
+        "320",
+        "12",
+        "320",
+    )
+    with pytest.warns(UserWarning, match="singular"):
+        report = evaluate(
+            Eval(str(SAMPLE), str(tmp_path / "real.npz"), tmp_path / "out", train=str(pictures), device="cpu"),
+            {},
+            tables.append,
+        )
+    assert report is not None and report.metrics.distance_name == "FD-Lite0"
+    assert tables[1][0][1] == "FD-Lite0" and tables[1][1][0] == "sample_64.npz"
+    assert report.copies is not None and report.copies["copy_rate"] == pytest.approx(12 / 64, abs=0.05)
+    assert report.speed is None and report.protocol["num_samples"] == 64
+    card = (tmp_path / "out" / "card.md").read_text()
+    assert "FD-Lite0 is not FID" in card and report.protocol["reference_sha256"] in card
+    with pytest.warns(UserWarning, match="singular"):
+        again = evaluate(
+            Eval(str(pictures), str(tmp_path / "real.npz"), tmp_path / "again", device="cpu"), {}, tables.append
+        )
+    assert again is not None and abs(again.metrics.distance) < 1e-3 and again.metrics.precision == 1.0
+
+
+def test_eval_of_a_saved_pipeline_and_compare(tmp_path: Path, pictures: Path, tables: list) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    common: dict[str, Any] = {"reference": str(pictures), "num_samples": 10, "batch_size": 5, "device": "cpu"}
+    common["extractor"] = "tiny"
+    report = evaluate(Eval(str(model), out=tmp_path / "a", **common), {}, tables.append)
+    assert report is not None
+    protocol = report.protocol
+    assert protocol["guidance"]["scale"] == 1.5 and protocol["top_k"] == 8 and protocol["temperature"] == 1.0
+    assert protocol["dtype"] == "float32" and protocol["labels"].startswith("balanced: image i has class i mod 4")
+    assert report.cost["forward_passes_per_image"] == {"generator": 16.0}
+    assert report.speed is not None and report.speed > 0
+    parts = sorted(path.name for path in (tmp_path / "a" / "parts").iterdir())
+    assert parts == ["part-00000000-00000005.npz", "part-00000005-00000010.npz"]
+    strong = Eval(str(model), out=tmp_path / "b", guidance_scale=3.0, temperature=2.0, **common)
+    warm = evaluate(strong, {}, tables.append)
+    assert warm is not None and warm.images_sha256 != report.images_sha256
+    with pytest.raises(ValueError, match=r"another run: guidance .*3.0"):
+        evaluate(Eval(str(model), out=tmp_path / "a", guidance_scale=3.0, **common), {}, tables.append)
+    compare(Compare((str(tmp_path / "a"), str(tmp_path / "b")), tmp_path / "c"), tables.append)
+    assert len(tables[-1]) == 3 and (tmp_path / "c" / "pareto.png").is_file()
+    compare(Compare((str(model),), tmp_path / "d", samplers=("ancestral",), **common), tables.append)
+    assert tables[-1][1][0] == "ancestral"
+    rows = json.loads((tmp_path / "d" / "compare.json").read_text())
+    assert rows[0]["images_sha256"] == report.images_sha256
+    with pytest.raises(ValueError, match="--reference"):
+        compare(Compare((str(model),), samplers=("ancestral",)), tables.append)
+    with pytest.raises(ValueError, match="--guidance-schedule linear needs"):
+        evaluate(Eval(str(model), guidance_schedule="linear", out=tmp_path / "e", **common), {}, tables.append)
+
+
+def test_pipeline_generator_conditions_on_what_the_plan_says() -> None:
+    generate = PipelineGenerator(tiny_pipeline(4, (3,)), Sampling(guidance=Guidance(2.0), top_k=4))
+    assert generate.label_columns == 2 and generate.num_classes == 4
+    labels = [(1, 2), (3, 0)]
+    images, statistics = generate([5, 6], labels)
+    assert images.dtype == torch.uint8 and images.shape == (2, 3, 16, 16)
+    assert statistics.forward_passes == {"generator": 16}
+    again, _ = generate([6], [(3, 0)])
+    assert torch.equal(again[0], images[1])
+    other, _ = generate([6], [(0, 1)])
+    assert not torch.equal(other[0], images[1])
+    settings = generate.settings()
+    assert settings["guidance"]["scale"] == 2.0 and settings["top_k"] == 4 and settings["uint8_rule"] == "round"
+    with pytest.raises(ValueError, match="choose round, truncate"):
+        PipelineGenerator(tiny_pipeline(), Sampling(), "ceil")
+
+
+def test_labels_follow_the_reference_that_holds_them(tmp_path: Path, tables: list) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    table = LabelTable.of([(0,)] * 5 + [(2,)] * 3)
+    with np.load(SAMPLE) as file:
+        images = ArrayImages(file["images"][:12])
+    make_statistics(images, load_extractor("tiny"), tmp_path / "labelled.npz", labels=table)
+    options = Eval(str(model), str(tmp_path / "labelled.npz"), tmp_path / "out", 16, 8, device="cpu", extractor="tiny")
+    report = evaluate(options, {}, tables.append)
+    assert report is not None and report.protocol["labels"].startswith("histogram: labels of the 8 training pictures")
+    assert report.metrics.kid is None  # the file holds no features
+
+
+def test_weights_have_a_digest() -> None:
+    pipeline = tiny_pipeline()
+    before = weights_digest(pipeline.generator)
+    assert before == weights_digest(tiny_pipeline().generator)
+    with torch.no_grad():
+        next(pipeline.generator.parameters()).view(-1)[0] += 1.0
+    assert weights_digest(pipeline.generator) != before
+    assert weights_digest(pipeline.generator.to(torch.bfloat16)) != before
+
+
+def test_tokenizer_is_evaluated(tmp_path: Path, pictures: Path, tables: list) -> None:
+    tiny_pipeline().tokenizer.save_pretrained(tmp_path / "tokenizer")
+    options = EvalTokenizer(str(tmp_path / "tokenizer"), str(pictures), tmp_path / "out", device="cpu")
+    with pytest.warns(UserWarning, match="12 reconstructions"):
+        evaluate_tokenizer(options, tables.append)
+    assert tables[0][0] == ("pictures", "PSNR", "SSIM", "rFD-Lite0", "codes used", "perplexity")
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"] == "reconstruction"
+
+
+def test_sampler_words() -> None:
+    assert parse_sampler("ancestral") == ("ancestral", {})
+    assert parse_sampler("jacobi:window-size=16,init=repeat,x=0.5") == (
+        "jacobi",
+        {"window_size": 16, "init": "repeat", "x": 0.5},
+    )
+    with pytest.raises(ValueError, match="NAME:setting=value"):
+        parse_sampler("jacobi:16")
