@@ -4,12 +4,13 @@ The released weights are for research and non-commercial use. The tokenizer is V
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
-from visar.checkpoints.var import Scales, State, count_blocks, find_state, load_strictly, ours, transformer_sizes
-from visar.files import load_weights
+from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, require
+from visar.checkpoints.var import Scales, find_weights, to_ours, transformer_config
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
@@ -17,36 +18,29 @@ MERGED_MARK, PHASE_MARK = "mask_head.weight", "blocks.0.attn.mat_qkv.weight"
 
 
 def convert(
-    state: State,
+    content: Mapping[str, object],
     tokenizer: MultiScaleVQTokenizer,
     *,
     scales: Scales | None = None,
     num_heads: int | None = None,
-    source: str = "weights",
-) -> HierarchicalMaskedTransformer:
-    """The transformer of a merged state dict in the released names; it may be on the meta device.
+    source: str = "the checkpoint",
+) -> tuple[dict, State]:
+    """Configuration and weights of a `HierarchicalMaskedTransformer` from a released (merged) file.
 
-    Args:
-        state: keys `base_blocks.*`, `ns_blocks.*`, `mask_blocks.*`, `ns_head.*`, `mask_head.*` ...
-        tokenizer, scales, num_heads, source: see `visar.checkpoints.var.convert_transformer`.
-
-    Raises:
-        ValueError: keys or shapes that do not fit.
+    Args, Raises: as of `visar.checkpoints.var.convert_transformer`.
     """
-    sizes = transformer_sizes(state, "ns_blocks.0", num_heads, scales, source)
-    refinement = count_blocks(state, "ns_blocks")
-    pyramid = tokenizer.with_scales(sizes["scales"]).quantizer
-    with torch.device("meta"):
-        model = HierarchicalMaskedTransformer(
-            vocab_size=state["ns_head.weight"].shape[0],
-            num_layers=count_blocks(state, "base_blocks") + refinement,
-            num_refinement_layers=refinement,
-            num_phi=tokenizer.config["num_phi"],
-            phi_ratio=tokenizer.config["phi_ratio"],
-            **sizes,
-        )
-    load_strictly(model, ours(state, pyramid), source)
-    return model.eval()
+    state = find_weights(content, MERGED_MARK, source)
+    config = transformer_config(state, "ns_blocks.0", tokenizer, num_heads, scales, source)
+    require(state, ["ns_head.weight"], source, "HMAR transformer")
+    refinement = count_modules(state, "ns_blocks")
+    config |= dict(
+        vocab_size=state["ns_head.weight"].shape[0],
+        num_layers=count_modules(state, "base_blocks") + refinement,
+        num_refinement_layers=refinement,
+    )
+    converted = to_ours(state, tokenizer, source)
+    check_keys(empty(HierarchicalMaskedTransformer, config).state_dict(), converted, source)
+    return config, converted
 
 
 def load(
@@ -55,14 +49,11 @@ def load(
     *,
     scales: Scales | None = None,
     num_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> HierarchicalMaskedTransformer:
-    """Reads `hmar-d*.pth`; see `convert`.
-
-    Raises:
-        ValueError: a damaged file, or one that holds something else.
-    """
-    state = find_state(load_weights(path), MERGED_MARK, str(path))
-    return convert(state, tokenizer, scales=scales, num_heads=num_heads, source=str(path))
+    """The transformer of `hmar-d*.pth`, in evaluation mode on the CPU; arguments and errors as of `convert`."""
+    config, state = convert(read(path), tokenizer, scales=scales, num_heads=num_heads, source=str(path))
+    return build(HierarchicalMaskedTransformer, config, state, str(path), torch.float32).to(dtype)
 
 
 def merge_phases(next_scale: State, refinement: State, num_refinement_layers: int = 8) -> State:
@@ -76,10 +67,10 @@ def merge_phases(next_scale: State, refinement: State, num_refinement_layers: in
     Raises:
         ValueError: the phases differ in depth, or in blocks that the second one should have left alone.
     """
-    depth = count_blocks(next_scale, "blocks")
-    if count_blocks(refinement, "blocks") != depth or not 0 < num_refinement_layers <= depth:
+    depth = count_modules(next_scale, "blocks")
+    if count_modules(refinement, "blocks") != depth or not 0 < num_refinement_layers <= depth:
         raise ValueError(
-            f"phases of {depth} and {count_blocks(refinement, 'blocks')} blocks, {num_refinement_layers} trained"
+            f"phases of {depth} and {count_modules(refinement, 'blocks')} blocks, {num_refinement_layers} trained"
         )
     shared = depth - num_refinement_layers
 
@@ -119,12 +110,12 @@ def load_phases(
     *,
     num_refinement_layers: int = 8,
     scales: Scales | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> HierarchicalMaskedTransformer:
-    """Reads the checkpoints of the two training phases (nested or not) and merges them; see `merge_phases`.
-
-    Raises:
-        ValueError: damaged files, or phases that do not belong together.
-    """
-    states = [find_state(load_weights(path), PHASE_MARK, str(path)) for path in (next_scale_path, refinement_path)]
-    merged = merge_phases(states[0], states[1], num_refinement_layers)
-    return convert(merged, tokenizer, scales=scales, source=f"{next_scale_path} + {refinement_path}")
+    """The transformer of the checkpoints of both training phases, nested or not; see `merge_phases` and `convert`."""
+    phases = [find_weights(read(path), PHASE_MARK, str(path)) for path in (next_scale_path, refinement_path)]
+    source = f"{next_scale_path} with {refinement_path}"
+    config, state = convert(
+        merge_phases(phases[0], phases[1], num_refinement_layers), tokenizer, scales=scales, source=source
+    )
+    return build(HierarchicalMaskedTransformer, config, state, source, torch.float32).to(dtype)

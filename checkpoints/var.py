@@ -1,7 +1,11 @@
 """Weights of VAR (arXiv 2404.02905, FoundationVision/VAR@78b9539): the multi-scale tokenizer and the transformers.
 
 CoDe's files have the same layout (`visar.checkpoints.code`), HMAR's a related one (`visar.checkpoints.hmar`). Sizes
-are read off keys and shapes; a trainer's checkpoint, which nests its models, is unwrapped.
+are read off keys and shapes. Ignored: `lvl_1L` and `attn_bias_for_masking` (they follow from the pyramid, which is
+read off the first), `zero_k_bias` (checked to be zero), `quantize.ema_vocab_hit_SV` (a count of uses that nobody
+reads).
+
+A transformer's configuration and weights include the tokenizer's codebook and phi; see visar/multiscale.py.
 """
 
 import re
@@ -9,88 +13,177 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor
 
-from visar.files import load_weights
+from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, rename, require
 from visar.generators.next_scale import SCALES_256, SCALES_512, SCALES_1024, NextScaleTransformer
-from visar.tokenizers.multiscale_quantizer import ScalePyramid
+from visar.scale_attention import scale_mask
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
-State = dict[str, Tensor]
 Scales = Sequence[int | Sequence[int]]
 
-TOKENIZER_MARK, TRANSFORMER_MARK = "quantize.embedding.weight", "blocks.0.attn.mat_qkv.weight"
+VQ_MARK, TRANSFORMER_MARK = "quantize.embedding.weight", "blocks.0.attn.mat_qkv.weight"
 # Pyramids by (tokens, scales), for files without values in their table of levels.
 _KNOWN_SCALES = {(sum(n * n for n in scales), len(scales)): scales for scales in (SCALES_256, SCALES_512, SCALES_1024)}
 _DERIVED = re.compile(r"(lvl_1L|attn_bias_for_masking|.*\.zero_k_bias)$")
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 _HEAD_WIDTH = 64
+_CLASS = "class_emb.weight"
 
 
-# ---------------------------------------------------------------------------------------------------------- shared
-def find_state(content: Mapping[str, object], mark: str, source: str) -> State:
-    """The weights inside a checkpoint: its own mapping, or the only nested one that has a key `mark`.
+def find_weights(content: Mapping[str, object], mark: str, source: str) -> State:
+    """The weights in a checkpoint: its own tensors, or those of the one nested mapping that has a key `mark`.
 
-    Wrappers' prefixes ("module.", "_orig_mod.") are dropped.
+    VAR's trainer nests a transformer under trainer.var_wo_ddp and the tokenizer under trainer.vae_local. Prefixes that
+    wrappers put before every key ("module.", "_orig_mod.") are dropped.
 
     Raises:
-        ValueError: no mapping has the key, or several do (say which by passing that mapping).
+        ValueError: no mapping has the key, or several have.
     """
     found: dict[str, State] = {}
 
     def search(node: Mapping[str, object], path: str) -> None:
-        tensors = {_PREFIXES.sub("", key): value for key, value in node.items() if isinstance(value, Tensor)}
+        tensors = {_PREFIXES.sub("", str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
         if mark in tensors:
-            found[path or "top level"] = tensors
+            found[path or "the top level"] = tensors
         for key, value in node.items():
             if isinstance(value, Mapping):
                 search(value, f"{path}.{key}" if path else str(key))
 
     search(content, "")
     if len(found) != 1:
-        where = f"found at {', '.join(found)}" if found else f"keys start with {', '.join(list(content)[:5])}"
-        raise ValueError(f"{source}: one set of weights with {mark} is needed; {where}")
+        where = f"found at {', '.join(found)}" if found else f"keys are {', '.join(map(str, list(content)[:8]))}"
+        raise ValueError(f"{source}: one set of weights with the key {mark} is needed; {where}")
     return next(iter(found.values()))
 
 
-def load_strictly(model: ModelMixin, state: State, source: str) -> None:
-    """Gives the weights to the model (taking the tensors over where the model is on the meta device).
+# ------------------------------------------------------------------------------------------------------- tokenizer
+def _vq_rules(levels: int) -> list[tuple[str, str]]:
+    return [
+        (r"\.mid\.block_1\.", ".mid.0."),
+        (r"\.mid\.attn_1\.", ".mid.1."),
+        (r"\.mid\.block_2\.", ".mid.2."),
+        (r"^encoder\.down\.", "encoder.conv_blocks."),
+        # Decoder levels are numbered from fine to coarse there, from coarse to fine here.
+        *((rf"^decoder\.up\.{level}\.", f"decoder.conv_blocks.{levels - 1 - level}.") for level in range(levels)),
+        (r"(conv_blocks\.\d+)\.block\.", r"\1.res."),
+        (r"^quantize\.embedding\.", "quantizer.embedding."),
+        (r"^quantize\.quant_resi\.qresi\.", "quantizer.phi.0."),
+        (r"^quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.", r"quantizer.phi.\1."),
+    ]
+
+
+def _split_qkv(state: State) -> State:
+    """Attention's one convolution for queries, keys and values as three."""
+    split: State = {}
+    for key, value in state.items():
+        if ".qkv." not in key:
+            split[key] = value
+            continue
+        for part, piece in zip("qkv", value.chunk(3), strict=True):
+            split[key.replace(".qkv.", f".{part}.")] = piece
+    return split
+
+
+def convert_vq(
+    content: Mapping[str, object],
+    *,
+    scales: Scales = SCALES_256,
+    phi_ratio: float = 0.5,
+    cosine: bool = False,
+    source: str = "the checkpoint",
+) -> tuple[dict, State]:
+    """Configuration and weights of a `MultiScaleVQTokenizer` from VAR's tokenizer file or trainer checkpoint.
+
+    Args:
+        content: of the file (`visar.checkpoints.common.read`).
+        scales: the pyramid, which the file does not tell: the released file serves 256 and 512 px, with a pyramid
+            each.
+        phi_ratio, cosine: of the quantiser; the file does not tell them (released: 0.5, False).
+        source: what error messages call the file.
 
     Raises:
-        ValueError: keys are missing or left over, or shapes differ; all are named.
+        ValueError: another kind of file, or keys and shapes that do not fit together; all are named.
     """
-    wanted = model.state_dict()
-    missing = sorted(set(wanted) - set(state))
-    unused = sorted(set(state) - set(wanted))
-    wrong = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(wanted[key].shape)}"
-        for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
+    state = find_weights(content, VQ_MARK, source)
+    levels = max(count_modules(state, "encoder.down"), 1)
+    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    require(state, ["encoder.conv_in.weight", "quant_conv.weight", *firsts], source, "VAR tokenizer")
+    base, image_channels = state["encoder.conv_in.weight"].shape[:2]
+    widths = [state[key].shape[0] for key in firsts]
+    if any(width % base for width in widths):
+        raise ValueError(f"{source}: widths {widths} are not multiples of the base width {base}")
+    phis = {match[1] for key in state if (match := re.match(r"quantize\.quant_resi\.(.+)\.weight$", key))}
+    config = dict(
+        codebook_size=state[VQ_MARK].shape[0],
+        codebook_dim=state[VQ_MARK].shape[1],
+        scales=tuple(scales),
+        image_channels=image_channels,
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
+        num_res_blocks=count_modules(state, "encoder.down.0.block"),
+        attention=f"encoder.down.{levels - 1}.attn.0.norm.weight" in state,
+        quant_conv_size=state["quant_conv.weight"].shape[-1],
+        num_phi=0 if any(name.isdigit() for name in phis) else len(phis),
+        phi_ratio=phi_ratio,
+        cosine=cosine,
+    )
+    kept = {key: value for key, value in state.items() if key != "quantize.ema_vocab_hit_SV"}
+    renamed = _split_qkv(rename(kept, _vq_rules(levels)))
+    check_keys(empty(MultiScaleVQTokenizer, config).state_dict(), renamed, source)
+    return config, renamed
+
+
+def load_vq(
+    path: str | Path, *, scales: Scales = SCALES_256, dtype: torch.dtype = torch.float32
+) -> MultiScaleVQTokenizer:
+    """The tokenizer of `vae_ch160v4096z32.pth` or of a trainer checkpoint, in evaluation mode on the CPU.
+
+    The quantiser stays float32. Arguments and errors as of `convert_vq`.
+    """
+    config, state = convert_vq(read(path), scales=scales, source=str(path))
+    return build(MultiScaleVQTokenizer, config, state, str(path), torch.float32).to(dtype)
+
+
+def export_vq(model: MultiScaleVQTokenizer) -> State:
+    """A file's content that VAR's own loader takes (save it with `torch.save`)."""
+    state = {key: value for key, value in model.state_dict().items() if not re.search(r"\.[qkv]\.(weight|bias)$", key)}
+    for key, value in model.state_dict().items():
+        if match := re.match(r"(.*)\.q\.(weight|bias)$", key):
+            others = [model.state_dict()[f"{match[1]}.{part}.{match[2]}"] for part in "kv"]
+            state[f"{match[1]}.qkv.{match[2]}"] = torch.cat([value, *others])
+    levels, num_phi = len(model.config["channel_multipliers"]), model.config["num_phi"]
+    phi = {0: "", 1: "qresi."}.get(num_phi, "qresi_ls.")
+    rules = [
+        (r"(conv_blocks\.\d+)\.res\.", r"\1.block."),
+        (r"\.mid\.0\.", ".mid.block_1."),
+        (r"\.mid\.1\.", ".mid.attn_1."),
+        (r"\.mid\.2\.", ".mid.block_2."),
+        (r"^encoder\.conv_blocks\.", "encoder.down."),
+        *((rf"^decoder\.conv_blocks\.{level}\.", f"decoder.up.{levels - 1 - level}.") for level in range(levels)),
+        (r"^quantizer\.embedding\.", "quantize.embedding."),
+        (
+            r"^quantizer\.phi\.(\d+)\.",
+            f"quantize.quant_resi.{phi}" if num_phi == 1 else rf"quantize.quant_resi.{phi}\1.",
+        ),
     ]
-    if missing or unused or wrong:
-        raise ValueError(f"{source} does not fit: missing {missing}; unused {unused}; other shapes {wrong}")
-    model.load_state_dict(state, assign=model.device.type == "meta")
+    uses = torch.zeros(len(model.quantizer.scales), model.quantizer.vocab_size)
+    return rename(state, rules) | {"quantize.ema_vocab_hit_SV": uses}
 
 
-def count_blocks(state: State, prefix: str) -> int:
-    """How many numbered modules `prefix`.0, `prefix`.1 ... the keys name."""
-    numbers = {int(match[1]) for key in state if (match := re.match(rf"{re.escape(prefix)}\.(\d+)\.", key))}
-    return max(numbers, default=-1) + 1
-
-
-def sniff_scales(state: State, scales: Scales | None, source: str) -> Scales:
+# ----------------------------------------------------------------------------------------------------- transformer
+def sniff_scales(state: State, scales: Scales | None, source: str) -> tuple:
     """The pyramid that a transformer was trained for: as given, from its table of levels, or by its number of tokens.
 
     Raises:
         ValueError: none of them tells.
     """
     if scales is not None:
-        return scales
+        return tuple(scales)
     levels = state.get("lvl_1L")
-    if levels is not None and levels.device.type != "meta":
+    if levels is not None and not levels.is_meta:
         sizes = torch.bincount(levels.flatten()).tolist()
-        sides = [round(size**0.5) for size in sizes]
+        sides = tuple(round(size**0.5) for size in sizes)
         if [side * side for side in sides] == sizes:
             return sides
     known = (state["pos_1LC"].shape[1], state["lvl_embed.weight"].shape[0])
@@ -99,165 +192,92 @@ def sniff_scales(state: State, scales: Scales | None, source: str) -> Scales:
     return _KNOWN_SCALES[known]
 
 
-def transformer_sizes(state: State, block: str, num_heads: int | None, scales: Scales | None, source: str) -> dict:
+def transformer_config(
+    state: State,
+    block: str,
+    tokenizer: MultiScaleVQTokenizer,
+    num_heads: int | None,
+    scales: Scales | None,
+    source: str,
+) -> dict:
     """Constructor arguments that VAR's and HMAR's transformers have in common.
 
     Args:
         state: in the source's names.
         block: prefix of one transformer block.
+        tokenizer: that the transformer was trained with.
         num_heads, scales: None reads them off.
         source: for error messages.
+
+    Raises:
+        ValueError: keys are missing that sizes are read from.
     """
+    sized = ["word_embed.weight", "pos_1LC", "lvl_embed.weight", _CLASS, f"{block}.ffn.fc1.weight"]
+    require(state, sized, source, "transformer in VAR's layout")
     width, codebook_width = state["word_embed.weight"].shape
     scale_mul = state.get(f"{block}.attn.scale_mul_1H11")
     if num_heads is None:
-        num_heads = scale_mul.shape[1] if scale_mul is not None else width // _HEAD_WIDTH
+        num_heads = width // _HEAD_WIDTH if scale_mul is None else scale_mul.shape[1]
     return dict(
         codebook_width=codebook_width,
-        scales=tuple(sniff_scales(state, scales, source)),
+        scales=sniff_scales(state, scales, source),
+        num_phi=tokenizer.config["num_phi"],
+        phi_ratio=tokenizer.config["phi_ratio"],
         width=width,
         num_heads=num_heads,
         mlp_ratio=state[f"{block}.ffn.fc1.weight"].shape[0] / width,
-        num_classes=state["class_emb.weight"].shape[0] - 1,
+        num_classes=state[_CLASS].shape[0] - 1,
         qk_norm=scale_mul is not None,
     )
 
 
-def ours(state: State, pyramid: ScalePyramid) -> State:
-    """A transformer's weights in our names, together with the tokenizer's codebook and phi.
+def to_ours(state: State, tokenizer: MultiScaleVQTokenizer, source: str) -> State:
+    """A transformer's weights in our names, with the tokenizer's codebook and phi.
 
     Raises:
         ValueError: a key bias that is not zero.
     """
     for key, value in state.items():
-        if key.endswith(".zero_k_bias") and value.device.type != "meta" and value.any():
-            raise ValueError(f"{key} is not zero: this is not a file of VAR's layout")
-    renamed = {
-        key.replace("class_emb.", "condition_vector.class_emb."): value
-        for key, value in state.items()
-        if not _DERIVED.match(key)
-    }
-    device = state["pos_1LC"].device
-    return renamed | {f"pyramid.{key}": value.to(device) for key, value in ScalePyramid.state_dict(pyramid).items()}
+        if key.endswith(".zero_k_bias") and not value.is_meta and value.any():
+            raise ValueError(f"{source}: {key} is not zero; VAR has no bias on keys")
+    kept = {key: value for key, value in state.items() if not _DERIVED.match(key)}
+    pyramid = tokenizer.quantizer.state_dict(prefix="pyramid.")
+    return rename(kept, [(rf"^{re.escape(_CLASS)}$", f"condition_vector.{_CLASS}")]) | pyramid
 
 
-# ------------------------------------------------------------------------------------------------------- tokenizer
-def _tokenizer_key(key: str, num_levels: int) -> str:
-    key = re.sub(r"\.mid\.block_([12])\.", lambda match: f".mid.{0 if match[1] == '1' else 2}.", key)
-    key = key.replace(".mid.attn_1.", ".mid.1.")
-    key = re.sub(r"^encoder\.down\.", "encoder.conv_blocks.", key)
-    key = re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.conv_blocks.{num_levels - 1 - int(match[1])}.", key)
-    key = re.sub(r"(conv_blocks\.\d+)\.block\.", r"\1.res.", key)
-    key = key.replace("quantize.embedding.", "quantizer.embedding.")
-    return re.sub(r"^quantize\.quant_resi\.(?:qresi_ls\.(\d+)|qresi|(\d+))\.", _phi_key, key)
-
-
-def _phi_key(match: re.Match) -> str:
-    return f"quantizer.phi.{match[1] or match[2] or 0}."
-
-
-def convert_tokenizer(
-    state: State,
-    *,
-    scales: Scales | None = None,
-    cosine: bool = False,
-    phi_ratio: float = 0.5,
-    source: str = "weights",
-) -> MultiScaleVQTokenizer:
-    """The tokenizer of a state dict in VAR's names; it may be on the meta device.
-
-    Args:
-        state: keys `encoder.*`, `decoder.*`, `quantize.*`, `quant_conv.*`, `post_quant_conv.*`.
-        scales: the pyramid, which the weights do not tell; None is the released one of 256 px (the same file serves
-            512 px with its own pyramid).
-        cosine, phi_ratio: of the quantiser; no key tells them (released: False, 0.5).
-        source: for error messages.
-
-    Raises:
-        ValueError: keys or shapes that do not fit.
-    """
-    num_levels = count_blocks(state, "encoder.down")
-    base = state["encoder.conv_in.weight"].shape[0]
-    levels = [state[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(num_levels)]
-    phis = {match[1] for key in state if (match := re.match(r"quantize\.quant_resi\.(.+)\.weight$", key))}
-    codes = state["quantize.embedding.weight"]
-    scales = SCALES_256 if scales is None else scales
-    with torch.device("meta"):
-        model = MultiScaleVQTokenizer(
-            codebook_size=codes.shape[0],
-            codebook_dim=codes.shape[1],
-            scales=tuple(scales),
-            image_channels=state["encoder.conv_in.weight"].shape[1],
-            base_channels=base,
-            channel_multipliers=tuple(width // base for width in levels),
-            num_res_blocks=count_blocks(state, "encoder.down.0.block"),
-            attention=f"encoder.down.{num_levels - 1}.attn.0.norm.weight" in state,
-            quant_conv_size=state["quant_conv.weight"].shape[-1],
-            num_phi=0 if any(name.isdigit() for name in phis) else len(phis),
-            phi_ratio=phi_ratio,
-            cosine=cosine,
-        )
-    renamed: State = {}
-    for key, value in state.items():
-        if key == "quantize.ema_vocab_hit_SV":  # a training statistic
-            continue
-        name = _tokenizer_key(key, num_levels)
-        if ".qkv." in name:
-            renamed |= {
-                name.replace(".qkv.", f".{part}."): piece for part, piece in zip("qkv", value.chunk(3), strict=True)
-            }
-        else:
-            renamed[name] = value
-    load_strictly(model, {key: value.float() for key, value in renamed.items()}, source)
-    return model.eval()
-
-
-def load_tokenizer(path: str | Path, *, scales: Scales | None = None) -> MultiScaleVQTokenizer:
-    """Reads `vae_ch160v4096z32.pth`, or the tokenizer inside a trainer's checkpoint; see `convert_tokenizer`.
-
-    Raises:
-        ValueError: a damaged file, or one that holds something else.
-    """
-    return convert_tokenizer(
-        find_state(load_weights(path), TOKENIZER_MARK, str(path)), scales=scales, source=str(path)
-    )
-
-
-# ----------------------------------------------------------------------------------------------------- transformer
 def convert_transformer(
-    state: State,
+    content: Mapping[str, object],
     tokenizer: MultiScaleVQTokenizer,
     *,
     scales: Scales | None = None,
     num_heads: int | None = None,
-    source: str = "weights",
-) -> NextScaleTransformer:
-    """The transformer of a state dict in VAR's names; it may be on the meta device.
+    source: str = "the checkpoint",
+) -> tuple[dict, State]:
+    """Configuration and weights of a `NextScaleTransformer` from VAR's transformer file or trainer checkpoint.
 
     Args:
-        state: keys `blocks.*`, `word_embed.*`, ...
-        tokenizer: that it was trained with; its codebook and phi become part of the model. Any pyramid: the model's
-            own is used.
+        content: of the file (`visar.checkpoints.common.read`).
+        tokenizer: that it was trained with; its codebook and phi become part of the model, its pyramid does not
+            matter.
         scales: None reads the pyramid off the file's table of levels, or knows it by its number of tokens.
-        num_heads: None reads it off the attention's scales, or, in files without them, takes heads of 64.
-        source: for error messages.
+        num_heads: None reads it off the attention's scales or, in files without them, takes heads of 64.
+        source: what error messages call the file.
 
     Raises:
-        ValueError: keys or shapes that do not fit, or a pyramid that nothing tells.
+        ValueError: another kind of file, keys and shapes that do not fit together (all are named), or a pyramid that
+            nothing tells.
     """
-    sizes = transformer_sizes(state, "blocks.0", num_heads, scales, source)
-    pyramid = tokenizer.with_scales(sizes["scales"]).quantizer
-    with torch.device("meta"):
-        model = NextScaleTransformer(
-            vocab_size=state["head.weight"].shape[0],
-            num_layers=count_blocks(state, "blocks"),
-            shared_adaln="shared_ada_lin.1.weight" in state,
-            num_phi=tokenizer.config["num_phi"],
-            phi_ratio=tokenizer.config["phi_ratio"],
-            **sizes,
-        )
-    load_strictly(model, ours(state, pyramid), source)
-    return model.eval()
+    state = find_weights(content, TRANSFORMER_MARK, source)
+    config = transformer_config(state, "blocks.0", tokenizer, num_heads, scales, source)
+    require(state, ["head.weight"], source, "VAR transformer")
+    config |= dict(
+        vocab_size=state["head.weight"].shape[0],
+        num_layers=count_modules(state, "blocks"),
+        shared_adaln="shared_ada_lin.1.weight" in state,
+    )
+    converted = to_ours(state, tokenizer, source)
+    check_keys(empty(NextScaleTransformer, config).state_dict(), converted, source)
+    return config, converted
 
 
 def load_transformer(
@@ -266,11 +286,32 @@ def load_transformer(
     *,
     scales: Scales | None = None,
     num_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> NextScaleTransformer:
-    """Reads `var_d*.pth`, or the transformer inside a trainer's checkpoint; see `convert_transformer`.
+    """The transformer of `var_d*.pth` or of a trainer checkpoint, in evaluation mode on the CPU.
+
+    Codebook and phi stay float32. Arguments and errors as of `convert_transformer`.
+    """
+    config, state = convert_transformer(read(path), tokenizer, scales=scales, num_heads=num_heads, source=str(path))
+    return build(NextScaleTransformer, config, state, str(path), torch.float32).to(dtype)
+
+
+def export_transformer(model: NextScaleTransformer) -> State:
+    """A file's content that VAR's own loader takes (save it with `torch.save`).
 
     Raises:
-        ValueError: a damaged file, or one that holds something else.
+        ValueError: the model has parts that VAR does not (attributes, words, no classes).
     """
-    state = find_state(load_weights(path), TRANSFORMER_MARK, str(path))
-    return convert_transformer(state, tokenizer, scales=scales, num_heads=num_heads, source=str(path))
+    config = model.config
+    foreign = [key for key in ("attributes", "word_vocab_size") if config[key]]
+    if foreign or not config["num_classes"]:
+        raise ValueError(f"VAR has classes only, and no place for {', '.join(foreign) or 'a model without them'}")
+    kept = {key: value for key, value in model.state_dict().items() if not key.startswith("pyramid.")}
+    exported = rename(kept, [(r"^condition_vector\.", "")])
+    for index, block in enumerate(model.blocks):
+        exported[f"blocks.{index}.attn.zero_k_bias"] = torch.zeros_like(block.attn.q_bias)
+    sizes = model.block_sizes
+    exported["lvl_1L"] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
+    hidden = torch.zeros(model.num_tokens, model.num_tokens).masked_fill(~scale_mask(sizes, "causal"), float("-inf"))
+    exported["attn_bias_for_masking"] = hidden[None, None]
+    return exported

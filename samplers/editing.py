@@ -13,7 +13,7 @@ from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
 from visar.runtime import EAGER, Runtime
-from visar.samplers.next_scale import ScaleOutput, check_scales, draw_scale, finish, scale_settings
+from visar.samplers.next_scale import ScaleOutput, check_scales, draw_scale, finish, hold_noise, scale_settings
 
 Strategy = Literal["codes", "map"]
 
@@ -148,7 +148,7 @@ def sample_edit(
         model, noise.device, ("edit", condition.batch, guided, settings, strategy, always_keep, keep.shape[0])
     )
     state = session.state = model.start(condition, guidance, state=session.state)
-    held_noise = Noise(session.hold("seeds", noise.seeds_B), noise.device) if smooth else noise
+    held_noise = hold_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
     given_BN = session.hold("given", given_tokens.to(noise.device))

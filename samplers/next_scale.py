@@ -1,5 +1,6 @@
 """Ancestral sampling scale by scale, with settings a scale: all that VAR's released sampler offers."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics
-from visar.runtime import EAGER, Runtime
+from visar.runtime import EAGER, Runtime, Session
 from visar.samplers.filtering import categorical, check_filters, filter_logits
 
 
@@ -134,6 +135,13 @@ def append_prefix(model: ScaleGenerator, state: ScaleState, prefix_tokens: Tenso
         model.append(state, tokens_BL)
 
 
+def hold_noise(session: Session, noise: Noise) -> Noise:
+    """The source with its seeds in a tensor of the session's, for draws inside captured steps."""
+    held = copy.copy(noise)
+    held.seeds_B = session.hold("seeds", noise.seeds_B)
+    return held
+
+
 @torch.no_grad()
 def sample_next_scale(
     model: ScaleGenerator,
@@ -187,7 +195,7 @@ def sample_next_scale(
     session.state = state
     if prefix_tokens is not None:
         append_prefix(model, state, prefix_tokens)
-    held_noise = Noise(session.hold("seeds", noise.seeds_B), noise.device) if smooth else noise
+    held_noise = hold_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from visar.checkpoints.var import convert_tokenizer
+from visar.checkpoints.common import build
+from visar.checkpoints.var import convert_vq
 from visar.tokenizers.multiscale_quantizer import (
     MultiScaleCodebookTrainer,
     MultiScaleQuantizer,
@@ -20,6 +21,12 @@ from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 TINY = dict(
     codebook_size=32, codebook_dim=4, scales=(1, 2, 4), base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1
 )
+
+
+def from_released(weights, **settings):
+    """Our model of a state dict in VAR's names."""
+    config, state = convert_vq(weights, **settings)
+    return build(MultiScaleVQTokenizer, config, state, "the fixture", torch.float32)
 
 
 def scales_of(io, stem):
@@ -96,13 +103,13 @@ def test_parity(parity):
     folder = parity("var_vqvae")
     config, io, weights = folder.config, folder.io, folder.checkpoint()
     tiny = config["tiny"]
-    model = convert_tokenizer(weights, scales=tiny["v_patch_nums"], phi_ratio=tiny["quant_resi"])
+    model = from_released(weights, scales=tiny["v_patch_nums"], phi_ratio=tiny["quant_resi"])
     check_case(model, io, "tiny")
     out = model.train()(io["tiny/in/image"])
     torch.testing.assert_close(out.image_BCHW, io["tiny/out/train_rec"], atol=1e-4, rtol=0)
     loss = out.codebook_loss + tiny["beta"] * out.commitment_loss
     torch.testing.assert_close(loss[None], io["tiny/out/train_vq_loss"], atol=1e-5, rtol=0)
-    cosine = convert_tokenizer(weights, scales=tiny["v_patch_nums"], cosine=True)
+    cosine = from_released(weights, scales=tiny["v_patch_nums"], cosine=True)
     assert torch.equal(cosine.encode(io["tiny/in/image"]), torch.cat(scales_of(io, "znorm/out/idx_s"), 1))
 
 
@@ -115,7 +122,7 @@ def test_parity_of_phi_sharing(parity):
     for case in ("share0", "share1", "share2"):
         mode = f"mode{config[case]['share_quant_resi']}/"
         own = {key.removeprefix(mode): value for key, value in phis.items() if key.startswith(mode)}
-        model = convert_tokenizer(others | own, scales=scales)
+        model = from_released(others | own, scales=scales)
         assert model.config["num_phi"] == config[case]["share_quant_resi"]
         ids, maps = model.quantizer.encode(io["tiny/out/f"])
         assert torch.equal(ids, torch.cat(scales_of(io, f"{case}/out/idx_s"), 1))
@@ -130,7 +137,7 @@ def test_parity_of_released_topology(parity):
     weights = recipe_weights(folder, config)
     for key, total in config["float64_sum_check"].items():
         assert weights[key].double().sum().item() == pytest.approx(total, rel=1e-9, abs=1e-6)
-    model = convert_tokenizer(weights, scales=config["v_patch_nums"])
+    model = from_released(weights, scales=config["v_patch_nums"])
     assert model.downsampling == config["downsample"]
     check_case(model, folder.io, "full")
 
