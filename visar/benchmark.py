@@ -49,7 +49,8 @@ class Bench:
     runs: int = 3
     """Timed calls, after one that warms up (and captures)."""
     eager_steps: int = 64
-    """Steps of a timed eager call (captured ones are timed whole): eager steps of one model take the same time each."""
+    """Steps of a timed eager call (captured ones are timed whole): eager steps of one model take the same time
+    each."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """cuda or cpu."""
     out: Path | None = None
@@ -96,7 +97,8 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def floor_seconds(model: RasterGPT, rows: int, bandwidth_gb_s: float) -> float:
-    """Least time of a decode step: the layers' and the head's weights read once, and half the full cache of every row."""
+    """Least time of a decode step: the layers' and the head's weights read once, and half the full cache of every
+    row."""
     weights = sum(p.nbytes for module in (model.layers, model.output) for p in module.parameters())
     tokens = model.prefix_length + model.num_tokens
     cache = 2 * len(model.layers) * model.config["width"] * model.output.weight.element_size() * tokens / 2

@@ -47,8 +47,8 @@ class ImagePipeline(DiffusionPipeline):
     Args:
         tokenizer: turns ids into images.
         generator: predicts ids.
-        vocabulary: `visar.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose classes have
-            numbers only.
+        vocabulary: `visar.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose
+            classes have numbers only.
         defaults: sampling settings used where a call gives none: guidance_scale, temperature, top_k, top_p.
     """
 
@@ -225,7 +225,8 @@ class ImagePipeline(DiffusionPipeline):
             prompt: words, or one prompt a picture, for models conditioned on words.
             num_images: images of every class or prompt.
             attributes: further labels by name, such as {"style": "noto"}.
-            condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders' features).
+            condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders'
+                features).
             sampler, sampler_options: see `visar samplers`.
             guidance_scale: 1.0 = off, or a Guidance; None takes the model's default, as the next three do.
             temperature: > 0; 1.0 = off.
@@ -279,9 +280,7 @@ class ImagePipeline(DiffusionPipeline):
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
 
-                out = self.sample_tokens(
-                    condition.rows(part), image_seed_list[part], callback=callback, **settings
-                )
+                out = self.sample_tokens(condition.rows(part), image_seed_list[part], callback=callback, **settings)
                 tokens.append(out.tokens)
                 images.append(self.decode(out.tokens))
                 statistics = statistics + out.statistics

@@ -18,13 +18,14 @@ def load(
     """A pipeline ready to sample.
 
     Args:
-        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained`. Official weights are
-            fetched from the Hugging Face hub at the first use.
+        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained`. Official weights
+            are fetched from the Hugging Face hub at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), unknown device or dtype, or files that are damaged or do not fit.
+        ValueError: unknown name (with the nearest ones), unknown device or dtype, or files that are damaged or do
+            not fit.
     """
     target, kind = _placement(device, dtype)
     folder = Path(name)
