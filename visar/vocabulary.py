@@ -29,6 +29,7 @@ def split_words(text: str) -> list[str]:
 
 
 def _nearest(name: str, names: Sequence[str]) -> str:
+    names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or [other for other in names if name in other][:4]
     return f"; nearest: {', '.join(near)}" if near else ""
 

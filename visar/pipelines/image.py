@@ -126,13 +126,18 @@ class ImagePipeline(DiffusionPipeline):
             )
         if class_labels is not None and not takes_class:
             raise ValueError("this model is conditioned on words: give prompt, not class_labels")
-        if prompts is not None and not takes_words:
-            raise ValueError("this model is conditioned on classes only: give class_labels, not prompt")
+        if prompts is not None and (takes_class or not takes_words):
+            raise ValueError("this model is conditioned on classes: give class_labels, not prompt")
         if self.vocabulary is None:
             return self._numbered_classes(seeds, class_labels, attributes)
         uniform = Noise(seeds).uniform(Use.CONDITION, 0)
         return self.vocabulary.complete(
-            uniform, class_labels=class_labels, prompts=prompts, attributes=attributes, with_labels=takes_class
+            uniform,
+            class_labels=class_labels,
+            prompts=prompts,
+            attributes=attributes,
+            with_labels=takes_class,
+            with_words=takes_words,
         )
 
     def _numbered_classes(
