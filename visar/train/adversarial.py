@@ -1,7 +1,7 @@
 """Adversarial loss of tokenizer training: a patch discriminator and hinge losses.
 
-Source: PatchGAN (arXiv 1611.07004), hinge losses (arXiv 1705.02894), adaptive weight (VQGAN, arXiv 2012.09841 equation 7),
-spectral norm (arXiv 1802.05957).
+Source: PatchGAN (arXiv 1611.07004), hinge losses (arXiv 1705.02894), adaptive weight (VQGAN, arXiv 2012.09841
+equation 7), spectral norm (arXiv 1802.05957).
 """
 
 import torch
@@ -50,7 +50,7 @@ class PatchDiscriminator(nn.Module):
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Hinge loss that pushes real logits above 1 and fake ones below -1; 2.0 where nothing is told apart (logits 0)."""
+    """Hinge loss that pushes real logits above 1 and fake ones below -1; 2.0 where all logits are 0."""
     return (functional.relu(1.0 - real_logits.float()) + functional.relu(1.0 + fake_logits.float())).mean()
 
 

@@ -9,37 +9,57 @@ from visar.condition import Condition
 from visar.generators.raster import NULL_WORD, PADDING_WORD
 
 
-def drop_condition(
-    condition: Condition,
-    table_sizes: Sequence[int],
-    *,
-    together: float,
-    label_rates: Sequence[float],
-    word_rate: float,
-    generator: torch.Generator,
-) -> Condition:
+class ConditionDropout:
     """Replaces labels and words by "not given": all of an image's together, and each column for itself besides.
 
     Args:
-        condition: of B images.
         table_sizes: values of every label column; the null label of a column is its size.
         together: chance that an image loses everything, in [0, 1].
         label_rates: chance of every label column, besides.
         word_rate: chance of the words, besides.
-        generator: on the condition's device.
+        omit_rate: chance of every single word, so that shorter prompts than the data's captions are known.
+        device: of the conditions. Rates are kept there: making them in every step would wait for it.
+
+    Raises:
+        ValueError: a chance outside [0, 1].
     """
-    columns = len(label_rates) + 1
-    drawn_BA = torch.rand(condition.batch, columns + 1, generator=generator, device=generator.device)
-    rates = torch.tensor([*label_rates, word_rate, together], device=drawn_BA.device)
-    dropped_BA = drawn_BA < rates
-    dropped_BA = dropped_BA[:, :-1] | dropped_BA[:, -1:]
-    labels_BA, words_BT = condition.labels_BA, condition.words_BT
-    if labels_BA is not None:
-        null_A = torch.tensor(table_sizes, device=labels_BA.device)
-        labels_BA = torch.where(dropped_BA[:, :-1], null_A, labels_BA)
-    if words_BT is not None:
-        words_BT = torch.where(dropped_BA[:, -1:], null_words(words_BT), words_BT)
-    return Condition(labels_BA=labels_BA, words_BT=words_BT)
+
+    def __init__(
+        self,
+        table_sizes: Sequence[int],
+        *,
+        together: float,
+        label_rates: Sequence[float],
+        word_rate: float,
+        device: torch.device,
+    ) -> None:
+        rates = [*label_rates, word_rate, together]
+        wrong = [rate for rate in rates if not 0.0 <= rate <= 1.0]
+        if wrong:
+            raise ValueError(f"chance {wrong[0]} of losing a condition; allowed: 0 ... 1")
+        self._null_A = torch.tensor(table_sizes, dtype=torch.int64, device=device)
+        self._rates = torch.tensor(rates, device=device)
+
+    def __call__(self, condition: Condition, generator: torch.Generator) -> Condition:
+        """The condition with losses drawn from a generator on the device."""
+        size = (condition.batch, len(self._rates))
+        drawn = torch.rand(size, generator=generator, device=self._rates.device) < self._rates
+        labels_lost_BA, words_lost_B1 = drawn[:, :-2] | drawn[:, -1:], drawn[:, -2:-1] | drawn[:, -1:]
+        labels_BA, words_BT = condition.labels_BA, condition.words_BT
+        if labels_BA is not None:
+            labels_BA = torch.where(labels_lost_BA, self._null_A, labels_BA)
+        if words_BT is not None:
+            words_BT = torch.where(words_lost_B1, null_words(words_BT), words_BT)
+        return Condition(labels_BA=labels_BA, words_BT=words_BT)
+
+
+def omit_words(words_BT: Tensor, rate: float, generator: torch.Generator) -> Tensor:
+    """Leaves out every word with a chance, closes the gaps, and leaves a caption that would be empty as it is."""
+    given_BT = words_BT != PADDING_WORD
+    kept_BT = given_BT & (torch.rand(words_BT.shape, generator=generator, device=words_BT.device) >= rate)
+    kept_BT = torch.where(kept_BT.any(1, keepdim=True), kept_BT, given_BT)
+    order_BT = (~kept_BT).int().argsort(dim=1, stable=True)
+    return words_BT.masked_fill(~kept_BT, PADDING_WORD).gather(1, order_BT)
 
 
 def null_words(words_BT: Tensor) -> Tensor:

@@ -1,11 +1,10 @@
-"""Training of generators on a tokenizer's ids: cross-entropy of every token given those before it and the condition.
+"""Training of generators on a tokenizer's ids: cross-entropy of each token given those before it and the condition.
 
-Source: LlamaGen's recipe, arXiv 2406.06525 section 3.2 (AdamW 0.9 / 0.95, weight decay 0.05, clipping at 1, dropout 0.1,
+Source: LlamaGen's recipe, arXiv 2406.06525 section 3.2 (AdamW 0.9 / 0.95, weight decay 0.05, clipping, dropout 0.1,
 conditions dropped with 0.1). Differs from it: a learning rate that falls, averaged weights, the model of the best
 validation is kept, and classes are drawn with weight n^-power.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visar.condition import Condition
+from visar.data.images import ImageSet, load_image_set
+from visar.data.tokens import TokenCache, build_token_cache
 from visar.generators.raster import RasterGPT
 from visar.guidance import Guidance
 from visar.noise import Noise, image_seeds
@@ -23,12 +24,13 @@ from visar.output import to_uint8
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load_tokenizer
 from visar.samplers.ancestral import sample_ancestral
-from visar.train.conditions import drop_condition
+from visar.train.building import in_dtype, json_options
+from visar.train.conditions import ConditionDropout
+from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Run, Task, TrainResult, run_task
 from visar.train.options import RunOptions
 from visar.train.randomness import Draw, IndexDraws, balanced_weights, step_seed
-from visar.train.tokenizer import json_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,13 +38,15 @@ class TrainGenerator(RunOptions):
     """Trains a generator on a tokenizer's ids, and writes both as a pipeline that `visar.load` reads."""
 
     data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, or a parquet file."""
+    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
     tokenizer: str
     """A folder that `visar train tokenizer` wrote (its model/), or the name of an embedded tokenizer."""
     tokens: Path | None = None
     """File of ids to read, or to write if it does not exist; without it ids are made anew."""
     variants: int = 32
-    """Augmented variants of every training image, made once; 1 = the images as they are."""
+    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
+    augment: AugmentKind = "photographs"
+    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
     width: int = 256
     """Of the transformer."""
     num_layers: int = 9
@@ -56,7 +60,7 @@ class TrainGenerator(RunOptions):
     class_condition: bool = True
     """Condition on the class."""
     attributes: tuple[str, ...] | None = None
-    """Label columns to condition on besides; all that the data has when not given."""
+    """Label columns to condition on besides; when not given: all of the data with class_condition, else none."""
     words: Literal["none", "sum", "prefix"] = "none"
     """Condition on words too: by the mean of their vectors, or one by one before the image."""
     dropout: float = 0.1
@@ -69,6 +73,8 @@ class TrainGenerator(RunOptions):
     """The same for every attribute."""
     word_dropout: float = 0.1
     """The same for the words."""
+    word_omission: float = 0.0
+    """Chance of every single word of a caption to be left out."""
     class_balance: float = 0.5
     """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
     weight_decay: float = 0.05
@@ -81,18 +87,14 @@ class TrainGenerator(RunOptions):
     """Of the weights in model/."""
 
 
-def build_generator(options: TrainGenerator, tokenizer: ModelMixin, pictures: PictureSet) -> nn.Module:
+def build_generator(options: TrainGenerator, tokenizer: ModelMixin, images: ImageSet) -> nn.Module:
     """A raster generator for the tokenizer's grid and the data's conditions, with fresh weights from the run's seed.
 
     Raises:
-        ValueError: a tokenizer without a grid of ids, words that the data does not have, or arguments that the
-            architecture refuses.
+        ValueError: arguments that the architecture refuses.
     """
-    layout = tokenizer.layout
-    if layout.kind != "grid":
-        raise ValueError(f"tokenizer with tokens of kind {layout.kind!r}; a raster generator needs a grid of ids")
-    if options.words != "none" and pictures.words_NT is None:
-        raise ValueError(f"words {options.words!r}: the images of {options.data} have no words; choose none")
+    layout, vocabulary = tokenizer.layout, images.vocabulary
+    num_classes, *attributes = vocabulary.null_labels
     arguments: dict[str, Any] = dict(
         vocab_size=layout.vocab_size,
         grid=layout.scales[0],
@@ -101,23 +103,21 @@ def build_generator(options: TrainGenerator, tokenizer: ModelMixin, pictures: Pi
         num_layers=options.num_layers,
         num_heads=options.num_heads,
         hidden_width=options.hidden_width,
-        num_classes=pictures.table_sizes[0] if options.class_condition else 0,
-        attributes=tuple(pictures.table_sizes[1:]),
+        num_classes=num_classes if options.class_condition else 0,
+        attributes=tuple(attributes),
         token_dropout=options.dropout,
         residual_dropout=options.dropout,
         ffn_dropout=options.dropout,
     )
     if options.words != "none":
-        arguments |= dict(
-            words=options.words, word_vocab_size=pictures.num_words, num_words=pictures.words_NT.shape[1]
-        )
+        arguments |= dict(words=options.words, word_vocab_size=len(vocabulary.words), num_words=vocabulary.num_words)
     try:
         model = RasterGPT(**{**arguments, **json_options(options.model_options)})
     except TypeError as error:
         raise ValueError(f"the raster generator does not take these model_options: {error}") from error
     model.reset_parameters(torch.Generator().manual_seed(step_seed(options.seed, 0, Draw.INITIAL)))
     if model.config["token_input"] == "codebook":
-        model.set_codebook(tokenizer.codebook)
+        model.set_codebook(tokenizer.codebook.cpu())
     return model
 
 
@@ -132,11 +132,143 @@ class GeneratorTask(Task):
     Args:
         run: this process.
         options: of the run.
-        tokenizer: whose ids they are.
-        ids_NVL: integers [N, variants, L] of the training images on the device.
-        pictures: the training images, for their conditions.
-        validation_ids_NL: of the validation images as they are.
-        validation: the validation images.
+        tokenizer: whose ids they are, frozen, on the device.
+        images: with the conditions that the model reads.
+        cache: ids of all of them.
     """
 
     select, higher_is_better = "nll", False
+
+    def __init__(
+        self, run: Run, options: TrainGenerator, tokenizer: ModelMixin, images: ImageSet, cache: TokenCache
+    ) -> None:
+        self.run, self.options, self.tokenizer = run, options, tokenizer
+        self.vocabulary = images.vocabulary
+        self.pictures = pictures = take_split(images, "train", "none", run.device)
+        self.validation = validation = take_split(images, "val", "none", run.device)
+        self.ids_NKL = cache.ids_NKL[pictures.index_N.cpu()].to(run.device)
+        self.validation_ids_NL = cache.ids_NKL[validation.index_N.cpu(), 0].to(run.device)
+        weight_N = balanced_weights(pictures.labels_NA[:, 0].cpu(), options.class_balance)
+        self.draws = IndexDraws(len(pictures), weight_N, run.device)
+        self.parts = {
+            "model": run.add_part(
+                build_generator(options, tokenizer, images),
+                options.learning_rate,
+                betas=(0.9, 0.95),
+                weight_decay=options.weight_decay,
+            )
+        }
+        self.loss = torch.compile(token_loss) if options.compile else token_loss
+        first = 0 if options.class_condition else 1
+        sizes = images.vocabulary.null_labels
+        self.dropout = ConditionDropout(
+            sizes[first:],
+            together=options.label_dropout,
+            label_rates=([options.class_dropout] + [options.attribute_dropout] * (len(sizes) - 1))[first:],
+            word_rate=options.word_dropout,
+            device=run.device,
+        )
+        generator = run.random.generator(0, Draw.SUBSET, shared=True)
+        order = torch.randperm(len(pictures), generator=generator, device=run.device)
+        self.train_subset = order[: len(validation)]
+
+    # -------------------------------------------------------------------------------------------------------- steps
+    def condition(self, pictures: PictureSplit, index_B: Tensor) -> Condition:
+        """What the model reads of the conditions of images."""
+        labels_BA = pictures.labels_NA[index_B]
+        words_BT = None if pictures.words_NT is None else pictures.words_NT[index_B]
+        if not self.options.class_condition:
+            labels_BA = labels_BA[:, 1:]
+        return Condition(labels_BA=labels_BA if labels_BA.shape[1] else None, words_BT=words_BT)
+
+    def step(self, step: int) -> dict[str, Tensor]:
+        options, random = self.options, self.run.random
+        generator = random.generator(step, Draw.DATA, shared=True)
+        index_B = self.draws.draw(options.batch_size, generator)
+        variant_B = torch.randint(self.ids_NKL.shape[1], index_B.shape, generator=generator, device=self.run.device)
+
+        def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
+            own_B = self.run.share(index_B, part)
+            ids_BL = self.ids_NKL[own_B, self.run.share(variant_B, part)].long()
+            generator = random.generator(step, Draw.CONDITION, part=part)
+            condition = self.dropout(self.condition(self.pictures, own_B), generator)
+            loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL)
+            return loss, {"loss": loss}
+
+        return self.run.descend(self.parts["model"], step, losses)
+
+    # ------------------------------------------------------------------------------------------------- measurements
+    def validate(self, model: nn.Module) -> dict[str, float]:
+        everything = torch.arange(len(self.validation), device=self.run.device)
+        nll, null_nll = self._measure(model, self.validation, self.validation_ids_NL, everything)
+        train_nll, train_null_nll = self._measure(model, self.pictures, self.ids_NKL[:, 0], self.train_subset)
+        return {"nll": nll, "null_nll": null_nll, "train_nll": train_nll, "train_null_nll": train_null_nll}
+
+    def _measure(
+        self, model: nn.Module, pictures: PictureSplit, ids_NL: Tensor, index_N: Tensor
+    ) -> tuple[float, float]:
+        totals = torch.zeros(2, dtype=torch.float64, device=self.run.device)
+        for index_B in index_N.split(2 * self.run.part_size):
+            ids_BL = ids_NL[index_B].long()
+            given = self.condition(pictures, index_B)
+            for i, condition in enumerate((given, model.null_condition(given))):
+                with self.run.autocast():
+                    logits_BLV = model(ids_BL, condition)
+                totals[i] += token_loss(logits_BLV, ids_BL).double() * len(index_B)
+        nll, null_nll = (totals / len(index_N)).tolist()
+        return nll, null_nll
+
+    def sheets(self, model: nn.Module) -> dict[str, Sheet]:
+        """Samples at conditions of training images, the same conditions and seeds on every sheet."""
+        count = min(self.options.sample_images, len(self.train_subset))
+        condition = self.condition(self.pictures, self.train_subset[:count])
+        out = sample_ancestral(
+            model,
+            condition,
+            noise=Noise(image_seeds(self.options.seed, count), self.run.device),
+            guidance=Guidance(self.options.sample_guidance),
+        )
+        return {"samples": Sheet(to_uint8(self.tokenizer.decode(out.tokens)), columns=12)}
+
+    def save_model(self, model: nn.Module, folder: Path) -> None:
+        pipeline = ImagePipeline(
+            in_dtype(self.tokenizer, self.options.save_dtype),
+            in_dtype(model, self.options.save_dtype),
+            vocabulary=self.vocabulary.to_dict(),
+            defaults={"guidance_scale": self.options.sample_guidance},
+        )
+        pipeline.save_pretrained(folder)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        assert not state
+
+
+def train_generator(options: TrainGenerator) -> TrainResult:
+    """Trains a generator; see `TrainGenerator`. Its model/ is a pipeline with the weights of the best validation.
+
+    Raises:
+        ValueError: an option outside its range, data or a tokenizer that cannot be read or used, or a folder that
+            holds another run.
+        ImportError: a package is missing.
+    """
+    run = Run(options)
+    tokenizer = load_tokenizer(options.tokenizer, device=run.device, dtype="float32").requires_grad_(False)
+    if tokenizer.layout.kind != "grid":
+        raise ValueError(f"tokens of kind {tokenizer.layout.kind!r}; a raster generator needs a grid of ids")
+    everything = load_image_set(options.data, tokenizer.config["image_size"])
+    attributes = () if options.attributes is None and not options.class_condition else options.attributes
+    images = select_conditions(everything, attributes, options.words != "none")
+    with run.accelerator.main_process_first(), run.autocast():
+        cache = build_token_cache(
+            images,
+            tokenizer,
+            options.tokens,
+            variants=options.variants,
+            augmentation=AUGMENTATIONS[options.augment] if options.variants > 1 else None,
+            seed=options.seed,
+            device=run.device,
+        )
+    return run_task(run, GeneratorTask(run, options, tokenizer, images, cache))

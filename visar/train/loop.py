@@ -14,13 +14,14 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json, replace_folder
 from visar.train.log import RunLog, Sheet
@@ -252,6 +253,17 @@ def fast_math(enabled: bool) -> Iterator[None]:
         cudnn.allow_tf32, cudnn.benchmark = before
 
 
+@torch.no_grad()
+def update_average(averaged: nn.Module, model: nn.Module, decay: float) -> None:
+    """Moves averaged weights towards the model's; buffers are copied.
+
+    The arithmetic is that of torch.optim.swa_utils; its AveragedModel would wait for the device in every step.
+    """
+    get_ema_multi_avg_fn(decay)(list(averaged.parameters()), list(model.parameters()), 0)
+    for buffer, source in zip(averaged.buffers(), model.buffers(), strict=True):
+        buffer.copy_(source)
+
+
 def check_finite(values: dict[str, float], step: int) -> None:
     """Checks means of losses.
 
@@ -284,8 +296,7 @@ class Loop:
         self.averages = Averages()
         self.best: float | None = None
         # Of the bare module: a compiled or distributed one would give other names.
-        self.ema = AveragedModel(task.parts["model"].module, multi_avg_fn=get_ema_multi_avg_fn(run.options.ema_decay))
-        self.ema.requires_grad_(False).eval()
+        self.ema = deepcopy(task.parts["model"].module).requires_grad_(False).eval()
         self.begin = self._resume()
         if run.options.compile:
             task.parts["model"].module.compile()
@@ -339,14 +350,14 @@ class Loop:
     def _save_model(self) -> None:
         temporary = self.folder / ".model.part"
         shutil.rmtree(temporary, ignore_errors=True)
-        self.task.save_model(self.ema.module, temporary)
+        self.task.save_model(self.ema, temporary)
         replace_folder(temporary, self.folder / "model")
 
     # -------------------------------------------------------------------------------------------------- measurements
     def _validate(self, step: int) -> None:
         if self.run.is_main:
             with torch.no_grad():
-                values = self.task.validate(self.ema.module)
+                values = self.task.validate(self.ema)
             self.log.write(step, {f"validation/{name}": value for name, value in values.items()})
             value = values[self.task.select]
             sign = 1.0 if self.task.higher_is_better else -1.0
@@ -358,7 +369,7 @@ class Loop:
     def _sheets(self, step: int) -> None:
         if self.run.is_main:
             with torch.no_grad():
-                sheets = self.task.sheets(self.ema.module)
+                sheets = self.task.sheets(self.ema)
             for name, sheet in sheets.items():
                 self.log.picture(step, name, sheet)
         self.run.accelerator.wait_for_everyone()
@@ -394,7 +405,7 @@ class Loop:
             part.module.train()
         while step < options.steps and not late:
             self.averages.add(task.step(step))
-            self.ema.update_parameters(model)
+            update_average(self.ema, model, min(options.ema_decay, (1 + step) / (10 + step)))
             step += 1
             self.window_steps += 1
             if self._due(step, options.log_every):

@@ -37,7 +37,7 @@ class RunOptions:
     clip_norm: float = 1.0
     """Largest norm of the gradient; 0 = off."""
     ema_decay: float = 0.999
-    """Of the moving average of weights, which is what is measured and saved; 0 = the last weights."""
+    """Of the moving average of weights, which is what is measured and saved; lower in early steps; 0 = no average."""
     seed: int = 0
     """Of everything random in the run."""
     mixed_precision: Literal["no", "bf16"] = "bf16"

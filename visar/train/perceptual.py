@@ -34,8 +34,8 @@ def gradient_l1(image_BCHW: Tensor, target_BCHW: Tensor, num_scales: int = 3) ->
 def feature_distance(first: Tensor, second: Tensor, weight_C: Tensor | None = None) -> Tensor:
     """LPIPS's distance of two feature maps [B, C, h, w] (arXiv 1801.03924, equation 1): [B], float32.
 
-    Vectors are scaled to unit length; squared differences are summed over channels, with weights if given, and averaged
-    over positions. The small number is inside the root: a zero vector has a gradient of zero, not of nan.
+    Vectors are scaled to unit length; squared differences are summed over channels, with weights if given, and
+    averaged over positions. The small number is inside the root: a zero vector has a gradient of zero, not of nan.
     """
     first, second = (
         map_BChw * torch.rsqrt(map_BChw.square().sum(1, keepdim=True) + 1e-10)
@@ -78,7 +78,8 @@ class Lite0Perceptual(Perceptual):
     Args:
         dtype: of the network; bfloat16 is enough for a loss on a GPU.
         size: side that images are resized to (bilinear); smaller ones give features with too few positions.
-        stage_weights: of the maps at strides 2, 4, 8, 16, 32; the coarsest counts less, as it ignores where things are.
+        stage_weights: of the maps at strides 2, 4, 8, 16, 32; the coarsest counts less: it hardly says where things
+            are.
 
     Raises:
         ImportError: the package of the weights is not installed.
@@ -119,8 +120,8 @@ class LpipsPerceptual(Perceptual):
         except (URLError, OSError) as error:
             raise ValueError(
                 f"LPIPS weights cannot be fetched ({error}). Put {URL_VGG16_LPIPS.rsplit('/', 1)[1]} (from "
-                f"{URL_VGG16_LPIPS}) and torchvision's vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or choose "
-                "the perceptual loss lite0, which needs no download"
+                f"{URL_VGG16_LPIPS}) and torchvision's vgg16-397923af.pth into {torch.hub.get_dir()}/checkpoints, or "
+                "choose the perceptual loss lite0, which needs no download"
             ) from error
 
     def maps(self, image_BCHW: Tensor) -> list[Tensor]:

@@ -1,19 +1,19 @@
-"""Training of VQ and multi-scale VQ tokenizers: reconstruction, perceptual and codebook losses, optional discriminator.
+"""Training of VQ and multi-scale VQ tokenizers: reconstruction, perceptual, codebook and adversarial losses.
 
-Source: VQGAN, arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525 section 3.1 (l2-normalised lookup, perceptual and hinge
-losses); multi-scale: arXiv 2404.02905. Moving-average codebook and revival of unused codes: visar/tokenizers/quantizer.py.
+Source: VQGAN, arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525 section 3.1 (l2-normalised lookup, perceptual and
+hinge losses); multi-scale: arXiv 2404.02905. Moving-average codebook and revival of unused codes:
+visar/tokenizers/quantizer.py.
 """
 
-import json
 from collections.abc import Callable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
 from visar.output import to_uint8
 from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer
@@ -21,7 +21,8 @@ from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTo
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage
 from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from visar.train.images import PictureSet, open_pictures
+from visar.train.building import in_dtype, json_options
+from visar.train.images import AugmentKind, PictureSplit, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Run, Task, TrainResult, run_task
 from visar.train.options import RunOptions
@@ -34,9 +35,9 @@ class TrainTokenizer(RunOptions):
     """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
 
     data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, or a parquet file."""
+    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
     image_size: int | None = None
-    """Side of the images in pixels; that of the preset when not given."""
+    """Side of the images in pixels; needed for images that may be of any size."""
     preset: str = "vq-4-64"
     """Architecture: a preset of the VQ or the multi-scale VQ tokenizer."""
     model_options: str = "{}"
@@ -81,8 +82,8 @@ class TrainTokenizer(RunOptions):
     """Largest such ratio."""
     weight_decay: float = 0.0
     """Of matrices and convolutions."""
-    augment: bool = True
-    """Shifts, flips and rescalings of the training images."""
+    augment: AugmentKind = "photographs"
+    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights in model/."""
 
@@ -115,23 +116,8 @@ def find_family(preset: str) -> Family:
     raise ValueError(f"preset {preset!r}; choose {', '.join(name for family in FAMILIES for name in family.presets)}")
 
 
-def json_options(text: str) -> dict[str, Any]:
-    """Constructor arguments given as JSON.
-
-    Raises:
-        ValueError: not a JSON object.
-    """
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model_options {text!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"model_options {text!r}; needed: a JSON object such as '{{\"base_channels\": 48}}'")
-    return values
-
-
-def build_tokenizer(options: TrainTokenizer) -> nn.Module:
-    """A tokenizer with fresh weights, made from the run's seed.
+def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
+    """A tokenizer for images of a size, with fresh weights from the run's seed.
 
     Raises:
         ValueError: an unknown preset, or arguments that the architecture refuses.
@@ -140,8 +126,8 @@ def build_tokenizer(options: TrainTokenizer) -> nn.Module:
     arguments = {**family.presets[options.preset], **json_options(options.model_options)}
     if options.codebook_size is not None:
         arguments["codebook_size"] = options.codebook_size
-    if options.image_size is not None and family.build is VQTokenizer:
-        arguments["image_size"] = options.image_size
+    if family.build is VQTokenizer:
+        arguments["image_size"] = image_size
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(options.seed, 0, Draw.INITIAL))
         try:
@@ -164,12 +150,13 @@ class TokenizerTask(Task):
 
     select, higher_is_better = "psnr", True
 
-    def __init__(self, run: Run, options: TrainTokenizer, pictures: PictureSet, validation: PictureSet) -> None:
+    def __init__(self, run: Run, options: TrainTokenizer, images: ImageSet) -> None:
         self.run, self.options = run, options
-        self.pictures, self.validation = pictures, validation
+        self.pictures = pictures = take_split(images, "train", options.augment, run.device)
+        self.validation = validation = take_split(images, "val", "none", run.device)
         self.draws = IndexDraws(len(pictures), None, run.device)
         family = find_family(options.preset)
-        model = build_tokenizer(options).to(run.device)
+        model = build_tokenizer(options, images.image_size).to(run.device)
         if run.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         self.codebook = family.codebook_trainer(
@@ -208,7 +195,7 @@ class TokenizerTask(Task):
         seen: list[tuple[Tensor, VQOutput]] = []
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
-            generator = random.generator(step, Draw.AUGMENT, part=part) if options.augment else None
+            generator = random.generator(step, Draw.AUGMENT, part=part)
             image_BCHW = self.pictures.batch(self.run.share(index_B, part), generator)
             output = self.parts["model"].call(image_BCHW)
             seen.append((image_BCHW, output))
@@ -278,7 +265,7 @@ class TokenizerTask(Task):
         return values | {f"train_{name}": value for name, value in trained.items()}
 
     def _measure(
-        self, model: nn.Module, pictures: PictureSet, index_N: Tensor, usage: CodebookUsage | None
+        self, model: nn.Module, pictures: PictureSplit, index_N: Tensor, usage: CodebookUsage | None
     ) -> dict[str, float]:
         ratios, distances = [], []
         for index_B in index_N.split(4 * self.run.part_size):
@@ -309,7 +296,7 @@ class TokenizerTask(Task):
         return {"reconstruction": Sheet(to_uint8(torch.cat(rows)), columns)}
 
     def save_model(self, model: nn.Module, folder: Path) -> None:
-        save_weights(model, folder, self.options.save_dtype)
+        in_dtype(model, self.options.save_dtype).save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.codebook.state_dict()
@@ -318,18 +305,8 @@ class TokenizerTask(Task):
         self.codebook.load_state_dict(state)
 
 
-def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """A copy with contiguous weights in a dtype; modules that must stay float32 see to that themselves."""
-    return nn.Module.to(deepcopy(model), dtype=getattr(torch, dtype), memory_format=torch.contiguous_format)
-
-
-def save_weights(model: nn.Module, folder: Path, dtype: str) -> None:
-    """Writes a copy of the model in a dtype, by save_pretrained."""
-    in_dtype(model, dtype).save_pretrained(folder)
-
-
 def train_tokenizer(options: TrainTokenizer) -> TrainResult:
-    """Trains a tokenizer; see `TrainTokenizer`. Results: model/ holds the averaged weights of the best validation PSNR.
+    """Trains a tokenizer; see `TrainTokenizer`. Its model/ holds the averaged weights of the best validation PSNR.
 
     Raises:
         ValueError: an option outside its range, data that cannot be read, or a folder that holds another run.
@@ -338,6 +315,5 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
     if options.adversarial_adaptive and options.compile:
         raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
     run = Run(options)
-    size = options.image_size or 64
-    pictures, validation = open_pictures(options.data, size, run.device)
-    return run_task(run, TokenizerTask(run, options, pictures, validation))
+    images = load_image_set(options.data, options.image_size)
+    return run_task(run, TokenizerTask(run, options, images))

@@ -1,0 +1,30 @@
+"""Making and copying models from a recipe's options."""
+
+import json
+from copy import deepcopy
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def json_options(text: str) -> dict[str, Any]:
+    """Constructor arguments given as JSON.
+
+    Raises:
+        ValueError: not a JSON object.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"model_options {text!r} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model_options {text!r}; needed: a JSON object such as '{{\"base_channels\": 48}}'")
+    return values
+
+
+def in_dtype(model: Model, dtype: str) -> Model:
+    """A copy with contiguous weights in a dtype; modules that must stay float32 see to that themselves."""
+    return nn.Module.to(deepcopy(model), dtype=getattr(torch, dtype), memory_format=torch.contiguous_format)
