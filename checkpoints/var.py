@@ -308,8 +308,8 @@ def export_transformer(model: NextScaleTransformer) -> State:
         raise ValueError(f"VAR has classes only, and no place for {', '.join(foreign) or 'a model without them'}")
     kept = {key: value for key, value in model.state_dict().items() if not key.startswith("pyramid.")}
     exported = rename(kept, [(r"^condition_vector\.", "")])
-    for index, block in enumerate(model.blocks):
-        exported[f"blocks.{index}.attn.zero_k_bias"] = torch.zeros_like(block.attn.q_bias)
+    for index in range(len(model.blocks)):
+        exported[f"blocks.{index}.attn.zero_k_bias"] = torch.zeros(config["width"])
     sizes = model.block_sizes
     exported["lvl_1L"] = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[None]
     hidden = torch.zeros(model.num_tokens, model.num_tokens).masked_fill(~scale_mask(sizes, "causal"), float("-inf"))

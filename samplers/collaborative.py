@@ -15,7 +15,15 @@ from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
 from visar.runtime import EAGER, Runtime
-from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, draw_scale, finish, scale_settings
+from visar.samplers.next_scale import (
+    ScaleOutput,
+    ScaleSettings,
+    check_scales,
+    draw_scale,
+    finish,
+    open_session,
+    scale_settings,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +80,8 @@ def _run_stage(
 ) -> ScaleState:
     """Predicts a stage's scales, and returns its state without the cache: what the next model needs of it."""
     model = stage.model
-    guided = guidance.active(len(model.scales))
-    key = ("collaborative", condition.batch, guided, settings, stage.first, stage.last)
-    session = runtime.session(model, noise.device, key)
+    options = ("collaborative", settings, stage.first, stage.last)
+    session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(
         condition,
         guidance,

@@ -13,7 +13,15 @@ from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
 from visar.runtime import EAGER, Runtime
-from visar.samplers.next_scale import ScaleOutput, check_scales, draw_scale, finish, hold_noise, scale_settings
+from visar.samplers.next_scale import (
+    ScaleOutput,
+    check_scales,
+    draw_scale,
+    finish,
+    hold_noise,
+    open_session,
+    scale_settings,
+)
 
 Strategy = Literal["codes", "map"]
 
@@ -143,10 +151,8 @@ def sample_edit(
     begun = time.perf_counter()
     settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
     _, last = check_scales(model, None, None)
-    guided = guidance.active(last)
-    session = runtime.session(
-        model, noise.device, ("edit", condition.batch, guided, settings, strategy, always_keep, keep.shape[0])
-    )
+    options = ("edit", settings, strategy, always_keep, keep.shape[0])
+    session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
     held_noise = hold_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)

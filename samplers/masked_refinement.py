@@ -13,7 +13,7 @@ from visar.multiscale import ScaleState
 from visar.noise import Noise, Use
 from visar.runtime import EAGER, Runtime
 from visar.samplers.filtering import categorical
-from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, finish, scale_settings
+from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, finish, open_session, scale_settings
 
 Schedule = Sequence[int | Sequence[int]]
 
@@ -143,9 +143,8 @@ def sample_masked_refinement(
     settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
     _, last = check_scales(model, num_scales, None)
     passes = refinement_schedule(model.block_sizes, schedule)[:last]
-    guided = guidance.active(len(model.scales))
-    key = ("masked_refinement", condition.batch, guided, settings, passes, refinement_guidance, greedy)
-    session = runtime.session(model, noise.device, key)
+    options = ("masked_refinement", settings, passes, refinement_guidance, greedy)
+    session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniforms = [

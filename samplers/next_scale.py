@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,6 +135,20 @@ def append_prefix(model: ScaleGenerator, state: ScaleState, prefix_tokens: Tenso
         model.append(state, tokens_BL)
 
 
+def open_session(
+    runtime: Runtime,
+    model: ScaleGenerator,
+    condition: Condition,
+    guidance: Guidance,
+    noise: Noise,
+    *settings: Hashable,
+) -> Session:
+    """The session of a batch; settings: all that changes a step's work, beginning with the sampler's name."""
+    key = (*settings, condition.batch, guidance.active(len(model.scales)))
+    # mypy takes the class of diffusers for its stand-in without torch.
+    return runtime.session(model, noise.device, key)  # type: ignore[arg-type]
+
+
 def hold_noise(session: Session, noise: Noise) -> Noise:
     """The source with its seeds in a tensor of the session's, for draws inside captured steps."""
     held = copy.copy(noise)
@@ -188,9 +202,7 @@ def sample_next_scale(
     begun = time.perf_counter()
     settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
     first, last = check_scales(model, num_scales, prefix_tokens)
-    guided = guidance.active(len(model.scales))
-    key = ("next_scale", condition.batch, guided, settings, first, last)
-    session = runtime.session(model, noise.device, key)
+    session = open_session(runtime, model, condition, guidance, noise, "next_scale", settings, first, last)
     state = model.start(condition, guidance, state=session.state, first_scale=first, last_scale=last - 1)
     session.state = state
     if prefix_tokens is not None:

@@ -6,7 +6,8 @@ Training parts that the release lacks (tail dropout, moving averages, revival of
 B images, S scales, L positions of one scale, N all positions, V codes, C code width, h w the finest grid.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +103,10 @@ class ScalePyramid(nn.Module):
         """Weights for training from scratch: codes of unit mean square length, phi's convolutions as PyTorch's
         default."""
         nn.init.normal_(self.embedding.weight, std=self.channels**-0.5, generator=generator)
-        for conv in self.phi:
+        for conv in cast(Iterable[nn.Conv2d], self.phi):
             bound = (9 * self.channels) ** -0.5
             nn.init.uniform_(conv.weight, -bound, bound, generator=generator)
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(cast(Tensor, conv.bias))
 
     # ---------------------------------------------------------------------------------------------------- decoding
     @property

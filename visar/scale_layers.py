@@ -6,7 +6,9 @@ B images, R rows (2B when guided), L positions, D width, N heads, E head width, 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,16 +78,18 @@ class ConditionVector(nn.Module):
 
     def forward(self, condition: Condition) -> Tensor:
         """float [R, D]."""
-        labels, first = condition.labels_BA, 0
+        columns = [] if condition.labels_BA is None else list(condition.labels_BA.unbind(1))
         if self.num_classes:
-            vector, first = self.class_emb(labels[:, 0]), 1
+            vector = self.class_emb(columns.pop(0))
         else:
             vector = self.begin.expand(condition.batch, -1)
-        for column, embedding in enumerate(self.attribute_emb):
-            vector = vector + embedding(labels[:, first + column])
+        for label_R, embedding in zip(columns, self.attribute_emb, strict=True):
+            vector = vector + embedding(label_R)
         if self.word_vocab_size:
-            given = (condition.words_BT != PADDING_WORD)[..., None]
-            total = (self.word_emb(condition.words_BT) * given).sum(1)
+            words_RT = condition.words_BT
+            assert words_RT is not None
+            given = torch.ne(words_RT, PADDING_WORD)[..., None]
+            total = (self.word_emb(words_RT) * given).sum(1)
             vector = vector + total / given.sum(1).clamp(min=1).to(total.dtype)
         return vector
 
@@ -188,6 +192,7 @@ class AdaLNBlock(nn.Module):
     def modulation(self, condition_RD: Tensor, shared_R6D: Tensor | None) -> Tensor:
         """[R, 6, D]: gate of attention and of the feed-forward part, then both scales, then both shifts."""
         if self.shared_adaln:
+            assert shared_R6D is not None
             return shared_R6D + self.ada_gss[0]
         return self.ada_lin(condition_RD).unflatten(-1, (6, -1))
 
@@ -239,7 +244,7 @@ def reset_blocks(
     """VAR's start: N(0, sqrt(1 / (3 D))) for linear layers, residual projections divided by sqrt(2 depth), adaLN
     halved, its gates multiplied by `gate` (paper's code: 1e-3 ... 1e-5, smaller for deeper models)."""
     std = (1 / width / 3) ** 0.5
-    for block in blocks:
+    for block in cast(Iterable[AdaLNBlock], blocks):
         for module in block.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=std, generator=generator)
@@ -252,5 +257,6 @@ def reset_blocks(
                 block.ada_gss[:, :, 2:].mul_(0.5)
                 block.ada_gss[:, :, :2].mul_(gate)
             else:
-                block.ada_lin[1].weight[2 * width :].mul_(0.5)
-                block.ada_lin[1].weight[: 2 * width].mul_(gate)
+                weight = cast(nn.Linear, block.ada_lin[1]).weight
+                weight[2 * width :].mul_(0.5)
+                weight[: 2 * width].mul_(gate)

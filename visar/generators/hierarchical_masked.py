@@ -7,7 +7,8 @@ non-commercial use.
 B images, R rows (2B when guided), L positions of one scale, N all positions, D width, V codes, C code width.
 """
 
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -117,18 +118,14 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         self._reset_inputs(width, generator)
         for blocks in (self.base_blocks, self.ns_blocks):
             reset_blocks(blocks, width, depth, gate, generator)
-        for weight in (
-            self.word_embed.weight,
-            self.mask_embed.weight,
-            self.ns_head.weight,
-            self.ns_head_nm.ada_lin[1].weight,
-        ):
-            nn.init.trunc_normal_(weight, std=std, generator=generator)
-        for bias in (self.word_embed_bias, self.ns_head.bias, self.ns_head_nm.ada_lin[1].bias):
+        modulation = cast(nn.Linear, self.ns_head_nm.ada_lin[1])
+        for module in (self.word_embed, self.mask_embed, self.ns_head, modulation):
+            nn.init.trunc_normal_(module.weight, std=std, generator=generator)
+        for bias in (self.word_embed_bias, self.ns_head.bias, modulation.bias):
             nn.init.zeros_(bias)
         with torch.no_grad():
             self.ns_head.weight.mul_(0.02)
-            self.ns_head_nm.ada_lin[1].weight.mul_(0.5)
+            modulation.weight.mul_(0.5)
         self.begin_refinement()
 
     def begin_refinement(self) -> None:
@@ -163,7 +160,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         norms."""
         ends: dict[str, nn.ModuleList] = {"base": self.base_blocks, "ns": self.ns_blocks, "mask": self.mask_blocks}
         modulations = {
-            name: torch.stack([block.modulation(condition_RD, None) for block in blocks])
+            name: torch.stack([block.modulation(condition_RD, None) for block in cast(Iterable[AdaLNBlock], blocks)])
             for name, blocks in ends.items()
             if len(blocks)
         }

@@ -6,6 +6,9 @@ words are this project's.
 B images, R rows (2B when guided), L positions of a call, N all positions, D width, V codes, C code width.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
@@ -114,12 +117,13 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         std = (1 / width / 3) ** 0.5
         self._reset_inputs(width, generator)
         reset_blocks(self.blocks, width, depth, gate, generator)
-        for linear in (self.word_embed, self.head, self.head_nm.ada_lin[1]):
+        modulation = cast(nn.Linear, self.head_nm.ada_lin[1])
+        for linear in (self.word_embed, self.head, modulation):
             nn.init.trunc_normal_(linear.weight, std=std, generator=generator)
             nn.init.zeros_(linear.bias)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[1].weight.mul_(0.5)
+            modulation.weight.mul_(0.5)
 
     # -------------------------------------------------------------------------------------------- teacher forcing
     def embed_map(self, inputs_BLC: Tensor) -> Tensor:
@@ -152,8 +156,9 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         shared = None
         if self.config["shared_adaln"]:
             shared = self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
-        blocks = torch.stack([block.modulation(condition_RD, shared) for block in self.blocks])
-        return {"blocks": blocks, "head": self.head_nm.modulation(condition_RD)[None]}
+        blocks = cast(Iterable[AdaLNBlock], self.blocks)
+        modulations = torch.stack([block.modulation(condition_RD, shared) for block in blocks])
+        return {"blocks": modulations, "head": self.head_nm.modulation(condition_RD)[None]}
 
     # --------------------------------------------------------------------------------------------------- decoding
     def make_cache(self, rows: int, num_scales: int, dtype: torch.dtype, device: torch.device) -> KVCache:
@@ -171,6 +176,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
     def raw_logits(self, state: ScaleState) -> Tensor:
         """Unguided logits [R, L, V] of scale `state.block`; reads all coarser scales in the same pass when this is the
         first scale that the state predicts."""
+        assert state.cache is not None
         scale = state.block
         first = 0 if scale == state.first_block else scale
         begin, end = self.begin_of(first), self.ends[scale]
