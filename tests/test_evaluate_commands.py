@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from visar.condition import Condition
 from visar.evaluate.commands import (
     Compare,
     Eval,
@@ -19,17 +20,19 @@ from visar.evaluate.commands import (
     evaluate,
     evaluate_tokenizer,
     parse_sampler,
+    read_prompts,
     stats,
 )
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
-from visar.evaluate.images import ArrayImages
+from visar.evaluate.images import UINT8_RULES, ArrayImages
 from visar.evaluate.labels import LabelTable
-from visar.evaluate.pipeline import PipelineGenerator, Sampling, weights_digest
-from visar.evaluate.run import make_statistics
+from visar.evaluate.pipeline import PipelineGenerator, Sampling
+from visar.evaluate.run import label_plan, make_statistics
 from visar.generators.raster import RasterGPT
 from visar.guidance import Guidance
 from visar.pipelines.image import ImagePipeline
 from visar.tokenizers.vq import VQTokenizer
+from visar.vocabulary import Vocabulary, build_vocabulary
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py"))["TINY"]
@@ -56,7 +59,12 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
-def tiny_pipeline(num_classes: int = 4, attributes: tuple[int, ...] = ()) -> ImagePipeline:
+def tiny_pipeline(
+    num_classes: int = 4,
+    attributes: tuple[int, ...] = (),
+    word_vocab_size: int = 0,
+    vocabulary: Vocabulary | None = None,
+) -> ImagePipeline:
     torch.manual_seed(0)
     tokenizer = VQTokenizer(
         image_size=16,
@@ -76,8 +84,11 @@ def tiny_pipeline(num_classes: int = 4, attributes: tuple[int, ...] = ()) -> Ima
         hidden_width=64,
         num_classes=num_classes,
         attributes=attributes,
+        word_vocab_size=word_vocab_size,
+        num_words=0 if vocabulary is None else vocabulary.num_words,
     )
-    pipeline = ImagePipeline(tokenizer.eval(), generator.eval(), defaults={"guidance_scale": 1.5, "top_k": 8})
+    names = None if vocabulary is None else vocabulary.to_dict()
+    pipeline = ImagePipeline(tokenizer.eval(), generator.eval(), names, {"guidance_scale": 1.5, "top_k": 8})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -169,14 +180,32 @@ def test_labels_follow_the_reference_that_holds_them(tmp_path: Path, tables: lis
     assert report.metrics.kid is None  # the file holds no features
 
 
-def test_weights_have_a_digest() -> None:
-    pipeline = tiny_pipeline()
-    before = weights_digest(pipeline.generator)
-    assert before == weights_digest(tiny_pipeline().generator)
-    with torch.no_grad():
-        next(pipeline.generator.parameters()).view(-1)[0] += 1.0
-    assert weights_digest(pipeline.generator) != before
-    assert weights_digest(pipeline.generator.to(torch.bfloat16)) != before
+def test_histogram_labels_are_rows_of_the_models_vocabulary() -> None:
+    captions = ["red cat", "blue cat", "red dog", "red cat"]
+    labels = np.array([[0, 1], [0, 0], [1, 1], [0, 1]])
+    attributes = {"class": ("cat", "dog"), "colour": ("blue", "red")}
+    vocabulary = build_vocabulary(attributes, labels, captions, np.arange(4))
+    pipeline = tiny_pipeline(2, (2,), len(vocabulary.words), vocabulary)
+    generate = PipelineGenerator(pipeline, Sampling())
+    table = generate.training_table(LabelTable(((0,),), (1,)))
+    assert table is not None and table.total == 4 and max(table.counts) == 2
+    plan = label_plan("auto", num_classes=generate.num_classes, table=table)
+    assert plan.policy == "histogram"
+    rows = plan.labels(range(4), range(4))
+    assert sorted(rows) == sorted(tuple(row) for row in vocabulary.rows.tolist())
+    images, _ = generate([0, 1], rows[:2])
+    words = vocabulary.encode_texts([vocabulary.texts[row[0]] for row in rows[:2]])
+    condition = Condition(labels_BA=torch.tensor([row[1:] for row in rows[:2]]), words_BT=words)
+    expected = pipeline(condition=condition, seeds=[0, 1], output_type="pt").images
+    assert torch.equal(images, UINT8_RULES["round"](expected))
+    by_class, _ = generate([3, 4], [(0,), (1,)])
+    assert by_class.shape == (2, 3, 16, 16)
+    words_only = PipelineGenerator(tiny_pipeline(0, (), len(vocabulary.words), vocabulary), Sampling())
+    assert words_only.num_classes == 0
+    prompted, _ = words_only([5], ["red dog"])
+    row = next(row for row in vocabulary.rows.tolist() if vocabulary.texts[row[0]] == "red dog")
+    assert torch.equal(words_only([5], [tuple(row)])[0], prompted)
+    assert words_only([5], [None])[0].shape == (1, 3, 16, 16)
 
 
 def test_tokenizer_is_evaluated(tmp_path: Path, pictures: Path, tables: list) -> None:
@@ -186,6 +215,16 @@ def test_tokenizer_is_evaluated(tmp_path: Path, pictures: Path, tables: list) ->
         evaluate_tokenizer(options, tables.append)
     assert tables[0][0] == ("pictures", "PSNR", "SSIM", "rFD-Lite0", "codes used", "perplexity")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"] == "reconstruction"
+
+
+def test_prompts_are_read(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a cat\n\n two dogs \n")
+    assert read_prompts(tmp_path / "p.txt") == ("a cat", "two dogs")
+    (tmp_path / "p.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no prompt"):
+        read_prompts(tmp_path / "p.txt")
+    with pytest.raises(ValueError, match="none.txt"):
+        read_prompts(tmp_path / "none.txt")
 
 
 def test_sampler_words() -> None:

@@ -23,7 +23,7 @@ from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.generation import collect, generate_images, remake_images, write_npz
 from visar.evaluate.images import NpzImages
 from visar.evaluate.labels import Label, LabelPlan, LabelTable
-from visar.evaluate.run import label_plan
+from visar.evaluate.run import RunOptions, label_plan
 from visar.evaluate.sharding import World, finished, load_part, missing_ranges
 from visar.output import SampleStatistics
 
@@ -87,15 +87,15 @@ def test_policies_and_their_errors() -> None:
     table = LabelTable.of([(0,), (0,), (1,)])
     assert LabelPlan("prompts", prompts=("a", "b")).labels([0, 3], [0, 0]) == ["a", "b"]
     assert LabelPlan("none").labels([4], [0]) == [None]
-    auto: dict[str, Any] = {"num_classes": 3, "label_columns": 1}
-    assert label_plan("auto", table=table, **auto).policy == "histogram"
-    assert label_plan("auto", table=None, **auto).policy == "balanced"
-    assert label_plan("auto", table=None, prompts=("a",), **auto).policy == "prompts"
-    assert label_plan("auto", table=None, num_classes=0, label_columns=0).policy == "none"
-    assert len({label_plan(policy, table=table, **auto).digest() for policy in ("histogram", "balanced", "none")}) == 3
+    assert label_plan("auto", num_classes=3, table=table).policy == "histogram"
+    assert label_plan("auto", num_classes=3, table=None).policy == "balanced"
+    assert label_plan("auto", num_classes=3, table=None, prompts=("a",)).policy == "prompts"
+    assert label_plan("auto", num_classes=0, table=None).policy == "none"
+    plans = [label_plan(policy, num_classes=3, table=table) for policy in ("histogram", "balanced", "none")]
+    assert len({plan.digest() for plan in plans}) == 3
     for policy, message in (("uniform", "choose auto, balanced"), ("histogram", "need the training labels")):
         with pytest.raises(ValueError, match=message):
-            label_plan(policy, table=None, **auto)  # type: ignore[arg-type]
+            label_plan(policy, num_classes=3, table=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="number of classes"):
         LabelPlan("random")
     with pytest.raises(ValueError, match="sorted and distinct"):
@@ -166,6 +166,11 @@ def test_wrong_pictures_and_counts_are_named(tmp_path: Path, extractor: Extracto
         run(tmp_path / "a", extractor, generate=floats)
     with pytest.raises(ValueError, match="num_samples 0"):
         run(tmp_path / "b", extractor, num_samples=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot make the folder"):
+        run(tmp_path / "file", extractor)
+    with pytest.raises(ValueError, match="num_samples 3: .* need 4 pictures"):
+        RunOptions(tmp_path, num_samples=3)
     with pytest.raises(ValueError, match="choose none, png, npz"):
         run(tmp_path / "c", extractor, keep_images="jpg")
     run(tmp_path / "d", extractor)
@@ -197,6 +202,22 @@ def test_kept_pictures_are_the_pictures(tmp_path: Path, extractor: Extractor) ->
     with pytest.raises(ValueError, match="not kept"):
         write_npz(tmp_path / "png", 6, tmp_path / "no.npz")
     assert not (tmp_path / "no.npz").exists()
+
+
+def test_clips_go_through_the_same_run(tmp_path: Path) -> None:
+    def film(seeds: list[int], labels: list[Label]) -> tuple[Tensor, SampleStatistics]:
+        frames = [TINY.paint([seed + 1000 * t for seed in seeds], labels)[0] for t in range(3)]
+        return torch.stack(frames, dim=1), SampleStatistics({"generator": 3})
+
+    clip = load_extractor("efficientnet-lite0-clip")
+    run(tmp_path, clip, generate=film, num_samples=5, keep_images="png")
+    found = collect(tmp_path, 5)
+    assert found.features["clip"].shape == (5, 640) and found.duplicates == 0
+    expected, _ = film([3], [(0,)])
+    torch.testing.assert_close(found.features["clip"][:1], clip(expected)["clip"], atol=1e-3, rtol=1e-3)
+    assert Image.open(tmp_path / "images" / "00000000.png").size == (96, 32)
+    with pytest.raises(ValueError, match="no 16x16 averages"):
+        run(tmp_path / "t", clip, generate=film, keep_thumbnails=True)
 
 
 def test_missing_ranges_cover_exactly_what_is_missing() -> None:

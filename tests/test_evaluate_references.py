@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
-from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, resized
+from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, open_images, resized
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.metrics import compute_metrics
-from visar.evaluate.references import load_reference, load_statistics, open_images, save_statistics
+from visar.evaluate.references import load_reference, load_statistics, save_statistics
 from visar.evaluate.run import make_statistics
 from visar.evaluate.statistics import frechet_distance
 
@@ -184,6 +184,24 @@ def test_sets_are_read_the_same_in_any_batch_size(tmp_path: Path) -> None:
     digest = FolderImages(folder).digest()
     (folder / "000.png").rename(folder / "z.png")
     assert FolderImages(folder).digest() != digest
+
+
+def test_a_split_of_an_image_set_brings_its_labels(tmp_path: Path, extractor: Extractor) -> None:
+    for split, count in (("train", 6), ("val", 3)):
+        for i, image in enumerate(pictures(count)):
+            place = tmp_path / "set" / split / ("cat" if i % 3 else "dog")
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i}.png")
+    train = open_images(f"{tmp_path / 'set'}@train", image_size=32)
+    assert len(train) == 6 and train.name == "set@train" and isinstance(train, ArrayImages)
+    assert train.labels == LabelTable(((0,), (1,)), (4, 2))
+    reference = load_reference(f"{tmp_path / 'set'}@train", extractor, image_size=32)
+    assert reference.labels == train.labels
+    assert len(open_images(f"{tmp_path / 'set'}@val", image_size=32)) == 3
+    make_statistics(train, extractor, tmp_path / "set.npz")
+    assert load_statistics(tmp_path / "set.npz").labels == train.labels
+    with pytest.raises(ValueError, match="no pictures in its split test"):
+        open_images(f"{tmp_path / 'set'}@test", image_size=32)
 
 
 def test_resize_chains() -> None:

@@ -12,10 +12,10 @@ import tyro
 
 from visar.evaluate.extractors import load_extractor
 from visar.evaluate.generation import KeepImages
-from visar.evaluate.images import ResizeChain
+from visar.evaluate.images import ResizeChain, open_images
 from visar.evaluate.labels import LabelPolicy
 from visar.evaluate.reconstruction import evaluate_reconstruction
-from visar.evaluate.references import load_reference, open_images
+from visar.evaluate.references import load_reference
 from visar.evaluate.report import Report, load_report, table
 from visar.evaluate.run import (
     Progress,
@@ -43,7 +43,8 @@ class Eval:
     model: tyro.conf.Positional[str]
     """A model's name or folder (`visar models`); or pictures made elsewhere: a folder of them or an .npz."""
     reference: str
-    """Name of a shipped statistics file, a file of `visar stats`, an ADM batch, an .npz of images, or a folder."""
+    """A shipped statistics file's name, a file of `visar stats`, an ADM batch, an .npz of images, a folder, or
+    PLACE@train, a split of an image set."""
     out: Path = Path("evaluation")
     """Folder for metrics.json, card.md and the state of the run."""
     num_samples: int = 10_000
@@ -53,7 +54,7 @@ class Eval:
     seed: int = 0
     """Image i has seed + i."""
     labels: LabelPolicy | Literal["auto"] = "auto"
-    """auto is the training histogram where the reference holds one, else balanced classes."""
+    """auto is the training histogram where the model or the reference knows it, else balanced classes."""
     prompts: Path | None = None
     """Text file, one prompt a line, for models conditioned on words."""
     sampler: str = "ancestral"
@@ -81,9 +82,9 @@ class Eval:
     image_size: int | None = None
     """That size in pixels."""
     train: str | None = None
-    """Training pictures (folder or .npz): also print the copy rate and draw the nearest ones."""
+    """Training pictures (folder, .npz, PLACE@train): also print the copy rate and draw the nearest ones."""
     held_out: str | None = None
-    """Real pictures that were not trained on: the copy rate's null."""
+    """Real pictures that were not trained on (PLACE@val): the copy rate's null."""
     keep_images: KeepImages = "none"
     """png: one file an image; npz: one file that ADM's evaluator reads."""
     uint8_rule: Literal["round", "truncate"] = "round"
@@ -182,7 +183,7 @@ def _score_model(
         guidance = Guidance(options.guidance_scale, schedule=options.guidance_schedule)
     elif options.guidance_schedule != "constant":
         raise ValueError("--guidance-schedule linear needs --guidance-scale")
-    prompts = () if options.prompts is None else tuple(options.prompts.read_text(encoding="utf-8").splitlines())
+    prompts = () if options.prompts is None else read_prompts(options.prompts)
     return evaluate_pipeline(
         load(options.model, device=world.device, dtype=options.dtype),
         Sampling(options.sampler, sampler_options, guidance, options.temperature, options.top_k, options.top_p),
@@ -208,7 +209,7 @@ class Stats:
     """Writes a statistics file of real pictures, to evaluate against without the pictures."""
 
     source: tyro.conf.Positional[str]
-    """A folder of pictures, or an .npz of images."""
+    """A folder of pictures, an .npz of images, or PLACE@train, a split of an image set with its labels."""
     out: Path
     """File to write, .npz."""
     protocol: Literal["generation", "reconstruction"] = "generation"
@@ -273,7 +274,7 @@ class EvalTokenizer:
     tokenizer: tyro.conf.Positional[str]
     """A tokenizer's name, or its folder."""
     images: str
-    """Pictures that were not trained on: a folder or an .npz."""
+    """Pictures that were not trained on: a folder, an .npz, or PLACE@val, a split of an image set."""
     out: Path = Path("reconstruction")
     """Folder for metrics.json."""
     extractor: str = "efficientnet-lite0"
@@ -402,6 +403,22 @@ def _compared(options: Compare, model: str, sampler: str, world: World, progress
         world=world,
     )
     return None if report is None else replace(report, name=label)
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: no such file, or nothing in it.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the prompts {path}: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise ValueError(f"no prompt in {path}: one a line")
+    return prompts
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:

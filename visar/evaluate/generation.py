@@ -61,8 +61,8 @@ class Generated:
         statistics: of all sampler calls together.
         calls: how many there were.
         forward_passes_per_image: model calls that an image needed (of its batch), by model, averaged over images.
-        images_per_second: of one process, decoding included; its first batch left out where there are others. None for
-            pictures that were not made here.
+        images_per_second: of one process, decoding included; its first batch left out where there are others. None if
+            they were not made here.
     """
 
     num_samples: int
@@ -146,7 +146,10 @@ def generate_images(
     parts = folder / "parts"
     todo: object = None
     if world.rank == 0:
-        parts.mkdir(parents=True, exist_ok=True)
+        try:
+            parts.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot make the folder {parts}: {error.strerror or error}") from error
         settings: dict[str, object] = {
             "seed": seed,
             "labels": plan.digest(),
@@ -278,7 +281,7 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
         statistics=statistics,
         calls=calls,
         forward_passes_per_image={model: total / num_samples for model, total in passes.items()},
-        images_per_second=made / seconds if seconds > 0 else float("inf"),
+        images_per_second=made / seconds if seconds > 0 else None,
     )
 
 

@@ -12,10 +12,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from visar.data.crops import center_crop
+from visar.data.images import EXTENSIONS, SPLITS, load_image_set
+from visar.evaluate.labels import LabelTable
 from visar.files import sha256
 from visar.output import to_uint8
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 IMAGE_ARRAYS = ("arr_0", "images")
 ResizeChain = Literal["none", "adm", "torchvision"]
 
@@ -60,15 +61,16 @@ class ArrayImages:
     Args:
         images_NHWC: uint8 [N, H, W, 3], or clips [N, T, H, W, 3]; numpy or torch.
         name: what reports call it.
+        labels: of the pictures, if known.
 
     Raises:
         ValueError: another dtype or shape, or no picture.
     """
 
-    def __init__(self, images_NHWC: np.ndarray | Tensor, name: str = "array") -> None:
-        images = (
-            images_NHWC if isinstance(images_NHWC, Tensor) else torch.from_numpy(np.ascontiguousarray(images_NHWC))
-        )
+    def __init__(
+        self, images_NHWC: np.ndarray | Tensor, name: str = "array", labels: LabelTable | None = None
+    ) -> None:
+        images: Tensor = torch.as_tensor(images_NHWC)
         if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-1] != 3 or not len(images):
             raise ValueError(
                 f"{name}: images are {images.dtype} of shape {tuple(images.shape)}; "
@@ -76,6 +78,7 @@ class ArrayImages:
             )
         self.images = images
         self.name = name
+        self.labels = labels
         self.size = (images.shape[-3], images.shape[-2])
 
     def __len__(self) -> int:
@@ -204,6 +207,44 @@ class FolderImages:
             yield torch.stack(images).movedim(-1, -3).contiguous()
 
 
+def open_images(
+    source: str | Path | np.ndarray | Tensor | ImageSource, resize: ResizeChain = "none", image_size: int | None = None
+) -> ImageSource:
+    """A set of pictures.
+
+    Args:
+        source: a folder; an .npz of images; PLACE@SPLIT, a split (train, val, test) of an image set as training reads
+            them (emoji64.zip, parquet, folders of classes), with its labels; a .zip or .parquet without a split means
+            its training pictures; an array uint8 [N, H, W, 3]; or an open set, which is returned.
+        resize, image_size: for folders, see FolderImages; image sets take the size only (their crop is "adm").
+
+    Raises:
+        ValueError: none of these.
+    """
+    if isinstance(source, np.ndarray | Tensor):
+        return ArrayImages(source)
+    if not isinstance(source, str | Path):
+        return source
+    path = Path(source)
+    place, at, split = str(source).rpartition("@")
+    if at and split in SPLITS:
+        return _split_images(place, split, image_size)
+    if path.suffix in (".zip", ".parquet"):
+        return _split_images(path, "train", image_size)
+    if path.is_dir():
+        return FolderImages(path, resize, image_size)
+    if path.suffix == ".npz":
+        return NpzImages(path)
+    raise ValueError(f"no pictures at {path}: a folder, an .npz of images or an image set (PLACE@train) is needed")
+
+
+def _split_images(place: str | Path, split: str, image_size: int | None) -> ArrayImages:
+    whole = load_image_set(place, image_size)
+    index = whole.indices(split)
+    labels = LabelTable.of(whole.labels_NA[torch.from_numpy(index)].tolist())
+    return ArrayImages(whole.images[index], f"{whole.name}@{split}", labels)
+
+
 def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
     """One picture through a resize chain of `FolderImages` to size x size."""
     if chain == "adm":
@@ -232,6 +273,7 @@ def npz_arrays(path: str | Path) -> list[str]:
 
 
 def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, Fortran order, dtype) of an .npy stream, read up to its data."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         return np.lib.format.read_array_header_1_0(file)

@@ -1,16 +1,16 @@
 """Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
-import hashlib
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.condition import Condition
-from visar.evaluate.images import UINT8_RULES
+from visar.data.tokens import weights_digest
+from visar.evaluate.images import UINT8_RULES, open_images
 from visar.evaluate.labels import Label, LabelTable
-from visar.evaluate.references import load_reference, open_images
+from visar.evaluate.references import load_reference
 from visar.evaluate.report import Report
 from visar.evaluate.run import Progress, RunOptions, ScoreOptions, counted, evaluate_generator, label_plan, stacked
 from visar.evaluate.sharding import World, join_world, leave_world
@@ -74,9 +74,27 @@ class PipelineGenerator:
             return {"num_images": len(labels)}
         if all(isinstance(label, str) for label in labels):
             return {"prompt": labels}
-        if self.label_columns == 1 or any(isinstance(label, tuple) and len(label) > 1 for label in labels):
-            return {"condition": Condition(labels_BA=torch.tensor(labels, dtype=torch.int64))}
-        return {"class_labels": [label[0] for label in labels if isinstance(label, tuple)]}
+        rows_BA = torch.tensor(labels, dtype=torch.int64)
+        vocabulary, columns = self.pipeline.vocabulary, rows_BA.shape[1]
+        if columns == 1 and self.num_classes:
+            return {"class_labels": rows_BA[:, 0].tolist()}
+        if vocabulary is None:
+            return {"condition": Condition(labels_BA=rows_BA)}
+        takes_words = bool(self.pipeline.generator.config.get("word_vocab_size", 0))
+        texts = [vocabulary.texts[number] if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
+        return {
+            "condition": Condition(
+                labels_BA=rows_BA[:, 1:] if self.num_classes else None,
+                words_BT=vocabulary.encode_texts(texts) if takes_words else None,
+            )
+        }
+
+    def training_table(self, reference: LabelTable | None) -> LabelTable | None:
+        """Training labels: the rows (caption, labels) of the model's vocabulary, else the reference's labels."""
+        vocabulary = self.pipeline.vocabulary
+        if vocabulary is not None and len(vocabulary.rows):
+            return LabelTable.of(vocabulary.rows.tolist())
+        return reference.leading(self.label_columns) if reference is not None and self.label_columns else None
 
     @property
     def num_classes(self) -> int:
@@ -102,21 +120,12 @@ class PipelineGenerator:
             "top_k": defaults["top_k"] if chosen.top_k is None else chosen.top_k,
             "top_p": defaults["top_p"] if chosen.top_p is None else chosen.top_p,
             "uint8_rule": self.uint8_rule,
-            "weights_sha256": weights_digest(self.pipeline.tokenizer, self.pipeline.generator),
+            "tokenizer_sha256": weights_digest(self.pipeline.tokenizer),
+            "generator_sha256": weights_digest(self.pipeline.generator),
             "dtype": str(self.pipeline.generator.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "device_type": self.pipeline.device.type,
         }
-
-
-def weights_digest(*modules: nn.Module) -> str:
-    """sha256 over the names, dtypes and bytes of all parameters and buffers that are saved."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def evaluate_pipeline(
@@ -172,8 +181,7 @@ def evaluate_pipeline(
     plan = label_plan(
         options.labels,
         num_classes=generate.num_classes,
-        label_columns=generate.label_columns,
-        table=table if isinstance(table, LabelTable) else None,
+        table=generate.training_table(table if isinstance(table, LabelTable) else None),
         prompts=prompts,
     )
     report = evaluate_generator(

@@ -26,6 +26,7 @@ from visar.evaluate.images import (
     NpzImages,
     ResizeChain,
     npz_arrays,
+    open_images,
 )
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
@@ -79,26 +80,6 @@ def check_protocol(protocol: str) -> Protocol:
     return protocol  # type: ignore[return-value]
 
 
-def open_images(
-    source: str | Path | np.ndarray | Tensor | ImageSource, resize: ResizeChain = "none", image_size: int | None = None
-) -> ImageSource:
-    """A set of pictures from a folder, an .npz of images, an array uint8 [N, H, W, 3], or an open set.
-
-    Raises:
-        ValueError: none of these.
-    """
-    if isinstance(source, np.ndarray | Tensor):
-        return ArrayImages(source)
-    if not isinstance(source, str | Path):
-        return source
-    path = Path(source)
-    if path.is_dir():
-        return FolderImages(path, resize, image_size)
-    if path.suffix == ".npz":
-        return NpzImages(path)
-    raise ValueError(f"no pictures at {path}: a folder or an .npz of images is needed")
-
-
 def measure(
     source: ImageSource,
     extractor: Extractor,
@@ -118,7 +99,7 @@ def measure(
         extractor: its layers but the logits are measured.
         protocol: what the reference is for.
         batch_size: pictures at a time.
-        labels: their labels, for samples that follow the training histogram.
+        labels: their labels, for samples that follow the training histogram; None takes those that the set brings.
         kind, resize: words for the report.
         keep_features: hold the features too; KID, precision and recall need them.
         progress: told the number of pictures done.
@@ -141,7 +122,7 @@ def measure(
         resize=resize,
         statistics={layer: sums.finish() for layer, sums in running.items()},
         features={layer: torch.cat(blocks) for layer, blocks in gathered.items() if blocks},
-        labels=labels,
+        labels=source.labels if labels is None and isinstance(source, ArrayImages) else labels,
     )
 
 
@@ -161,20 +142,21 @@ def load_reference(
     Args:
         source: a name of `SHIPPED`; a statistics file of ours; an .npz with mu and sigma (ADM's reference batches:
             their mu and sigma are used for the distance, their 10,000 images for KID, precision and recall); an .npz
-            of images; a folder; an array; an open set of pictures.
+            of images; or what `open_images` takes.
         extractor: must be the one behind a file's statistics.
         protocol: "generation" or "reconstruction"; must be the file's, where the file records it.
         batch_size: pictures at a time, where pictures are read.
         resize, image_size: for folders, see FolderImages.
-        labels: of the pictures, where they are given as pictures.
+        labels: of the pictures, where they are given as pictures that do not bring their own.
         progress: told the number of pictures done.
 
     Raises:
         ValueError: the file is missing or broken, lacks arrays, or is for another extractor, layer or protocol.
     """
     protocol = check_protocol(protocol)
-    if isinstance(source, str | Path) and not Path(source).is_dir():
-        path = SHIPPED.get(str(source), Path(source))
+    text = str(source) if isinstance(source, str | Path) else ""
+    if text in SHIPPED or text.endswith(".npz"):
+        path = SHIPPED.get(text, Path(text))
         arrays = npz_arrays(path)
         if "visar" in arrays:
             return checked(load_statistics(path), extractor, protocol)

@@ -21,11 +21,11 @@ from visar.evaluate.generation import (
     remake_images,
     write_npz,
 )
-from visar.evaluate.images import ImageSource, ResizeChain
+from visar.evaluate.images import ImageSource, ResizeChain, open_images
 from visar.evaluate.labels import LABEL_POLICIES, LabelPlan, LabelPolicy, LabelTable
 from visar.evaluate.metrics import MetricOptions, compute_metrics
 from visar.evaluate.pareto import Point, draw_pareto
-from visar.evaluate.references import Reference, measure, open_images, save_statistics
+from visar.evaluate.references import Reference, measure, save_statistics
 from visar.evaluate.report import Report, make_report, markdown_table, save_report, table
 from visar.evaluate.sharding import World
 from visar.files import atomic_write
@@ -42,10 +42,13 @@ class RunOptions:
         num_samples: pictures; 50,000 for ImageNet's published figures, 10,000 for the emoji set.
         batch_size: pictures at a time.
         seed: image i has seed + i.
-        labels: "auto" (the training histogram where the reference holds one, else balanced classes, else none) or a
-            policy of LabelPlan.
+        labels: "auto" (the training histogram where the model or the reference knows it, else balanced classes, else
+            none) or a policy of LabelPlan.
         keep_images: "none", "png" or "npz".
         metrics: settings of the scores.
+
+    Raises:
+        ValueError: fewer pictures than precision and recall need.
     """
 
     out: Path
@@ -56,12 +59,18 @@ class RunOptions:
     keep_images: KeepImages = "none"
     metrics: MetricOptions = field(default_factory=MetricOptions)
 
+    def __post_init__(self) -> None:
+        if self.num_samples <= self.metrics.neighbours:
+            raise ValueError(
+                f"num_samples {self.num_samples}: precision and recall with {self.metrics.neighbours} neighbours need "
+                f"{self.metrics.neighbours + 1} pictures or more"
+            )
+
 
 def label_plan(
     policy: LabelPolicy | Literal["auto"],
     *,
     num_classes: int,
-    label_columns: int,
     table: LabelTable | None,
     prompts: tuple[str, ...] = (),
 ) -> LabelPlan:
@@ -73,11 +82,13 @@ def label_plan(
     if policy not in ("auto", *LABEL_POLICIES):
         raise ValueError(f"labels {policy!r}; choose auto, {', '.join(LABEL_POLICIES)}")
     if policy == "auto":
-        policy = "prompts" if prompts else "histogram" if table and label_columns else "balanced"
-        policy = policy if prompts or num_classes else "none"
-    if policy == "histogram" and table is not None:
-        return LabelPlan("histogram", table=table.leading(label_columns))
-    return LabelPlan(policy, num_classes=num_classes or None, prompts=prompts if policy == "prompts" else ())
+        policy = "prompts" if prompts else "histogram" if table else "balanced" if num_classes else "none"
+    return LabelPlan(
+        policy,
+        num_classes=num_classes or None,
+        table=table if policy == "histogram" else None,
+        prompts=prompts if policy == "prompts" else (),
+    )
 
 
 def evaluate_generator(
@@ -280,7 +291,7 @@ def make_statistics(
         protocol: what the file is a reference for.
         batch_size: pictures at a time.
         resize, image_size: how a folder's pictures get their size.
-        labels: the pictures' labels, for samples that follow their histogram.
+        labels: the pictures' labels, for samples that follow their histogram; None takes those that the set brings.
         keep_features: also store the features, which KID, precision and recall need; 4 bytes a picture and feature.
         progress: told (what, done, total).
 
