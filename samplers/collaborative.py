@@ -121,8 +121,7 @@ def sample_collaborative(
     callback: Callable[[int, Tensor], None] | None = None,
     runtime: Runtime = EAGER,
 ) -> ScaleOutput:
-    """Draws the first scales from one model and the later ones from others. Exact for the mixture of models that it
-    is.
+    """Draws the first scales from one model and later ones from others. Lossy: not the law of any of them alone.
 
     CoDe, arXiv 2411.17787 section 3 (there: one drafter, one refiner). What is handed over is the map and the
     resized maps of all scales; a model that takes over reads the coarser scales in the pass of its first own scale.

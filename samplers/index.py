@@ -41,6 +41,16 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "ancestral": SamplerEntry(
         "visar.samplers.ancestral", "sample_ancestral", True, "arXiv 2406.06525, 2404.02905", ("append",)
     ),
+    "next_scale": SamplerEntry(
+        "visar.samplers.next_scale", "sample_next_scale", True, "arXiv 2404.02905", ("append", "commit_map")
+    ),
+    "masked_refinement": SamplerEntry(
+        "visar.samplers.masked_refinement", "sample_masked_refinement", False, "arXiv 2506.04421", ("refine",)
+    ),
+    "collaborative": SamplerEntry(
+        "visar.samplers.collaborative", "sample_collaborative", False, "arXiv 2411.17787", ("append", "commit_map")
+    ),
+    "edit": SamplerEntry("visar.samplers.editing", "sample_edit", False, "arXiv 2404.02905", ("commit_map",)),
 }
 
 

@@ -18,9 +18,18 @@ from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from visar.tokenizers.vq import VQOutput
 
-# The released tokenizer, shared by VAR, HMAR and CoDe at every resolution (109 M parameters).
+# var-vq16: the released tokenizer, shared by VAR, HMAR and CoDe at every resolution (109 M parameters).
+# msvq-4-64: 64 x 64 images as 8 scales up to 16 x 16, 507 ids.
 MULTISCALE_VQ_PRESETS: dict[str, dict] = {
     "var-vq16": dict(codebook_size=4096, codebook_dim=32, base_channels=160, channel_multipliers=(1, 1, 2, 2, 4)),
+    "msvq-4-64": dict(
+        codebook_size=1024,
+        codebook_dim=32,
+        scales=(1, 2, 3, 4, 6, 8, 11, 16),
+        base_channels=64,
+        channel_multipliers=(1, 2, 2),
+        tail_dropout=0.1,
+    ),
 }
 
 

@@ -165,6 +165,7 @@ class AdaLNBlock(nn.Module):
         shared_adaln: the six vectors come from a layer that all blocks share, plus a learned offset of the block's
             own.
         drop_path: chance that a residual branch is left out for a row in training.
+        dropout: of the elements of both branches in training.
         eps: of the norms.
     """
 
@@ -177,10 +178,11 @@ class AdaLNBlock(nn.Module):
         qk_norm: bool = True,
         shared_adaln: bool = False,
         drop_path: float = 0.0,
+        dropout: float = 0.0,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.drop_path, self.eps = drop_path, eps
+        self.drop_path, self.dropout, self.eps = drop_path, dropout, eps
         self.attn = ScaleSelfAttention(width, num_heads, qk_norm)
         self.ffn = FeedForward(width, hidden_width)
         if shared_adaln:
@@ -200,6 +202,7 @@ class AdaLNBlock(nn.Module):
         return functional.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift
 
     def _drop(self, x_RLD: Tensor) -> Tensor:
+        x_RLD = functional.dropout(x_RLD, self.dropout, self.training)
         if not (self.training and self.drop_path):
             return x_RLD
         return x_RLD * functional.dropout(x_RLD.new_ones(x_RLD.shape[0], 1, 1), self.drop_path)
@@ -216,8 +219,8 @@ class AdaLNBlock(nn.Module):
     ) -> Tensor:
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_R6D[:, :, None].unbind(1)
         attended = self.attn(self._norm(x_RLD, scale_1, shift_1), sizes, pattern, cache, method)
-        x_RLD = x_RLD + self._drop(gate_1 * attended)
-        return x_RLD + self._drop(gate_2 * self.ffn(self._norm(x_RLD, scale_2, shift_2)))
+        x_RLD = x_RLD + gate_1 * self._drop(attended)
+        return x_RLD + gate_2 * self._drop(self.ffn(self._norm(x_RLD, scale_2, shift_2)))
 
 
 class AdaLNOutputNorm(nn.Module):

@@ -44,7 +44,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         vocab_size, codebook_width, scales, num_phi, phi_ratio: of the tokenizer, see `ScalePyramid`.
         width, num_layers, num_heads, mlp_ratio: D, depth of each of the two, heads, feed-forward width / D.
         num_refinement_layers: blocks at the end that the two do not share (released: 8).
-        num_classes, attributes, word_vocab_size, qk_norm, drop_path, norm_eps: see `NextScaleTransformer`.
+        num_classes, attributes, word_vocab_size, qk_norm, drop_path, dropout, norm_eps: see `NextScaleTransformer`.
 
     Raises:
         ValueError: sizes that exclude each other.
@@ -68,6 +68,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         word_vocab_size: int = 0,
         qk_norm: bool = True,
         drop_path: float = 0.0,
+        dropout: float = 0.0,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -95,12 +96,14 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
                     round(width * mlp_ratio),
                     qk_norm=qk_norm,
                     drop_path=drop_path * index / max(num_layers - 1, 1),
+                    dropout=dropout,
                     eps=norm_eps,
                 )
                 for index in range(first, last)
             )
 
         self.attention_method: Method = "auto"
+        self.input_dropout = nn.Dropout(dropout)
         self.word_embed = nn.Linear(codebook_width, width, bias=False)
         self.word_embed_bias = nn.Parameter(torch.zeros(width))
         self.mask_embed = nn.Embedding(1, width)
@@ -216,7 +219,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             first = self.block_sizes[0]
             x = x + functional.pad(self._masked_codes(current_BLC, masked_BN[:, first:]), (0, 0, first, 0))
         end: Literal["ns", "mask"] = "ns" if masked_BN is None else "mask"
-        return self._run(x, self.modulate(condition_RD), self.block_sizes, end).float()
+        return self._run(self.input_dropout(x), self.modulate(condition_RD), self.block_sizes, end).float()
 
     # --------------------------------------------------------------------------------------------------- decoding
     def make_cache(self, rows: int, num_scales: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -51,6 +51,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         shared_adaln: one modulation layer for all blocks plus an offset a block (VAR at 512 px), else one a block.
         qk_norm: l2-normalised queries and keys with a learned scale a head (all released models).
         drop_path: stochastic depth of the last block in training, rising linearly from 0 (VAR: 0.1 depth / 24).
+        dropout: on the input, and after every attention and feed-forward part (VAR: 0.0).
         norm_eps: of all norms.
 
     Raises:
@@ -75,6 +76,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         shared_adaln: bool = False,
         qk_norm: bool = True,
         drop_path: float = 0.0,
+        dropout: float = 0.0,
         norm_eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -92,6 +94,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             word_vocab_size=word_vocab_size,
         )
         self.attention_method: Method = "auto"
+        self.input_dropout = nn.Dropout(dropout)
         self.word_embed = nn.Linear(codebook_width, width)
         if shared_adaln:
             self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
@@ -103,6 +106,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
                 qk_norm=qk_norm,
                 shared_adaln=shared_adaln,
                 drop_path=drop_path * index / max(num_layers - 1, 1),
+                dropout=dropout,
                 eps=norm_eps,
             )
             for index in range(num_layers)
@@ -145,7 +149,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
     def forward_inputs(self, inputs_BLC: Tensor, condition: Condition) -> Tensor:
         """As `forward`, from the inputs [B, N - L_0, C] of the scales after the first."""
         condition_RD = self.condition_vector(condition)
-        x = self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1)
+        x = self.input_dropout(self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1))
         modulations = self.modulate(condition_RD)
         for block, modulation in zip(self.blocks, modulations["blocks"], strict=True):
             x = block(x, modulation, self.block_sizes, "causal", method=self.attention_method)

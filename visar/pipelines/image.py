@@ -120,7 +120,7 @@ class ImagePipeline(DiffusionPipeline):
         config = self.generator.config
         takes_class = bool(config["num_classes"])
         takes_words = bool(config["word_vocab_size"])
-        if config["caption_width"]:
+        if config.get("caption_width"):
             raise ValueError(
                 "this model reads features of a text encoder: pass condition=Condition(text_BTC=..., text_mask_BT=...)"
             )

@@ -1,0 +1,151 @@
+"""Models over scales on a GPU: captured against eager steps, FlexAttention, half precision, memory of a refiner."""
+
+import pytest
+import torch
+
+from visar.condition import Condition
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.generators.next_scale import NextScaleTransformer
+from visar.guidance import Guidance
+from visar.noise import Noise
+from visar.runtime import EAGER, Runtime
+from visar.samplers.collaborative import sample_collaborative
+from visar.samplers.editing import box_mask, sample_edit
+from visar.samplers.masked_refinement import sample_masked_refinement
+from visar.samplers.next_scale import sample_next_scale
+from visar.scale_attention import scale_attention
+
+pytestmark = pytest.mark.gpu
+
+SCALES = (1, 2, 3, 5, 8)
+
+
+def make(model_class, seed=0, width=64, num_layers=3, **settings):
+    torch.manual_seed(seed)
+    sizes = dict(vocab_size=64, codebook_width=8, scales=SCALES, width=width, num_heads=2, num_classes=5)
+    model = model_class(num_layers=num_layers, **(sizes | settings)).eval()
+    model.reset_parameters(torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for head in (
+            getattr(model, name) for name in ("head", "ns_head", "mask_head") if name in dict(model.named_children())
+        ):
+            head.weight.mul_(50)
+    return model.cuda()
+
+
+def samplers():
+    """Every sampler as a function of (class labels, seeds, guidance, runtime)."""
+    model, small = make(NextScaleTransformer), make(NextScaleTransformer, 1, num_layers=2)
+    small.set_tokenizer(model.pyramid)
+    masked = make(HierarchicalMaskedTransformer, num_refinement_layers=1)
+    given = torch.randint(64, (3, model.num_tokens), generator=torch.Generator().manual_seed(0)).cuda()
+    keep = box_mask(model.scales[-1], (0.25, 0.25, 0.75, 0.75), keep="outside").cuda()
+
+    def common(labels, seeds, scale, runtime):
+        condition = Condition(labels_BA=torch.tensor(labels, device="cuda")[:, None])
+        guidance = Guidance(scale, "extrapolate", "linear")
+        return condition, dict(noise=Noise(seeds, "cuda"), guidance=guidance, runtime=runtime, top_p=0.9)
+
+    def plain(*call):
+        condition, settings = common(*call)
+        return sample_next_scale(model, condition, **settings)
+
+    def smooth(*call):
+        condition, settings = common(*call)
+        return sample_next_scale(model, condition, smooth=True, **settings)
+
+    def prefixed(*call):
+        condition, settings = common(*call)
+        return sample_next_scale(model, condition, prefix_tokens=given[:, :5], num_scales=4, **settings)
+
+    def collaborative(*call):
+        condition, settings = common(*call)
+        return sample_collaborative(model, condition, followers=[small], takes_over=[2], **settings)
+
+    def refined(*call):
+        condition, settings = common(*call)
+        return sample_masked_refinement(masked, condition, schedule=[1, 2, 3, 4], **settings)
+
+    def edited(strategy):
+        def run(*call):
+            condition, settings = common(*call)
+            return sample_edit(model, condition, given_tokens=given, keep=keep, strategy=strategy, **settings)
+
+        return run
+
+    return dict(
+        plain=plain,
+        smooth=smooth,
+        prefixed=prefixed,
+        collaborative=collaborative,
+        refined=refined,
+        codes=edited("codes"),
+        map=edited("map"),
+    )
+
+
+def test_captured_steps_give_the_tokens_of_eager_ones():
+    runtime = Runtime(max_sessions=16)
+    for name, sample in samplers().items():
+        for labels, seeds, scale in (
+            ([0, 1, 2], [1, 2, 3], 2.0),
+            ([3, 4, 0], [4, 5, 6], 1.0),
+            ([1, 1, 1], [7, 8, 9], 3.0),
+        ):
+            eager, captured = sample(labels, seeds, scale, EAGER), sample(labels, seeds, scale, runtime)
+            assert torch.equal(eager.tokens, captured.tokens), name
+            torch.testing.assert_close(eager.map_BChw, captured.map_BChw, atol=1e-4, rtol=0)
+
+
+def test_gpu_tokens_are_those_of_the_cpu():
+    torch.manual_seed(0)
+    model = make(NextScaleTransformer)
+    labels, guidance = torch.tensor([[0], [1]]), Guidance(2.0, "extrapolate", "linear")
+    on_gpu = sample_next_scale(
+        model, Condition(labels_BA=labels.cuda()), noise=Noise([1, 2], "cuda"), guidance=guidance
+    )
+    on_cpu = sample_next_scale(model.cpu(), Condition(labels_BA=labels), noise=Noise([1, 2]), guidance=guidance)
+    assert (on_gpu.tokens.cpu() == on_cpu.tokens).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("pattern", ["causal", "diagonal"])
+def test_flex_attention_agrees_with_the_mask(pattern):
+    torch.manual_seed(0)
+    sizes = tuple(side**2 for side in (1, 2, 3, 4, 6, 9, 13, 18))
+    inputs = [torch.randn(2, 3, sum(sizes), 64, device="cuda", requires_grad=True) for _ in range(3)]
+    weight = torch.randn(2, 3, sum(sizes), 64, device="cuda")
+    results = {}
+    for method in ("mask", "flex", "per_scale"):
+        out = scale_attention(*inputs, sizes, pattern, softmax_scale=0.125, method=method)
+        results[method] = (out, *torch.autograd.grad((out * weight).sum(), inputs))
+    for method in ("flex", "per_scale"):
+        for ours, dense in zip(results[method], results["mask"], strict=True):
+            torch.testing.assert_close(ours, dense, atol=5e-3, rtol=5e-3)
+
+
+def test_bfloat16_keeps_the_quantiser_in_float32():
+    model = make(NextScaleTransformer).to(torch.bfloat16)
+    condition = Condition(labels_BA=torch.tensor([[0], [1]], device="cuda"))
+    out = sample_next_scale(model, condition, noise=Noise([1, 2], "cuda"), guidance=Guidance(2.0), runtime=Runtime())
+    assert model.pyramid.codebook.dtype == out.map_BChw.dtype == torch.float32
+    torch.testing.assert_close(out.map_BChw, model.pyramid.running_maps(out.tokens)[-1], atol=1e-4, rtol=0)
+
+
+def test_a_refiner_phase_needs_no_more_than_the_refiner():
+    large, small = make(NextScaleTransformer, 0, 512, 8), make(NextScaleTransformer, 1, 64, 2)
+    small.set_tokenizer(large.pyramid)
+    condition = Condition(labels_BA=torch.zeros(64, 1, dtype=torch.int64, device="cuda"))
+    settings = dict(noise=Noise(list(range(64)), "cuda"), guidance=Guidance(2.0))
+
+    def peak(run):
+        torch.cuda.synchronize()
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - base
+
+    drafting = peak(lambda: sample_next_scale(large, condition, num_scales=2, **settings))
+    refining = peak(lambda: sample_next_scale(small, condition, **settings))
+    both = peak(lambda: sample_collaborative(large, condition, followers=[small], takes_over=[2], **settings))
+    alone = peak(lambda: sample_next_scale(large, condition, **settings))
+    assert both < 1.1 * max(drafting, refining) < alone
