@@ -31,12 +31,14 @@ class ConditionDropout:
         together: float,
         label_rates: Sequence[float],
         word_rate: float,
+        omit_rate: float = 0.0,
         device: torch.device,
     ) -> None:
         rates = [*label_rates, word_rate, together]
-        wrong = [rate for rate in rates if not 0.0 <= rate <= 1.0]
+        wrong = [rate for rate in (*rates, omit_rate) if not 0.0 <= rate <= 1.0]
         if wrong:
             raise ValueError(f"chance {wrong[0]} of losing a condition; allowed: 0 ... 1")
+        self._omit_rate = omit_rate
         self._null_A = torch.tensor(table_sizes, dtype=torch.int64, device=device)
         self._rates = torch.tensor(rates, device=device)
 
@@ -49,6 +51,8 @@ class ConditionDropout:
         if labels_BA is not None:
             labels_BA = torch.where(labels_lost_BA, self._null_A, labels_BA)
         if words_BT is not None:
+            if self._omit_rate:
+                words_BT = omit_words(words_BT, self._omit_rate, generator)
             words_BT = torch.where(words_lost_B1, null_words(words_BT), words_BT)
         return Condition(labels_BA=labels_BA, words_BT=words_BT)
 

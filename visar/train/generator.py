@@ -166,6 +166,7 @@ class GeneratorTask(Task):
             together=options.label_dropout,
             label_rates=([options.class_dropout] + [options.attribute_dropout] * (len(sizes) - 1))[first:],
             word_rate=options.word_dropout,
+            omit_rate=options.word_omission,
             device=run.device,
         )
         generator = run.random.generator(0, Draw.SUBSET, shared=True)

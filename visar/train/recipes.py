@@ -41,8 +41,16 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
     # 64 x 64 images as 16 x 16 ids
     "emoji-vq": TrainTokenizer(out=Path("runs/emoji-vq"), preset="vq-4-64", **_VQ),
     "emoji-vq-4096": TrainTokenizer(out=Path("runs/emoji-vq-4096"), preset="vq-4-64-4096", **_VQ),
-    # class, group, style and tone; 7.6 M parameters
-    "emoji-raster": TrainGenerator(out=Path("runs/emoji-raster"), tokenizer="emoji-vq", **_RASTER),
+    # class, group, style, tone and the words of the name; reads codes' vectors, so that it can teach one-step students
+    "emoji-raster": TrainGenerator(
+        out=Path("runs/emoji-raster"),
+        tokenizer="emoji-vq",
+        words="sum",
+        word_dropout=0.25,
+        word_omission=0.1,
+        model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
+        **_RASTER,
+    ),
     # words of the caption one by one before the image
     "emoji-raster-text": TrainGenerator(
         out=Path("runs/emoji-raster-text"),
@@ -50,6 +58,8 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
         class_condition=False,
         words="prefix",
         word_dropout=0.0,
+        word_omission=0.15,
+        model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
         **_RASTER,
     ),
 }
