@@ -1,5 +1,6 @@
 """The commands, on real pictures and on a tiny real pipeline."""
 
+import dataclasses
 import json
 import runpy
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import tyro
 from PIL import Image
 
 from visar.condition import Condition
@@ -35,6 +37,7 @@ from visar.tokenizers.vq import VQTokenizer
 from visar.vocabulary import Vocabulary, build_vocabulary
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
+COMMANDS = (Eval, Stats, EvalTokenizer, Compare)
 TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py"))["TINY"]
 
 
@@ -235,3 +238,26 @@ def test_sampler_words() -> None:
     )
     with pytest.raises(ValueError, match="NAME:setting=value"):
         parse_sampler("jacobi:16")
+
+
+def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
+    flags = ["emoji", "--reference", "r.npz", "--labels", "random", "--keep-images", "npz", "--num-samples", "50000"]
+    options = tyro.cli(Eval, args=flags)
+    assert (options.model, options.labels, options.keep_images, options.num_samples) == (
+        "emoji",
+        "random",
+        "npz",
+        50000,
+    )
+    assert tyro.cli(Compare, args=["a", "b", "--samplers", "ancestral", "x:y=1"]).samplers == ("ancestral", "x:y=1")
+    names = {kind.__name__: " ".join(field.name for field in dataclasses.fields(kind)) for kind in COMMANDS}
+    assert names == {
+        "Eval": "model reference out num_samples batch_size seed labels prompts sampler guidance_scale "
+        "guidance_schedule temperature top_k top_p extractor extractor_weights layer spatial resize image_size train "
+        "held_out keep_images uint8_rule device dtype",
+        "Stats": "source out protocol extractor extractor_weights layer spatial resize image_size keep_features "
+        "batch_size device",
+        "EvalTokenizer": "tokenizer images out extractor extractor_weights resize image_size batch_size device dtype",
+        "Compare": "names out samplers reference num_samples batch_size seed guidance_scale extractor "
+        "extractor_weights train device dtype",
+    }

@@ -221,7 +221,7 @@ def open_images(
     Raises:
         ValueError: none of these.
     """
-    if isinstance(source, np.ndarray | Tensor):
+    if isinstance(source, np.ndarray) or isinstance(source, Tensor):
         return ArrayImages(source)
     if not isinstance(source, str | Path):
         return source

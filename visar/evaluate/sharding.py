@@ -64,19 +64,19 @@ def join_world(device: torch.device | str) -> World:
     Raises:
         ValueError: more processes than GPUs on this host.
     """
-    device = torch.device(device)
+    target = torch.device(device)
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return World(0, 1, device)
-    if device.type == "cuda":
+        return World(0, 1, target)
+    if target.type == "cuda":
         local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise ValueError(f"process {local} of this host has no GPU: there are {torch.cuda.device_count()}")
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
+        target = torch.device("cuda", local)
+        torch.cuda.set_device(target)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo", timeout=_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), target)
 
 
 def leave_world(world: World) -> None:
