@@ -185,8 +185,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable]]]] = {
     "samplers": ("list samplers, exact and lossy, and their settings", lambda: (Samplers, samplers)),
     "data emoji": ("build the emoji image set", lambda: (DataEmoji, data_emoji)),
     "bench": ("time decoding on this machine", _bench),
-    "train tokenizer": ("train a tokenizer on images", _train_tokenizer),
-    "train generator": ("train a generator on a tokenizer's ids", _train_generator),
+    "train tokenizer": ("train a tokenizer on images (--recipe NAME: start from an embedded model's)", _train_tokenizer),
+    "train generator": ("train a generator on a tokenizer's ids (--recipe NAME: the same)", _train_generator),
 }
 
 
@@ -245,6 +245,24 @@ def _sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     return rest, values
 
 
+def _recipe(command: str, arguments: list[str]) -> tuple[list[str], Any]:
+    """Takes --recipe NAME out of a training command's arguments; the recipe's options replace the defaults.
+
+    Raises:
+        ValueError: no recipe of that name for this command.
+    """
+    if "--recipe" not in arguments:
+        return arguments, None
+    from visar.train.recipes import RECIPES
+
+    place = arguments.index("--recipe")
+    name = arguments[place + 1] if place + 1 < len(arguments) else ""
+    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, COMMANDS[command][1]()[0])]
+    if name not in fitting:
+        raise ValueError(f"unknown recipe {name!r} for visar {command}; choose one of {', '.join(fitting)}")
+    return arguments[:place] + arguments[place + 2 :], RECIPES[name]
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -263,7 +281,11 @@ def main(arguments: list[str] | None = None) -> int:
             rest, sampler_options = _sampler_options(rest)
             extra = (sampler_options,)
         options_class, run = COMMANDS[name][1]()
-        options = tyro.cli(options_class, args=rest, prog=f"visar {name}", description=options_class.__doc__)
+        settings: dict[str, Any] = {"prog": f"visar {name}", "description": options_class.__doc__}
+        if name.startswith("train "):
+            rest, default = _recipe(name, rest)
+            settings |= {} if default is None else {"default": default}
+        options = tyro.cli(options_class, args=rest, **settings)
         run(options, *extra)
     except (ValueError, ImportError) as error:
         print(f"visar: {error}", file=sys.stderr)
