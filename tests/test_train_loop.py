@@ -22,16 +22,22 @@ from visar.train.tokenizer import TrainTokenizer, build_tokenizer
 CPU = torch.device("cpu")
 
 # A name here is part of commands that people have written down: add, do not rename.
-RUN_OPTIONS = """out steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps final_fraction
+RUN_OPTIONS = """
+    out steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps final_fraction
     clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every save_every
-    keep_checkpoints resume max_minutes tracker""".split()
-TOKENIZER_OPTIONS = """data image_size preset model_options codebook_size codebook_update codebook_decay commitment_weight
+    keep_checkpoints resume max_minutes tracker
+""".split()
+TOKENIZER_OPTIONS = """
+    data image_size preset model_options codebook_size codebook_update codebook_decay commitment_weight
     codebook_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight perceptual_weight
     perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_spectral
-    adversarial_adaptive adversarial_maximum weight_decay augment save_dtype""".split()
-GENERATOR_OPTIONS = """data tokenizer tokens variants augment width num_layers num_heads hidden_width model_options
-    class_condition attributes words dropout label_dropout class_dropout attribute_dropout word_dropout class_balance
-    weight_decay sample_images sample_guidance save_dtype""".split()
+    adversarial_adaptive adversarial_maximum weight_decay augment save_dtype
+""".split()
+GENERATOR_OPTIONS = """
+    data tokenizer tokens variants augment width num_layers num_heads hidden_width model_options class_condition
+    attributes words dropout label_dropout class_dropout attribute_dropout word_dropout word_omission
+    class_balance weight_decay sample_images sample_guidance save_dtype
+""".split()
 
 
 # ----------------------------------------------------------------------------------------------------------- options
@@ -145,6 +151,21 @@ def test_conditions_are_dropped_together_and_each():
     assert bool((lost[:, 0] <= (lost.all(1) & no_words)).all())
     with pytest.raises(ValueError, match="chance 1.5"):
         ConditionDropout([9], together=1.5, label_rates=[0.0], word_rate=0.0, device=CPU)
+
+
+def test_single_words_are_left_out():
+    words = torch.tensor([[5, 6, 7, 0], [8, 0, 0, 0]]).repeat(4000, 1)
+    dropout = ConditionDropout([], together=0.0, label_rates=[], word_rate=0.0, omit_rate=0.5, device=CPU)
+    kept = dropout(Condition(words_BT=words), torch.Generator().manual_seed(0)).words_BT
+    assert kept is not None
+    # A caption that would be empty (1 in 8 of three words) stays whole; no word is left out of one that has one.
+    captions, counts = kept[::2].unique(dim=0, return_counts=True)
+    shares = {tuple(row): count / 4000 for row, count in zip(captions.tolist(), counts.tolist(), strict=True)}
+    assert shares.keys() == {
+        (5, 6, 7, 0), (5, 6, 0, 0), (5, 7, 0, 0), (6, 7, 0, 0), (5, 0, 0, 0), (6, 0, 0, 0), (7, 0, 0, 0)
+    }  # fmt: skip
+    assert shares[5, 6, 7, 0] == pytest.approx(0.25, abs=0.03) and shares[6, 0, 0, 0] == pytest.approx(0.125, abs=0.03)
+    assert torch.equal(kept[1::2], words[1::2])
 
 
 # -------------------------------------------------------------------------------------------------------- checkpoints

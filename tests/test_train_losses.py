@@ -48,8 +48,8 @@ def test_perceptual_gradient_leads_to_the_target(perceptual, image_BCHW):
     before.backward()
     assert all(not parameter.requires_grad for parameter in perceptual.parameters())
     with torch.no_grad():
-        step = made - made.grad * (0.5 / made.grad.norm())
-        assert perceptual(step, target).sum() < before - 0.01
+        step = made - made.grad * (0.05 / made.grad.norm())
+        assert perceptual(step, target).sum() < before - 0.002
 
 
 def test_feature_distance_of_vectors():
@@ -98,10 +98,11 @@ def test_discriminator_learns_one_batch(image_BCHW, spectral):
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(base_channels=16, spectral=spectral)
     optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-3)
-    fake_BCHW = torch.nn.functional.avg_pool2d(image_BCHW, 5, 1, 2)
+    real_BCHW = image_BCHW[..., ::2, ::2]
+    fake_BCHW = real_BCHW + 0.3 * torch.randn_like(real_BCHW)
     losses = []
     for _ in range(25):
-        loss = discriminator_loss(*discriminator(torch.cat([image_BCHW, fake_BCHW])).chunk(2))
+        loss = discriminator_loss(*discriminator(torch.cat([real_BCHW, fake_BCHW])).chunk(2))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
