@@ -210,13 +210,15 @@ def transformer_config(
         source: for error messages.
 
     Raises:
-        ValueError: keys are missing that sizes are read from.
+        ValueError: keys are missing that sizes are read from, or nothing tells the number of heads.
     """
     sized = ["word_embed.weight", "pos_1LC", "lvl_embed.weight", _CLASS, f"{block}.ffn.fc1.weight"]
     require(state, sized, source, "transformer in VAR's layout")
     width, codebook_width = state["word_embed.weight"].shape
     scale_mul = state.get(f"{block}.attn.scale_mul_1H11")
     if num_heads is None:
+        if scale_mul is None and width % _HEAD_WIDTH:
+            raise ValueError(f"{source}: width {width} is not a number of heads of {_HEAD_WIDTH}; say num_heads=")
         num_heads = width // _HEAD_WIDTH if scale_mul is None else scale_mul.shape[1]
     return dict(
         codebook_width=codebook_width,

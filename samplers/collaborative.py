@@ -14,9 +14,9 @@ from visar.condition import Condition
 from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
+from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
 from visar.samplers.next_scale import (
-    ScaleOutput,
     ScaleSettings,
     check_scales,
     draw_scale,
@@ -120,7 +120,7 @@ def sample_collaborative(
     num_scales: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     runtime: Runtime = EAGER,
-) -> ScaleOutput:
+) -> SampleOutput:
     """Draws the first scales from one model and later ones from others. Lossy: not the law of any of them alone.
 
     CoDe, arXiv 2411.17787 section 3 (there: one drafter, one refiner). What is handed over is the map and the

@@ -9,12 +9,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar.condition import Condition
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.noise import Noise, Use
+from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
+from visar.samplers.filtering import categorical
 from visar.samplers.next_scale import (
-    ScaleOutput,
+    ScaleSettings,
     check_scales,
     draw_scale,
     finish,
@@ -23,7 +26,7 @@ from visar.samplers.next_scale import (
     scale_settings,
 )
 
-Strategy = Literal["codes", "map"]
+Strategy = Literal["codes", "map", "refine"]
 
 
 def box_mask(
@@ -91,6 +94,21 @@ def keep_map(
     model.commit_map(state, tokens_BL, torch.where(keep_Bhw[:, None], given_map_BChw, accumulated))
 
 
+def refine_edit(
+    model: ScaleGenerator,
+    state: ScaleState,
+    settings: ScaleSettings,
+    tokens_BL: Tensor,
+    given_BL: Tensor,
+    keep_BL: Tensor,
+    uniform_BL: Tensor,
+) -> tuple[Tensor, None]:
+    """Tokens of a scale drawn by a masked pass that sees the kept ones."""
+    assert isinstance(model, HierarchicalMaskedTransformer)
+    mixed_BL = torch.where(keep_BL, given_BL, tokens_BL)
+    return categorical(settings.filter(model.refine(state, mixed_BL, ~keep_BL)), uniform_BL), None
+
+
 @torch.no_grad()
 def sample_edit(
     model: ScaleGenerator,
@@ -109,13 +127,12 @@ def sample_edit(
     always_keep: int = 3,
     callback: Callable[[int, Tensor], None] | None = None,
     runtime: Runtime = EAGER,
-) -> ScaleOutput:
-    """Inpainting, outpainting and class-conditional editing of a given image. Lossy: not the model's law given the
-    rest.
+) -> SampleOutput:
+    """Inpaints, outpaints or edits a given image. Lossy: not the model's law given what is kept.
 
-    VAR, arXiv 2404.02905 section 4.4. What is to be done is said by the mask and the condition: a box kept outside
-        and the
-    null condition inpaints, with a class it edits, a box kept inside outpaints. VAR's authors use the 512 px model.
+    VAR, arXiv 2404.02905 section 4.4. The mask and the condition say what is done: a box whose outside is kept is
+    inpainted under the null condition and edited under a class, one whose inside is kept is outpainted. VAR's authors
+    use the 512 px model.
 
     Args:
         model: a generator over scales.
@@ -126,8 +143,9 @@ def sample_edit(
         strategy: "codes" (FoundationVision/VAR@78b9539, editing notebook): at every scale kept positions have the
             given tokens, under the mask resized to the scale, and scales of up to `always_keep` tokens are given
             whole. "map" (czg1225/CoDe@bfb204d): after every scale the accumulated map is the given image's at kept
-            positions of the finest grid. Codes blend at the mask's edge, because phi and the resizing mix
-            neighbours; the map's cut is exact.
+            positions of the finest grid. "refine" (after HMAR, arXiv 2506.04421; no released code): as "codes", then
+            one masked pass draws the other positions anew, given the kept ones; needs a model with masked passes.
+            Codes blend at the mask's edge, because phi and the resizing mix neighbours; the map's cut is exact.
         noise: one seed an image; one uniform number a token.
         guidance: blocks are scales. VAR: Guidance(3, "extrapolate", "linear").
         temperature, top_k, top_p, temperature_after_filter, smooth: see `sample_next_scale`. VAR: top_k 900, top_p
@@ -136,14 +154,16 @@ def sample_edit(
         callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
         runtime: eager, or CUDA graphs.
 
-    Returns: tokens int64 [B, N] (kept positions have the given ones with "codes", all are drawn ones with "map"), the
+    Returns: tokens int64 [B, N] (kept positions have the given ones, but with "map" all are drawn ones), the
         accumulated map, which is the picture (`tokenizer.decode_latents`), and statistics.
 
     Raises:
         ValueError: an unknown strategy, tokens or a mask that do not fit, a setting out of range.
     """
-    if strategy not in ("codes", "map"):
-        raise ValueError(f"editing strategy {strategy!r}; choose codes or map")
+    if strategy not in ("codes", "map", "refine"):
+        raise ValueError(f"editing strategy {strategy!r}; choose codes, map or refine")
+    if strategy == "refine" and not isinstance(model, HierarchicalMaskedTransformer):
+        raise ValueError(f"strategy refine needs a model with masked passes; {type(model).__name__} has none")
     if tuple(given_tokens.shape) != (condition.batch, model.num_tokens):
         raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: {(condition.batch, model.num_tokens)}")
     if keep.shape[0] not in (1, condition.batch) or tuple(keep.shape[1:]) != model.scales[-1]:
@@ -157,6 +177,7 @@ def sample_edit(
     held_noise = hold_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    again_BN = session.hold("again", noise.uniform(Use.TOKEN, every_position, counter=1))
     given_BN = session.hold("given", given_tokens.to(noise.device))
     keep_Bhw = session.hold("keep", keep.to(noise.device))
     given_maps = (
@@ -174,11 +195,15 @@ def sample_edit(
         keep_BL = scale_keep_mask(keep_Bhw, model.scales[scale])
         if model.block_sizes[scale] <= always_keep:
             keep_BL = torch.ones_like(keep_BL)
-        keep_codes(model, state, *drawn, given_BN[:, model.begin_of(scale) : model.ends[scale]], keep_BL)
+        here = slice(model.begin_of(scale), model.ends[scale])
+        if strategy == "refine" and scale > 0:
+            drawn = refine_edit(model, state, settings[scale], drawn[0], given_BN[:, here], keep_BL, again_BN[:, here])
+        keep_codes(model, state, *drawn, given_BN[:, here], keep_BL)
 
     for scale in range(last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
         if callback is not None:
             callback(model.ends[scale], state.tokens)
-    return finish(model, state, last, {"generator": last}, model.block_sizes, begun)
+    passes = 2 * last - 1 if strategy == "refine" else last
+    return finish(model, state, last, {"generator": passes}, model.block_sizes, begun)

@@ -11,14 +11,23 @@ from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.guidance import OFF, Guidance
 from visar.multiscale import ScaleState
 from visar.noise import Noise, Use
+from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
 from visar.samplers.filtering import categorical
-from visar.samplers.next_scale import ScaleOutput, ScaleSettings, check_scales, finish, open_session, scale_settings
+from visar.samplers.next_scale import ScaleSettings, check_scales, finish, open_session, scale_settings
 
-Schedule = Sequence[int | Sequence[int]]
+Schedule = str | Sequence[int | Sequence[int]]
 
 # HMAR's default at 256 px: tokens kept by every pass of the scales of 4 and of 9 tokens; other scales take one pass.
 DEFAULT_PASSES: dict[int, tuple[int, ...]] = {4: (1, 3), 9: (1, 1, 2, 5)}
+
+
+def _parse_schedule(text: str) -> list[int | list[int]]:
+    try:
+        scales = [[int(count) for count in part.split(",")] for part in text.split("/")]
+    except ValueError as error:
+        raise ValueError(f"refinement schedule {text!r}; write it as 1/1,3/1,1,2,5") from error
+    return [counts[0] if len(counts) == 1 else counts for counts in scales]
 
 
 def refinement_schedule(sizes: Sequence[int], schedule: Schedule | None) -> tuple[tuple[int, ...], ...]:
@@ -28,13 +37,16 @@ def refinement_schedule(sizes: Sequence[int], schedule: Schedule | None) -> tupl
         sizes: tokens of every scale.
         schedule: of the first scales (later ones take one pass): the counts (n0, n1, ...) of a scale's passes, which
             add up to its tokens; one count alone, whatever it is, means no refinement; a number m means m passes
-            that keep about the same number each, the first ones less. None is HMAR's default.
+            that keep about the same number each, the first ones less. As text: "/" between scales, "," between
+            counts, such as 1/1,3/1,1,2,5. None is HMAR's default.
 
     Raises:
         ValueError: counts that do not add up, more passes than tokens, or more entries than scales.
     """
     if schedule is None:
         return tuple(DEFAULT_PASSES.get(size, (size,)) for size in sizes)
+    if isinstance(schedule, str):
+        schedule = _parse_schedule(schedule)
     if len(schedule) > len(sizes):
         raise ValueError(f"a refinement schedule of {len(schedule)} scales; the model has {len(sizes)}")
     passes = []
@@ -80,8 +92,7 @@ def refine_scale(
     guidance_scale: float,
     greedy: bool,
 ) -> Tensor:
-    """Ids of scale `state.block`: a next-scale draw, then passes that draw what is masked anew; kept tokens never
-    change."""
+    """Ids of scale `state.block`: a next-scale draw, then passes that draw what is masked anew; kept ones stay."""
     tokens_BL, confidence_BL = draw_with_confidence(model.predict(state), settings, uniforms_PBL[0], greedy)
     masked_BL = torch.ones_like(tokens_BL, dtype=torch.bool)
     for index in range(1, len(counts)):
@@ -109,9 +120,8 @@ def sample_masked_refinement(
     num_scales: int | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     runtime: Runtime = EAGER,
-) -> ScaleOutput:
-    """Draws scale after scale, each with a next-scale pass and masked passes. Its own law: not that of the
-    next-scale model.
+) -> SampleOutput:
+    """Draws scale after scale, each with a next-scale pass and masked passes. Lossy: not the next-scale law.
 
     HMAR, arXiv 2506.04421 section 3. With one pass a scale it is plain next-scale sampling, bit for bit.
 
@@ -123,8 +133,7 @@ def sample_masked_refinement(
             16, 20, 24, and 1.6 for 30.
         temperature: > 0, for all scales or one a scale; 1.0 = off (HMAR).
         top_k: 0 = off. HMAR: 1000, 950, 900, 650 for depth 16, 20, 24, 30. With 1 every confidence is 1 and the
-            choice of
-            masked tokens means nothing: use `greedy`.
+            choice of masked tokens means nothing: use `greedy`.
         top_p: in (0, 1]; 1.0 = off. HMAR: 0.99.
         temperature_after_filter: see `sample_next_scale`.
         schedule: see `refinement_schedule`. HMAR: (1, 3) at the scale of 4 tokens, (1, 1, 2, 5) at that of 9.

@@ -35,17 +35,6 @@ class ScaleSettings:
         return filter_logits(logits_BLV, top_k=self.top_k, top_p=self.top_p) / self.temperature
 
 
-@dataclass
-class ScaleOutput(SampleOutput):
-    """Output with the accumulated map that the tokenizer decodes (`decode_latents`).
-
-    Attributes:
-        map_BChw: float32. It is the map of the tokens, unless smoothing or map editing was on.
-    """
-
-    map_BChw: Tensor | None = None
-
-
 def scale_settings(
     num_scales: int,
     temperature: float | Sequence[float],
@@ -172,7 +161,7 @@ def sample_next_scale(
     prefix_tokens: Tensor | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
     runtime: Runtime = EAGER,
-) -> ScaleOutput:
+) -> SampleOutput:
     """Draws scale after scale from the model's conditionals. Exact, unless smoothing is on.
 
     VAR, arXiv 2404.02905 section 3.2; smoothing: FoundationVision/VAR@78b9539 (`more_smooth`), for pictures only. With
@@ -229,7 +218,7 @@ def finish(
     forward_passes: dict[str, int],
     pass_sizes: Sequence[int],
     begun: float,
-) -> ScaleOutput:
+) -> SampleOutput:
     """Copies the result out of the state, waits for the device and fills in the statistics.
 
     Args:
@@ -246,4 +235,4 @@ def finish(
     statistics = SampleStatistics(
         forward_passes=forward_passes, tokens_per_pass=histogram, seconds=time.perf_counter() - begun
     )
-    return ScaleOutput(tokens, statistics, map_BChw)
+    return SampleOutput(tokens, statistics, map_BChw)

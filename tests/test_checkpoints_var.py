@@ -100,7 +100,7 @@ def test_there_and_back_is_the_identity(parity):
         folder = parity(system)
         original = folder.checkpoint()
         tokenizer = var_vqvae(parity)
-        config, state = convert_transformer(original, tokenizer)
+        config, state = convert_transformer(original, tokenizer, num_heads=folder.config["num_heads"])
         exported = export_transformer(build(NextScaleTransformer, config, state, system, torch.float32))
         assert exported.keys() == original.keys()
         for key, value in original.items():
@@ -167,8 +167,9 @@ def test_phases_of_hmar_merge_into_the_released_layout(parity):
     again = hmar.merge_phases(*phases, num_refinement_layers=folder.config["n_layers_train"])
     assert again.keys() == merged.keys()
     assert all(torch.equal(again[key], merged[key]) for key in merged)
-    with pytest.raises(ValueError, match="the phases differ in base_blocks"):
-        hmar.merge_phases(*phases, num_refinement_layers=1)
+    altered = phases[1] | {"blocks.0.attn.q_bias": phases[1]["blocks.0.attn.q_bias"] + 1}
+    with pytest.raises(ValueError, match="the phases differ in base_blocks.0.attn.q_bias"):
+        hmar.merge_phases(phases[0], altered, num_refinement_layers=folder.config["n_layers_train"])
 
 
 def test_pairs_of_code_say_where_they_meet(parity, tmp_path):

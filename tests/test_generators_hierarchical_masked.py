@@ -17,6 +17,7 @@ from visar.generators.hierarchical_masked import (
 from visar.guidance import Guidance
 from visar.noise import Noise
 from visar.samplers.ancestral import sample_ancestral
+from visar.samplers.editing import box_mask, sample_edit
 from visar.samplers.masked_refinement import least_certain, refinement_schedule, sample_masked_refinement
 from visar.samplers.next_scale import sample_next_scale
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
@@ -99,8 +100,8 @@ def test_next_scale_parity(parity):
         noise = Noise([0] * condition.batch)
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.map_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
-        image = ((tokenizer.decode_latents(out.map_BChw) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        image = ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
         torch.testing.assert_close(image, io[f"{name}/out/image"], atol=2e-4, rtol=0)
         if f"{name}/out/cfg_logits" in io:
             state, logits = model.start(condition, ramp(case["cfg"])), []
@@ -132,7 +133,7 @@ def test_refinement_parity(parity):
             greedy=True,
         )
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.map_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
         step: dict[int, int] = {}
         for scale, _, masked, logits in model.passes:
             step[scale] = step.get(scale, 0) + 1
@@ -201,7 +202,7 @@ def test_one_pass_a_scale_is_plain_sampling():
     single = [[1]] * 3
     out = sample_masked_refinement(model, condition, schedule=single, **settings)
     assert torch.equal(out.tokens, plain.tokens) and not model.passes
-    assert torch.equal(out.map_BChw, sample_next_scale(model, condition, **settings).map_BChw)
+    assert torch.equal(out.latent_BChw, sample_next_scale(model, condition, **settings).latent_BChw)
     assert out.statistics.forward_passes == {"generator": 3}
     refined = sample_masked_refinement(model, condition, **settings)
     assert not torch.equal(refined.tokens, plain.tokens)
@@ -237,12 +238,30 @@ def test_images_depend_on_their_own_seed_only():
         assert torch.equal(only.tokens[0], together.tokens[row])
 
 
+@torch.no_grad()
+def test_editing_by_a_masked_pass_keeps_given_tokens():
+    model = tiny_model(scales=(1, 2, 4))
+    condition = Condition(labels_BA=torch.tensor([[0], [1]]))
+    given = torch.randint(16, (2, model.num_tokens), generator=torch.Generator().manual_seed(0))
+    keep = box_mask((4, 4), (0.25, 0.25, 1.0, 1.0), keep="outside")
+    settings = dict(given_tokens=given, keep=keep, noise=Noise([1, 2]), guidance=ramp(1.5))
+    refined = sample_edit(model, condition, strategy="refine", **settings)
+    assert torch.equal(refined.tokens[:, -16:].view(2, 4, 4)[:, keep[0]], given[:, -16:].view(2, 4, 4)[:, keep[0]])
+    assert not torch.equal(refined.tokens, sample_edit(model, condition, **settings).tokens)
+    (_, coarse, coarse_mask, _), (_, fine, mask, _) = model.passes
+    assert torch.equal(mask.view(-1, 4, 4), ~keep)
+    assert torch.equal(fine[:, ~mask[0]], given[:, -16:][:, ~mask[0]])
+    assert coarse.shape == (2, 4) and coarse_mask.any()
+    assert refined.statistics.forward_passes == {"generator": 5}
+
+
 def test_schedules_are_read_and_checked():
     sizes = (1, 4, 9, 16)
     assert refinement_schedule(sizes, None) == ((1,), (1, 3), (1, 1, 2, 5), (16,))
     assert refinement_schedule(sizes, [[1], [1], 2]) == ((1,), (4,), (4, 5), (16,))
     assert refinement_schedule(sizes, [1, 1, 3, (4, 12)]) == ((1,), (4,), (3, 3, 3), (4, 12))
-    for wrong in ([1, (1, 2)], [1, 5], [1, (0, 4)], [(1, 1)], [1] * 5):
+    assert refinement_schedule(sizes, "1/1,3/2") == ((1,), (1, 3), (4, 5), (16,))
+    for wrong in ("1/x", [1, (1, 2)], [1, 5], [1, (0, 4)], [(1, 1)], [1] * 5):
         with pytest.raises(ValueError):
             refinement_schedule(sizes, wrong)
 

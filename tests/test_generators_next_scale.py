@@ -9,6 +9,8 @@ from visar.condition import Condition
 from visar.generators.next_scale import NextScaleTransformer
 from visar.guidance import OFF, Guidance
 from visar.noise import Noise
+from visar.pipelines.image import ImagePipeline
+from visar.pipelines.loading import load, load_tokenizer
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.editing import box_mask, grid_mask, sample_edit
 from visar.samplers.filtering import filter_logits
@@ -64,7 +66,7 @@ def labels(model, value, batch=2):
 
 
 def image_of(tokenizer, out):
-    return ((tokenizer.decode_latents(out.map_BChw) + 1) / 2).clamp(0, 1)
+    return ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- parity
@@ -94,7 +96,7 @@ def test_greedy_parity(parity, system):
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, expected)
         if f"{name}/out/fhat" in io:
-            torch.testing.assert_close(out.map_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+            torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
             torch.testing.assert_close(image_of(tokenizer, out), io[f"{name}/out/image"], atol=2e-4, rtol=0)
         plain = sample_ancestral(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(plain.tokens, expected)
@@ -133,7 +135,7 @@ def test_smoothed_parity(parity, system):
         top_p=case["top_p"],
         smooth=True,
     )
-    torch.testing.assert_close(out.map_BChw, io["smooth/out/fhat"], atol=5e-3, rtol=0)
+    torch.testing.assert_close(out.latent_BChw, io["smooth/out/fhat"], atol=5e-3, rtol=0)
     torch.testing.assert_close(image_of(tokenizer, out), io["smooth/out/image"], atol=5e-3, rtol=0)
 
 
@@ -156,7 +158,7 @@ def test_editing_parity(parity, system):
             guidance=ramp(case["cfg"]),
             top_k=case["top_k"],
         )
-        torch.testing.assert_close(out.map_BChw, io[f"edit/out/{name}_fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent_BChw, io[f"edit/out/{name}_fhat"], atol=2e-4, rtol=0)
         torch.testing.assert_close(image_of(tokenizer, out), io[f"edit/out/{name}_image"], atol=2e-4, rtol=0)
         predicted = torch.cat(per_scale(io, f"edit/out/{name}_predicted_tokens_s"), 1)
         assert ((out.tokens == predicted) | (out.tokens == given)).all()
@@ -226,7 +228,7 @@ def test_images_depend_on_their_own_seed_only():
             model, condition.rows(slice(row, row + 1)), noise=Noise([seed]), guidance=ramp(2), smooth=True
         )
         assert torch.equal(only.tokens[0], together.tokens[row])
-        torch.testing.assert_close(only.map_BChw[0], together.map_BChw[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(only.latent_BChw[0], together.latent_BChw[row], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -236,7 +238,7 @@ def test_plain_settings_are_ancestral_sampling():
     settings = dict(noise=Noise([1, 2]), guidance=ramp(1.5), temperature=0.9, top_k=9, top_p=0.9)
     ours, plain = sample_next_scale(model, condition, **settings), sample_ancestral(model, condition, **settings)
     assert torch.equal(ours.tokens, plain.tokens)
-    torch.testing.assert_close(ours.map_BChw, model.pyramid.running_maps(ours.tokens)[-1])
+    torch.testing.assert_close(ours.latent_BChw, model.pyramid.running_maps(ours.tokens)[-1])
     settings |= dict(temperature=[0.9] * 3, top_k=[9] * 3, top_p=[0.9] * 3)
     assert torch.equal(sample_next_scale(model, condition, **settings).tokens, ours.tokens)
     assert ours.statistics.forward_passes == {"generator": 3}
@@ -367,17 +369,37 @@ def test_strategies_keep_what_they_promise():
     assert torch.equal(last_codes[:, keep[0]], last_given[:, keep[0]])
     assert not torch.equal(last_codes[:, ~keep[0]], last_given[:, ~keep[0]])
     assert torch.equal(codes.tokens[:, :1], given[:, :1])
-    torch.testing.assert_close(codes.map_BChw, model.pyramid.running_maps(codes.tokens)[-1])
+    torch.testing.assert_close(codes.latent_BChw, model.pyramid.running_maps(codes.tokens)[-1])
     maps = sample_edit(model, condition, keep=keep, strategy="map", **settings)
     given_map = model.pyramid.running_maps(given)[-1]
-    assert torch.equal(maps.map_BChw[:, :, keep[0]], given_map[:, :, keep[0]])
-    assert not torch.equal(maps.map_BChw[:, :, ~keep[0]], given_map[:, :, ~keep[0]])
+    assert torch.equal(maps.latent_BChw[:, :, keep[0]], given_map[:, :, keep[0]])
+    assert not torch.equal(maps.latent_BChw[:, :, ~keep[0]], given_map[:, :, ~keep[0]])
     everything = torch.ones_like(keep)
     for strategy in ("codes", "map"):
         out = sample_edit(model, condition, keep=everything, strategy=strategy, **settings)
-        torch.testing.assert_close(out.map_BChw, given_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.latent_BChw, given_map, atol=1e-5, rtol=0)
     nothing = sample_edit(model, condition, keep=~everything, always_keep=0, **settings)
     assert torch.equal(nothing.tokens, sample_next_scale(model, condition, noise=Noise([1, 2])).tokens)
+
+
+@torch.no_grad()
+def test_a_pipeline_decodes_the_map_of_a_smoothed_sample(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = MultiScaleVQTokenizer(16, 4, (1, 2, 3), base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1)
+    model = tiny_model()
+    model.set_tokenizer(tokenizer.quantizer)
+    ImagePipeline(tokenizer.eval(), model).save_pretrained(tmp_path)
+    pipeline = load(tmp_path, device="cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    settings = dict(class_labels=1, seed=3, output_type="pt", sampler="next_scale", guidance_scale=2.0)
+    plain, smooth = (pipeline(sampler_options={"smooth": on}, **settings) for on in (False, True))
+    assert torch.equal(plain.tokens[:, :1], smooth.tokens[:, :1])
+    torch.testing.assert_close(plain.images, (pipeline.decode(plain.tokens) + 1) / 2)
+    assert not torch.allclose(smooth.images, (pipeline.decode(smooth.tokens) + 1) / 2, atol=1e-3)
+    early = pipeline(sampler_options={"num_scales": 2}, **settings)
+    assert early.tokens.shape == (1, 5) and early.images.shape == (1, 3, 6, 6)
+    again = load_tokenizer(tmp_path / "tokenizer", device="cpu")
+    assert torch.equal(again.decode(early.tokens), tokenizer.decode(early.tokens))
 
 
 def test_masks_in_pixels_keep_whole_positions():
@@ -391,8 +413,10 @@ def test_bad_edits_are_refused():
     condition = Condition(labels_BA=torch.tensor([[0]]))
     given, keep = torch.zeros(1, 14, dtype=torch.int64), torch.ones(1, 3, 3, dtype=torch.bool)
     settings = dict(given_tokens=given, keep=keep, noise=Noise([0]))
-    with pytest.raises(ValueError, match="choose codes or map"):
+    with pytest.raises(ValueError, match="choose codes, map or refine"):
         sample_edit(model, condition, **(settings | {"strategy": "pixels"}))
+    with pytest.raises(ValueError, match="NextScaleTransformer has none"):
+        sample_edit(model, condition, **(settings | {"strategy": "refine"}))
     with pytest.raises(ValueError, match="given_tokens"):
         sample_edit(model, condition, **(settings | {"given_tokens": given[:, :5]}))
     with pytest.raises(ValueError, match="keep"):

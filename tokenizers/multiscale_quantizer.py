@@ -100,8 +100,7 @@ class ScalePyramid(nn.Module):
         return super()._apply(move, recurse)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Weights for training from scratch: codes of unit mean square length, phi's convolutions as PyTorch's
-        default."""
+        """Weights for training from scratch: codes of unit mean square length, phi's convolutions as usual."""
         nn.init.normal_(self.embedding.weight, std=self.channels**-0.5, generator=generator)
         for conv in cast(Iterable[nn.Conv2d], self.phi):
             bound = (9 * self.channels) ** -0.5

@@ -74,10 +74,15 @@ class SampleStatistics:
 
 @dataclass
 class SampleOutput:
-    """Tokens of a batch (int64 [B, N], or float [B, N, C] for continuous ones) and the counts of the call."""
+    """Tokens of a batch (int64 [B, N], or float [B, N, C] for continuous ones) and the counts of the call.
+
+    latent_BChw: what the tokenizer's `decode_latents` makes the pictures of, from samplers that have it anyway or
+    whose pictures are not those of their tokens (smoothing, editing of maps); None: decode the tokens.
+    """
 
     tokens: Tensor
     statistics: SampleStatistics = field(default_factory=SampleStatistics)
+    latent_BChw: Tensor | None = None
 
 
 def to_uint8(image_BCHW: Tensor) -> Tensor:

@@ -244,8 +244,11 @@ class AdaLNOutputNorm(nn.Module):
 def reset_blocks(
     blocks: nn.ModuleList, width: int, depth: int, gate: float, generator: torch.Generator | None
 ) -> None:
-    """VAR's start: N(0, sqrt(1 / (3 D))) for linear layers, residual projections divided by sqrt(2 depth), adaLN
-    halved, its gates multiplied by `gate` (paper's code: 1e-3 ... 1e-5, smaller for deeper models)."""
+    """VAR's start of a transformer's blocks.
+
+    N(0, sqrt(1 / (3 D))) for linear layers, residual projections divided by sqrt(2 depth), adaLN halved and its gates
+    multiplied by `gate` (1e-3 ... 5e-6, smaller for deeper models).
+    """
     std = (1 / width / 3) ** 0.5
     for block in cast(Iterable[AdaLNBlock], blocks):
         for module in block.modules():

@@ -159,8 +159,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         return self.word_embed(inputs_BLC.to(self.word_embed.weight.dtype)) + self.word_embed_bias
 
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
-        """Modulations [blocks, R, 6, D] of the shared blocks and of both ends, and [1, R, 2, D] of both output
-        norms."""
+        """Modulations [blocks, R, 6, D] of the shared blocks and both ends, and [1, R, 2, D] of both norms."""
         ends: dict[str, nn.ModuleList] = {"base": self.base_blocks, "ns": self.ns_blocks, "mask": self.mask_blocks}
         modulations = {
             name: torch.stack([block.modulation(condition_RD, None) for block in cast(Iterable[AdaLNBlock], blocks)])
@@ -183,8 +182,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         return head(norm(x, modulations[f"{end}_head"][0]))
 
     def _masked_codes(self, codes_BLC: Tensor, masked_BL: Tensor) -> Tensor:
-        """What the current tokens of positions add to their input: a map of their codes, or the mask embedding; [B,
-        L, D]."""
+        """What current tokens add to their positions' input [B, L, D]: a map of their codes, or the mask embedding."""
         embedded = self.word_embed(codes_BLC.to(self.word_embed.weight.dtype))
         return torch.where(masked_BL[..., None], self.mask_embed.weight[0].to(embedded.dtype), embedded)
 

@@ -178,8 +178,10 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         )
 
     def raw_logits(self, state: ScaleState) -> Tensor:
-        """Unguided logits [R, L, V] of scale `state.block`; reads all coarser scales in the same pass when this is the
-        first scale that the state predicts."""
+        """Unguided logits [R, L, V] of scale `state.block`.
+
+        Where it is the first scale that the state predicts, all coarser ones are read in the same pass.
+        """
         assert state.cache is not None
         scale = state.block
         first = 0 if scale == state.first_block else scale

@@ -197,8 +197,9 @@ class ImagePipeline(DiffusionPipeline):
         )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N]."""
-        return self.tokenizer.decode(tokens).float().clamp(-1.0, 1.0)
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
+        decoded = self.tokenizer.decode_latents(tokens) if tokens.dim() == 4 else self.tokenizer.decode(tokens)
+        return decoded.float().clamp(-1.0, 1.0)
 
     # -------------------------------------------------------------------------------------------------- the call
     @torch.no_grad()
@@ -287,7 +288,7 @@ class ImagePipeline(DiffusionPipeline):
 
                 out = self.sample_tokens(condition.rows(part), image_seed_list[part], callback=callback, **settings)
                 tokens.append(out.tokens)
-                images.append(self.decode(out.tokens))
+                images.append(self.decode(out.tokens if out.latent_BChw is None else out.latent_BChw))
                 statistics = statistics + out.statistics
         self.maybe_free_model_hooks()
         image_BCHW = torch.cat(images)

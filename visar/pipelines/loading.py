@@ -60,9 +60,13 @@ def load_tokenizer(
 
 
 def _component(class_name: str, folder: Path, dtype: torch.dtype) -> ModelMixin:
+    from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
     from visar.tokenizers.vq import VQTokenizer
 
-    classes: dict[str, type[ModelMixin]] = {"VQTokenizer": VQTokenizer}
+    classes: dict[str, type[ModelMixin]] = {
+        "MultiScaleVQTokenizer": MultiScaleVQTokenizer,
+        "VQTokenizer": VQTokenizer,
+    }
     if class_name not in classes:
         raise ValueError(f"{folder} holds a {class_name}; known tokenizers: {', '.join(classes)}")
     try:
