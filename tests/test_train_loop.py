@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from visar.train.loop import Averages, check_finite, fast_math, update_average
 from visar.train.options import RunOptions, check_run_options
 from visar.train.randomness import Draw, IndexDraws, StepRandom, balanced_weights
 from visar.train.recipes import RECIPES
-from visar.train.schedule import schedule_factor
+from visar.train.schedule import Schedule, schedule_factor
 from visar.train.tokenizer import TrainTokenizer, build_tokenizer
 
 CPU = torch.device("cpu")
@@ -94,7 +95,7 @@ def test_architectures_that_do_not_exist(changes, message):
 
 # ---------------------------------------------------------------------------------------------------------- schedules
 def test_schedules():
-    def factors(schedule: str, **settings: float) -> list[float]:
+    def factors(schedule: Schedule, **settings: Any) -> list[float]:
         return [schedule_factor(step, schedule=schedule, steps=10, **settings) for step in range(10)]
 
     assert factors("constant", warmup_steps=2) == [0.5] + [1.0] * 9
@@ -141,6 +142,7 @@ def test_conditions_are_dropped_together_and_each():
     words = torch.tensor([[5, 6, 0]]).expand(count, -1)
     dropout = ConditionDropout([9, 4, 2], together=0.2, label_rates=[0.0, 0.5, 0.1], word_rate=0.25, device=CPU)
     dropped = dropout(Condition(labels_BA=labels, words_BT=words), torch.Generator().manual_seed(0))
+    assert dropped.labels_BA is not None and dropped.words_BT is not None
     lost = dropped.labels_BA != labels
     assert dropped.labels_BA[lost].unique().tolist() == [2, 4, 9]
     assert lost.float().mean(0).tolist() == pytest.approx([0.2, 0.6, 0.28], abs=0.015)

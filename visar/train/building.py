@@ -2,12 +2,10 @@
 
 import json
 from copy import deepcopy
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
-
-Model = TypeVar("Model", bound=nn.Module)
 
 
 def json_options(text: str) -> dict[str, Any]:
@@ -25,6 +23,9 @@ def json_options(text: str) -> dict[str, Any]:
     return values
 
 
-def in_dtype(model: Model, dtype: str) -> Model:
+def in_dtype(model: Any, dtype: str) -> Any:
     """A copy with contiguous weights in a dtype; modules that must stay float32 see to that themselves."""
-    return nn.Module.to(deepcopy(model), dtype=getattr(torch, dtype), memory_format=torch.contiguous_format)
+    copy = deepcopy(model)
+    nn.Module.to(copy, dtype=getattr(torch, dtype))
+    nn.Module.to(copy, memory_format=torch.contiguous_format)
+    return copy

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -87,7 +86,7 @@ class TrainGenerator(RunOptions):
     """Of the weights in model/."""
 
 
-def build_generator(options: TrainGenerator, tokenizer: ModelMixin, images: ImageSet) -> nn.Module:
+def build_generator(options: TrainGenerator, tokenizer: Any, images: ImageSet) -> nn.Module:
     """A raster generator for the tokenizer's grid and the data's conditions, with fresh weights from the run's seed.
 
     Raises:
@@ -139,9 +138,7 @@ class GeneratorTask(Task):
 
     select, higher_is_better = "nll", False
 
-    def __init__(
-        self, run: Run, options: TrainGenerator, tokenizer: ModelMixin, images: ImageSet, cache: TokenCache
-    ) -> None:
+    def __init__(self, run: Run, options: TrainGenerator, tokenizer: Any, images: ImageSet, cache: TokenCache) -> None:
         self.run, self.options, self.tokenizer = run, options, tokenizer
         self.vocabulary = images.vocabulary
         self.pictures = pictures = take_split(images, "train", "none", run.device)
@@ -199,15 +196,13 @@ class GeneratorTask(Task):
         return self.run.descend(self.parts["model"], step, losses)
 
     # ------------------------------------------------------------------------------------------------- measurements
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         everything = torch.arange(len(self.validation), device=self.run.device)
         nll, null_nll = self._measure(model, self.validation, self.validation_ids_NL, everything)
         train_nll, train_null_nll = self._measure(model, self.pictures, self.ids_NKL[:, 0], self.train_subset)
         return {"nll": nll, "null_nll": null_nll, "train_nll": train_nll, "train_null_nll": train_null_nll}
 
-    def _measure(
-        self, model: nn.Module, pictures: PictureSplit, ids_NL: Tensor, index_N: Tensor
-    ) -> tuple[float, float]:
+    def _measure(self, model: Any, pictures: PictureSplit, ids_NL: Tensor, index_N: Tensor) -> tuple[float, float]:
         totals = torch.zeros(2, dtype=torch.float64, device=self.run.device)
         for index_B in index_N.split(2 * self.run.part_size):
             ids_BL = ids_NL[index_B].long()
@@ -219,7 +214,7 @@ class GeneratorTask(Task):
         nll, null_nll = (totals / len(index_N)).tolist()
         return nll, null_nll
 
-    def sheets(self, model: nn.Module) -> dict[str, Sheet]:
+    def sheets(self, model: Any) -> dict[str, Sheet]:
         """Samples at conditions of training images, the same conditions and seeds on every sheet."""
         count = min(self.options.sample_images, len(self.train_subset))
         condition = self.condition(self.pictures, self.train_subset[:count])
@@ -231,8 +226,8 @@ class GeneratorTask(Task):
         )
         return {"samples": Sheet(to_uint8(self.tokenizer.decode(out.tokens)), columns=12)}
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
-        pipeline = ImagePipeline(
+    def save_model(self, model: Any, folder: Path) -> None:
+        pipeline: Any = ImagePipeline(
             in_dtype(self.tokenizer, self.options.save_dtype),
             in_dtype(model, self.options.save_dtype),
             vocabulary=self.vocabulary.to_dict(),
@@ -256,7 +251,8 @@ def train_generator(options: TrainGenerator) -> TrainResult:
         ImportError: a package is missing.
     """
     run = Run(options)
-    tokenizer = load_tokenizer(options.tokenizer, device=run.device, dtype="float32").requires_grad_(False)
+    tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
+    tokenizer.requires_grad_(False)
     if tokenizer.layout.kind != "grid":
         raise ValueError(f"tokens of kind {tokenizer.layout.kind!r}; a raster generator needs a grid of ids")
     everything = load_image_set(options.data, tokenizer.config["image_size"])

@@ -60,8 +60,8 @@ class Part:
         learning_rate: at its highest.
     """
 
-    module: nn.Module
-    call: nn.Module
+    module: Any
+    call: Any
     optimizer: torch.optim.Optimizer
     learning_rate: float
 

@@ -85,6 +85,8 @@ class Lite0Perceptual(Perceptual):
         ImportError: the package of the weights is not installed.
     """
 
+    stage_weights: Tensor
+
     def __init__(
         self,
         dtype: torch.dtype = torch.float32,
@@ -146,4 +148,5 @@ def load_perceptual(kind: PerceptualKind, device: torch.device, dtype: torch.dty
     if kind not in ("lite0", "lpips"):
         raise ValueError(f"perceptual loss {kind!r}; choose lite0 or lpips")
     loss: Perceptual = Lite0Perceptual(dtype) if kind == "lite0" else LpipsPerceptual()
-    return loss.to(device, memory_format=torch.channels_last).requires_grad_(False).eval()
+    loss.to(device).to(memory_format=torch.channels_last)
+    return loss.requires_grad_(False).eval()

@@ -74,12 +74,10 @@ class IndexDraws:
     def __init__(self, num_images: int, weight_N: Tensor | None, device: torch.device) -> None:
         if num_images < 1:
             raise ValueError("there is no image to train on")
-        weight_N = torch.ones(num_images) if weight_N is None else weight_N
-        if weight_N.shape != (num_images,) or not bool((weight_N >= 0).all()) or not float(weight_N.sum()) > 0:
-            raise ValueError(
-                f"weights of shape {tuple(weight_N.shape)} for {num_images} images; needed: one >= 0 each"
-            )
-        total_N = weight_N.double().cumsum(0)
+        weights: Tensor = torch.ones(num_images) if weight_N is None else weight_N
+        if weights.shape != (num_images,) or not bool((weights >= 0).all()) or not float(weights.sum()) > 0:
+            raise ValueError(f"weights of shape {tuple(weights.shape)} for {num_images} images; needed: one >= 0 each")
+        total_N = weights.double().cumsum(0)
         self._share_N = (total_N / total_N[-1]).to(device)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:

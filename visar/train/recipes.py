@@ -1,8 +1,8 @@
-"""Named recipes: the options that the embedded models are trained with. Paths are replaced by the caller's.
-
-dataclasses.replace(RECIPES["emoji-vq"], data=Path("emoji64.zip"), out=Path("runs/emoji-vq"))
+"""Named recipes: the options that the embedded models are trained with. Paths are replaced by the caller's:
+dataclasses.replace(RECIPES["emoji-vq"], data=Path("data/emoji64.zip"), out=Path("runs/emoji-vq")).
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 from visar.train.generator import TrainGenerator
@@ -10,8 +10,11 @@ from visar.train.tokenizer import TrainTokenizer
 
 _EMOJI = Path("emoji64.zip")
 
-_VQ = dict(
+# 64 x 64 images as 16 x 16 ids
+_VQ = TrainTokenizer(
+    out=Path("runs/emoji-vq"),
     data=_EMOJI,
+    preset="vq-4-64",
     augment="drawings",
     steps=4000,
     batch_size=128,
@@ -23,8 +26,10 @@ _VQ = dict(
     save_every=1000,
 )
 
-_RASTER = dict(
+_RASTER = TrainGenerator(
+    out=Path("runs/emoji-raster"),
     data=_EMOJI,
+    tokenizer="emoji-vq",
     augment="drawings",
     variants=32,
     steps=8000,
@@ -38,28 +43,24 @@ _RASTER = dict(
 )
 
 RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
-    # 64 x 64 images as 16 x 16 ids
-    "emoji-vq": TrainTokenizer(out=Path("runs/emoji-vq"), preset="vq-4-64", **_VQ),
-    "emoji-vq-4096": TrainTokenizer(out=Path("runs/emoji-vq-4096"), preset="vq-4-64-4096", **_VQ),
+    "emoji-vq": _VQ,
+    "emoji-vq-4096": replace(_VQ, out=Path("runs/emoji-vq-4096"), preset="vq-4-64-4096"),
     # class, group, style, tone and the words of the name; reads codes' vectors, so that it can teach one-step students
-    "emoji-raster": TrainGenerator(
-        out=Path("runs/emoji-raster"),
-        tokenizer="emoji-vq",
+    "emoji-raster": replace(
+        _RASTER,
         words="sum",
         word_dropout=0.25,
         word_omission=0.1,
         model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
-        **_RASTER,
     ),
     # words of the caption one by one before the image
-    "emoji-raster-text": TrainGenerator(
+    "emoji-raster-text": replace(
+        _RASTER,
         out=Path("runs/emoji-raster-text"),
-        tokenizer="emoji-vq",
         class_condition=False,
         words="prefix",
         word_dropout=0.0,
         word_omission=0.15,
         model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
-        **_RASTER,
     ),
 }

@@ -8,7 +8,7 @@ visar/tokenizers/quantizer.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -256,7 +256,7 @@ class TokenizerTask(Task):
         return {"discriminator": self.run.descend(part, step, losses)["discriminator"]}
 
     # ------------------------------------------------------------------------------------------------- measurements
-    def validate(self, model: nn.Module) -> dict[str, float]:
+    def validate(self, model: Any) -> dict[str, float]:
         everything = torch.arange(len(self.validation), device=self.run.device)
         usage = CodebookUsage(model.layout.vocab_size, self.run.device)
         values = self._measure(model, self.validation, everything, usage)
@@ -265,7 +265,7 @@ class TokenizerTask(Task):
         return values | {f"train_{name}": value for name, value in trained.items()}
 
     def _measure(
-        self, model: nn.Module, pictures: PictureSplit, index_N: Tensor, usage: CodebookUsage | None
+        self, model: Any, pictures: PictureSplit, index_N: Tensor, usage: CodebookUsage | None
     ) -> dict[str, float]:
         ratios, distances = [], []
         for index_B in index_N.split(4 * self.run.part_size):
@@ -280,7 +280,7 @@ class TokenizerTask(Task):
         values = {"psnr": float(torch.cat(ratios).mean())}
         return values | ({"perceptual": float(torch.cat(distances).mean())} if distances else {})
 
-    def sheets(self, model: nn.Module) -> dict[str, Sheet]:
+    def sheets(self, model: Any) -> dict[str, Sheet]:
         """Rows of images and the rows of their reconstructions below them."""
         columns = 12
         count = min(4 * columns, len(self.validation))
@@ -295,7 +295,7 @@ class TokenizerTask(Task):
         ]
         return {"reconstruction": Sheet(to_uint8(torch.cat(rows)), columns)}
 
-    def save_model(self, model: nn.Module, folder: Path) -> None:
+    def save_model(self, model: Any, folder: Path) -> None:
         in_dtype(model, self.options.save_dtype).save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
