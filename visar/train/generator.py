@@ -116,7 +116,7 @@ def build_generator(options: TrainGenerator, tokenizer: Any, images: ImageSet) -
         raise ValueError(f"the raster generator does not take these model_options: {error}") from error
     model.reset_parameters(torch.Generator().manual_seed(step_seed(options.seed, 0, Draw.INITIAL)))
     if model.config["token_input"] == "codebook":
-        model.set_codebook(tokenizer.codebook.cpu())
+        model.set_codebook(tokenizer.codebook.detach().cpu())
     return model
 
 
