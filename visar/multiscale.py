@@ -91,7 +91,7 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
     ) -> None:
         """Makes the modules and tables that turn conditions and maps into the transformer's input."""
         self.scales = scale_pairs(scales)
-        self.block_sizes = tuple(height * rows for height, rows in self.scales)
+        self.block_sizes = tuple(rows * columns for rows, columns in self.scales)
         self.ends = tuple(sum(self.block_sizes[: scale + 1]) for scale in range(len(self.scales)))
         self.num_tokens = self.ends[-1]
         self.pyramid = ScalePyramid(vocab_size, codebook_width, self.scales, num_phi=num_phi, phi_ratio=phi_ratio)
