@@ -31,13 +31,13 @@ RUN_OPTIONS = """
 TOKENIZER_OPTIONS = """
     data image_size preset model_options codebook_size codebook_update codebook_decay commitment_weight
     codebook_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight perceptual_weight
-    perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_spectral
+    perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_layers adversarial_spectral
     adversarial_adaptive adversarial_maximum weight_decay augment save_dtype
 """.split()
 GENERATOR_OPTIONS = """
     data tokenizer tokens variants augment width num_layers num_heads hidden_width model_options class_condition
     attributes words dropout label_dropout class_dropout attribute_dropout word_dropout word_omission
-    class_balance weight_decay sample_images sample_guidance save_dtype
+    class_balance scale_weights weight_decay sample_images sample_guidance save_dtype
 """.split()
 
 

@@ -7,6 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from visar.generators.next_scale import NextScaleTransformer
+from visar.generators.raster import RasterGPT
+from visar.vocabulary import Vocabulary
+
 
 def json_options(text: str) -> dict[str, Any]:
     """Constructor arguments given as JSON.
@@ -21,6 +25,80 @@ def json_options(text: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"model_options {text!r}; needed: a JSON object such as '{{\"base_channels\": 48}}'")
     return values
+
+
+def image_side(tokenizer: Any) -> int:
+    """Side in pixels of the images that a tokenizer's grid of ids is for."""
+    if tokenizer.layout.kind == "scales":
+        return tokenizer.layout.scales[-1][0] * tokenizer.downsampling
+    return tokenizer.config["image_size"]
+
+
+def build_generator(
+    tokenizer: Any,
+    vocabulary: Vocabulary,
+    *,
+    width: int,
+    num_layers: int,
+    num_heads: int,
+    hidden_width: int,
+    dropout: float,
+    class_condition: bool,
+    words: str,
+    model_options: dict[str, Any],
+    seed: int,
+) -> nn.Module:
+    """A generator for a tokenizer's ids with fresh weights: raster for one grid, next-scale for several.
+
+    Args:
+        tokenizer: whose ids they are.
+        vocabulary: of the conditions: label columns and words.
+        width, num_layers, num_heads, hidden_width, dropout: of the transformer.
+        class_condition: whether the first label column is read.
+        words: "none", "sum" or "prefix".
+        model_options: further constructor arguments.
+        seed: of the weights.
+
+    Raises:
+        ValueError: tokens that are no ids, words one by one before scales, or arguments that the architecture refuses.
+    """
+    layout, generator = tokenizer.layout, torch.Generator().manual_seed(seed)
+    if layout.kind == "continuous":
+        raise ValueError(f"tokens of kind {layout.kind!r}; ids are needed (kinds grid and scales)")
+    num_classes, *attributes = vocabulary.null_labels
+    arguments: dict[str, Any] = dict(
+        vocab_size=layout.vocab_size,
+        codebook_width=layout.channels,
+        width=width,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_classes=num_classes if class_condition else 0,
+        attributes=tuple(attributes),
+        word_vocab_size=0 if words == "none" else len(vocabulary.words),
+    )
+    build: type[RasterGPT] | type[NextScaleTransformer]
+    if layout.kind == "scales":
+        if words == "prefix":
+            raise ValueError("words prefix is for raster generators; a next-scale generator takes sum or none")
+        build = NextScaleTransformer
+        arguments |= dict(scales=layout.scales, mlp_ratio=hidden_width / width, dropout=dropout)
+        arguments |= {name: tokenizer.config[name] for name in ("num_phi", "phi_ratio")}
+    else:
+        build = RasterGPT
+        arguments |= dict(grid=layout.scales[0], hidden_width=hidden_width)
+        arguments |= dict(token_dropout=dropout, residual_dropout=dropout, ffn_dropout=dropout)
+        if words != "none":
+            arguments |= dict(words=words, num_words=vocabulary.num_words)
+    try:
+        model: Any = build(**{**arguments, **model_options})
+    except TypeError as error:
+        raise ValueError(f"{build.__name__} does not take these model_options: {error}") from error
+    model.reset_parameters(generator)
+    if build is NextScaleTransformer:
+        model.set_tokenizer(tokenizer.quantizer)
+    elif model.config["token_input"] == "codebook":
+        model.set_codebook(tokenizer.codebook.detach().cpu())
+    return model
 
 
 def in_dtype(model: Any, dtype: str) -> Any:

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from visar.condition import Condition
 from visar.data.images import ImageSet, load_image_set
 from visar.data.tokens import TokenCache, build_token_cache
-from visar.generators.raster import RasterGPT
 from visar.guidance import Guidance
 from visar.noise import Noise, image_seeds
 from visar.output import to_uint8
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load_tokenizer
 from visar.samplers.ancestral import sample_ancestral
-from visar.train.building import in_dtype, json_options
+from visar.train.building import build_generator, image_side, in_dtype, json_options
 from visar.train.conditions import ConditionDropout
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
@@ -76,6 +75,8 @@ class TrainGenerator(RunOptions):
     """Chance of every single word of a caption to be left out."""
     class_balance: float = 0.5
     """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
+    scale_weights: tuple[float, ...] = ()
+    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike."""
     weight_decay: float = 0.05
     """Of matrices."""
     sample_images: int = 48
@@ -86,43 +87,33 @@ class TrainGenerator(RunOptions):
     """Of the weights in model/."""
 
 
-def build_generator(options: TrainGenerator, tokenizer: Any, images: ImageSet) -> nn.Module:
-    """A raster generator for the tokenizer's grid and the data's conditions, with fresh weights from the run's seed.
+def token_loss(logits_BLV: Tensor, ids_BL: Tensor, weight_L: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of the ids, nats a token, float32.
+
+    Args:
+        logits_BLV: conditionals.
+        ids_BL: int64.
+        weight_L: relative weights of the positions; None = all alike.
+    """
+    if weight_L is None:
+        return functional.cross_entropy(logits_BLV.float().flatten(0, 1), ids_BL.flatten())
+    loss_BL = functional.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
+    return (loss_BL.mean(0) * weight_L).sum() / weight_L.sum()
+
+
+def position_weights(scales: tuple[tuple[int, int], ...], weights: tuple[float, ...]) -> Tensor | None:
+    """Weight of every position, float32 [L], from one a scale for each of its tokens; None where none is given.
 
     Raises:
-        ValueError: arguments that the architecture refuses.
+        ValueError: another number of weights than scales, or one that is negative.
     """
-    layout, vocabulary = tokenizer.layout, images.vocabulary
-    num_classes, *attributes = vocabulary.null_labels
-    arguments: dict[str, Any] = dict(
-        vocab_size=layout.vocab_size,
-        grid=layout.scales[0],
-        codebook_width=layout.channels,
-        width=options.width,
-        num_layers=options.num_layers,
-        num_heads=options.num_heads,
-        hidden_width=options.hidden_width,
-        num_classes=num_classes if options.class_condition else 0,
-        attributes=tuple(attributes),
-        token_dropout=options.dropout,
-        residual_dropout=options.dropout,
-        ffn_dropout=options.dropout,
+    if not weights:
+        return None
+    if len(weights) != len(scales) or min(weights) < 0 or max(weights) <= 0:
+        raise ValueError(f"scale_weights {weights}; needed: {len(scales)} numbers >= 0, not all 0")
+    return torch.cat(
+        [torch.full((height * width,), weight) for (height, width), weight in zip(scales, weights, strict=True)]
     )
-    if options.words != "none":
-        arguments |= dict(words=options.words, word_vocab_size=len(vocabulary.words), num_words=vocabulary.num_words)
-    try:
-        model = RasterGPT(**{**arguments, **json_options(options.model_options)})
-    except TypeError as error:
-        raise ValueError(f"the raster generator does not take these model_options: {error}") from error
-    model.reset_parameters(torch.Generator().manual_seed(step_seed(options.seed, 0, Draw.INITIAL)))
-    if model.config["token_input"] == "codebook":
-        model.set_codebook(tokenizer.codebook.detach().cpu())
-    return model
-
-
-def token_loss(logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the ids, nats a token, float32."""
-    return functional.cross_entropy(logits_BNV.float().flatten(0, 1), ids_BN.flatten())
 
 
 class GeneratorTask(Task):
@@ -147,14 +138,23 @@ class GeneratorTask(Task):
         self.validation_ids_NL = cache.ids_NKL[validation.index_N.cpu(), 0].to(run.device)
         weight_N = balanced_weights(pictures.labels_NA[:, 0].cpu(), options.class_balance)
         self.draws = IndexDraws(len(pictures), weight_N, run.device)
-        self.parts = {
-            "model": run.add_part(
-                build_generator(options, tokenizer, images),
-                options.learning_rate,
-                betas=(0.9, 0.95),
-                weight_decay=options.weight_decay,
-            )
-        }
+        model = build_generator(
+            tokenizer,
+            images.vocabulary,
+            width=options.width,
+            num_layers=options.num_layers,
+            num_heads=options.num_heads,
+            hidden_width=options.hidden_width,
+            dropout=options.dropout,
+            class_condition=options.class_condition,
+            words=options.words,
+            model_options=json_options(options.model_options),
+            seed=step_seed(options.seed, 0, Draw.INITIAL),
+        )
+        part = run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+        self.parts = {"model": part}
+        weight_L = position_weights(tokenizer.layout.scales, options.scale_weights)
+        self.weight_L = None if weight_L is None else weight_L.to(run.device)
         self.loss = torch.compile(token_loss) if options.compile else token_loss
         first = 0 if options.class_condition else 1
         sizes = images.vocabulary.null_labels
@@ -190,7 +190,7 @@ class GeneratorTask(Task):
             ids_BL = self.ids_NKL[own_B, self.run.share(variant_B, part)].long()
             generator = random.generator(step, Draw.CONDITION, part=part)
             condition = self.dropout(self.condition(self.pictures, own_B), generator)
-            loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL)
+            loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL, self.weight_L)
             return loss, {"loss": loss}
 
         return self.run.descend(self.parts["model"], step, losses)
@@ -253,9 +253,7 @@ def train_generator(options: TrainGenerator) -> TrainResult:
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)
-    if tokenizer.layout.kind != "grid":
-        raise ValueError(f"tokens of kind {tokenizer.layout.kind!r}; a raster generator needs a grid of ids")
-    everything = load_image_set(options.data, tokenizer.config["image_size"])
+    everything = load_image_set(options.data, image_side(tokenizer))
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")
     with run.accelerator.main_process_first(), run.autocast():

@@ -74,6 +74,8 @@ class TrainTokenizer(RunOptions):
     """Step at which the discriminator sets in."""
     adversarial_learning_rate: float = 1e-4
     """Of the discriminator."""
+    adversarial_layers: int = 3
+    """Its convolutions of stride 2; each doubles the side of the patches that it judges."""
     adversarial_spectral: bool = True
     """Spectral norm in the discriminator, else group norm."""
     adversarial_adaptive: bool = False
@@ -170,7 +172,7 @@ class TokenizerTask(Task):
         }
         if options.adversarial_weight:
             self.parts["discriminator"] = run.add_part(
-                PatchDiscriminator(spectral=options.adversarial_spectral),
+                PatchDiscriminator(num_layers=options.adversarial_layers, spectral=options.adversarial_spectral),
                 options.adversarial_learning_rate,
                 betas=(0.5, 0.9),
                 weight_decay=0.0,
@@ -316,4 +318,8 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
         raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
     run = Run(options)
     images = load_image_set(options.data, options.image_size)
+    if options.adversarial_weight and images.image_size >> options.adversarial_layers < 3:
+        raise ValueError(
+            f"adversarial_layers {options.adversarial_layers} are too many for images of {images.image_size} pixels"
+        )
     return run_task(run, TokenizerTask(run, options, images))

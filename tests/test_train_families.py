@@ -1,0 +1,116 @@
+"""Training of every family of models, of the adversarial part, and on a GPU."""
+
+import json
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.nn import functional
+
+from visar.pipelines.loading import load, load_tokenizer
+from visar.train.generator import position_weights, token_loss, train_generator
+from visar.train.tokenizer import train_tokenizer
+
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
+MULTISCALE = dict(
+    preset="var-vq16",
+    model_options=json.dumps(
+        dict(
+            base_channels=32, channel_multipliers=[1, 1], num_res_blocks=1, codebook_dim=8, scales=[1, 2, 4], num_phi=2
+        )
+    ),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return TINY.write_images(tmp_path_factory.mktemp("data") / "bars.npz")
+
+
+def test_scales_are_trained_end_to_end(data, tmp_path):
+    tokenizer_out, generator_out = tmp_path / "tokenizer", tmp_path / "generator"
+    train_tokenizer(TINY.tokenizer_options(data, tokenizer_out, steps=12, **MULTISCALE))
+    layout = load_tokenizer(tokenizer_out / "model", device="cpu", dtype="float32").layout
+    assert (layout.kind, layout.scales, layout.vocab_size) == ("scales", ((1, 1), (2, 2), (4, 4)), 32)
+    options = TINY.generator_options(
+        data, tokenizer_out / "model", generator_out, steps=12, num_layers=2, scale_weights=(3.0, 2.0, 1.0)
+    )
+    train_generator(options)
+    for out in (tokenizer_out, generator_out):
+        found = TINY.losses(out)
+        assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    pipeline = load(generator_out / "model", device="cpu", dtype="float32")
+    assert pipeline(class_labels=["1"], seed=0, output_type="pt").images.shape == (1, 3, 8, 8)
+
+
+def test_losses_are_weighted_by_position():
+    logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    ids = torch.arange(10).view(2, 5) % 7
+    weights = position_weights(((1, 1), (2, 2)), (3.0, 0.5))
+    assert weights is not None and weights.tolist() == [3.0, 0.5, 0.5, 0.5, 0.5]
+    each = -functional.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
+    expected = (each.mean(0) * weights).sum() / 5.0
+    assert token_loss(logits, ids, weights).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert token_loss(logits, ids).item() == pytest.approx(each.mean().item(), rel=1e-6)
+    with pytest.raises(ValueError, match="needed: 2 numbers"):
+        position_weights(((1, 1), (2, 2)), (1.0,))
+
+
+def test_words_one_by_one_and_no_class(data, tmp_path):
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=2))
+    tokenizer = tmp_path / "tokenizer" / "model"
+    options = TINY.generator_options(
+        data, tokenizer, tmp_path / "generator", steps=2, class_condition=False, words="prefix", word_omission=0.2
+    )
+    train_generator(options)
+    pipeline = load(tmp_path / "generator" / "model", device="cpu", dtype="float32")
+    assert pipeline(prompt="bar 2", seed=0, output_type="pt").images.shape == (1, 3, 8, 8)
+    with pytest.raises(ValueError, match="attribute 'style'; bars.npz has none"):
+        train_generator(TINY.generator_options(data, tokenizer, tmp_path / "other", attributes=("style",)))
+
+
+def test_discriminator_sets_in(data, tmp_path):
+    changes = dict(steps=4, adversarial_weight=0.1, adversarial_start=2, adversarial_adaptive=True)
+    with pytest.raises(ValueError, match="adversarial_layers 3 are too many for images of 8 pixels"):
+        train_tokenizer(TINY.tokenizer_options(data, tmp_path, **changes))
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path, adversarial_layers=1, **changes))
+    lines = [line for line in TINY.curves(tmp_path) if "train/loss" in line]
+    assert ["train/discriminator" in line for line in lines] == [False, False, True, True]
+    assert all(0.0 < line["train/adaptive_weight"] <= 10.0 for line in lines[2:])
+    assert 1.0 < lines[2]["train/discriminator"] < 3.0
+
+
+def test_curves_and_sheets_reach_tensorboard(data, tmp_path):
+    pytest.importorskip("tensorboard", reason="the tracker is an extra")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path, steps=2, tracker="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "logs"), size_guidance={"scalars": 0})
+    events.Reload()
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(TINY.losses(tmp_path))
+    assert [event.step for event in events.Scalars("validation/psnr")] == [2]
+    assert [event.step for event in events.Images("reconstruction")] == [2]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["raster", "scales"])
+def test_compiled_training_in_bf16_on_a_gpu(data, tmp_path, family):
+    changes = dict(device="auto", mixed_precision="bf16", compile=True, steps=30)
+    model = MULTISCALE if family == "scales" else {}
+    tokenizer_options = TINY.tokenizer_options(data, tmp_path / "tokenizer", perceptual_weight=0.3, **changes, **model)
+    train_tokenizer(tokenizer_options)
+    train_generator(TINY.generator_options(data, tmp_path / "tokenizer" / "model", tmp_path / "generator", **changes))
+    for out in (tmp_path / "tokenizer", tmp_path / "generator"):
+        found = TINY.losses(out)
+        assert sum(found[-4:]) < 0.9 * sum(found[:4])
+    load(tmp_path / "generator" / "model", device="cuda")(class_labels=["1"], seed=0)
