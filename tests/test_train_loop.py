@@ -13,10 +13,11 @@ from visar.train.checkpoint import CheckpointStore, check_same_options, replace_
 from visar.train.conditions import ConditionDropout
 from visar.train.generator import TrainGenerator
 from visar.train.log import RunLog
-from visar.train.loop import Averages, check_finite, fast_math, update_average
+from visar.train.loop import check_finite, update_average
 from visar.train.options import RunOptions, check_run_options
 from visar.train.randomness import Draw, IndexDraws, StepRandom, balanced_weights
 from visar.train.recipes import RECIPES
+from visar.train.run import Averages, fast_math
 from visar.train.schedule import Schedule, schedule_factor
 from visar.train.tokenizer import TrainTokenizer, build_tokenizer
 

@@ -26,9 +26,10 @@ from visar.train.building import build_generator, image_side, in_dtype, json_opt
 from visar.train.conditions import ConditionDropout
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
-from visar.train.loop import Run, Task, TrainResult, run_task
+from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import RunOptions
 from visar.train.randomness import Draw, IndexDraws, balanced_weights, step_seed
+from visar.train.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,10 +24,11 @@ from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discrim
 from visar.train.building import in_dtype, json_options
 from visar.train.images import AugmentKind, PictureSplit, take_split
 from visar.train.log import Sheet
-from visar.train.loop import Run, Task, TrainResult, run_task
+from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import RunOptions
 from visar.train.perceptual import PerceptualKind, gradient_l1, load_perceptual
 from visar.train.randomness import Draw, IndexDraws, step_seed
+from visar.train.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)
