@@ -156,7 +156,7 @@ class DataEmoji:
 
 def data_emoji(options: DataEmoji) -> None:
     """Runs `visar data emoji`."""
-    from visar.data.emoji import build_emoji
+    from visar.data.emoji_build import build_emoji
 
     print(build_emoji(options.out))
 

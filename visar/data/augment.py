@@ -68,7 +68,7 @@ def augment(
         generator: on the pictures' device; the same state gives the same pictures.
         mirror_allowed_B: bool; None allows it for all.
     """
-    batch, height, width = image_BCHW.shape[0], image_BCHW.shape[2], image_BCHW.shape[3]
+    batch = image_BCHW.shape[0]
     draws = torch.rand(6, batch, generator=generator, device=image_BCHW.device)
     if augmentation.mirror:
         chosen_B = draws[0] < augmentation.mirror
@@ -76,8 +76,9 @@ def augment(
             chosen_B = chosen_B & mirror_allowed_B
         image_BCHW = torch.where(chosen_B[:, None, None, None], image_BCHW.flip(-1), image_BCHW)
     if augmentation.crop_min < 1.0:
-        image_BCHW = _crop(image_BCHW, augmentation.crop_min, draws[1], draws[2], draws[3])
-    if augmentation.rescale_share and augmentation.min_scale < augmentation.max_scale:
+        size_B, row_B, column_B = torch.rand(3, batch, generator=generator, device=image_BCHW.device)
+        image_BCHW = _crop(image_BCHW, augmentation.crop_min, size_B, row_B, column_B)
+    if augmentation.rescale_share and (augmentation.min_scale, augmentation.max_scale) != (1.0, 1.0):
         ratio = augmentation.max_scale / augmentation.min_scale
         scale_B = augmentation.min_scale * ratio ** draws[1]
         rescaled = _rescale(image_BCHW, scale_B, augmentation.fill)
@@ -87,7 +88,6 @@ def augment(
         steps = 2 * augmentation.max_shift + 1
         shift_2B = (draws[4:6] * steps).long().clamp(max=steps - 1)
         image_BCHW = _shift(image_BCHW, shift_2B, augmentation.max_shift, augmentation.fill)
-    assert image_BCHW.shape[2:] == (height, width)
     return image_BCHW
 
 
@@ -102,17 +102,17 @@ def _shift(image_BCHW: Tensor, offset_2B: Tensor, most: int, fill: float) -> Ten
     return moved.permute(0, 3, 1, 2)
 
 
-def _sample(image_BCHW: Tensor, theta_B23: Tensor) -> Tensor:
-    """Bicubic sampling on an affine grid; what lies outside is 0."""
+def _sample(image_BCHW: Tensor, theta_B23: Tensor, outside: str) -> Tensor:
+    """Bicubic sampling on an affine grid; outside: "zeros", or "border" to go on with the pixels of the border."""
     grid = functional.affine_grid(theta_B23, list(image_BCHW.shape), align_corners=False).to(image_BCHW.dtype)
-    return functional.grid_sample(image_BCHW, grid, mode="bicubic", padding_mode="zeros", align_corners=False)
+    return functional.grid_sample(image_BCHW, grid, mode="bicubic", padding_mode=outside, align_corners=False)
 
 
 def _rescale(image_BCHW: Tensor, scale_B: Tensor, fill: float) -> Tensor:
     """Scales each picture about its centre on the fill level. Scales near 1 need no antialiasing."""
     theta = torch.zeros(len(scale_B), 2, 3, device=image_BCHW.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1.0 / scale_B
-    return (_sample(image_BCHW - fill, theta) + fill).clamp(-1.0, 1.0)
+    return (_sample(image_BCHW - fill, theta, "zeros") + fill).clamp(-1.0, 1.0)
 
 
 def _crop(image_BCHW: Tensor, least: float, size_B: Tensor, row_B: Tensor, column_B: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def _crop(image_BCHW: Tensor, least: float, size_B: Tensor, row_B: Tensor, colum
     theta[:, 0, 0] = theta[:, 1, 1] = side_B
     theta[:, 0, 2] = (2.0 * column_B - 1.0) * (1.0 - side_B)
     theta[:, 1, 2] = (2.0 * row_B - 1.0) * (1.0 - side_B)
-    return _sample(image_BCHW, theta).clamp(-1.0, 1.0)
+    return _sample(image_BCHW, theta, "border").clamp(-1.0, 1.0)
 
 
 def random_background(image_BCHW: Tensor, generator: torch.Generator, threshold: float = 0.98) -> Tensor:

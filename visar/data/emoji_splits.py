@@ -1,7 +1,8 @@
 """Train, validation and test pictures of the emoji set, split by look as well as by concept.
 
-Keys alone leak: a tenth of the pictures that a split by (style, concept) puts aside are near-copies of training
-pictures, such as clock faces, or the same drawing under two code points. Here pictures that look alike never part.
+Keys alone leak: of the pictures that a split by (style, concept) puts aside, 2.6 % of 650 for validation and 15.5 % of
+399 for the test are near-copies (error <= 6.0) of training pictures: clock faces, arrows, one drawing under two code
+points. Here pictures that look alike never part: 12476 train, 791 validation, 394 test, no near-copy between them.
 
 Test: concepts unseen in every style. Validation: (style, concept) pairs unseen, while the concept is seen in other
 styles. The assignment ships as emoji_splits.json; `split_emoji` is what made it.

@@ -1,9 +1,14 @@
 """Image sets: pictures of one size with labels, captions and splits, from any of the usual places."""
 
+import contextlib
 import hashlib
 import io
+import itertools
+import os
 import re
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,22 +21,23 @@ from visar.data.emoji import FILE as EMOJI_FILE
 from visar.data.emoji import captions as emoji_captions
 from visar.data.emoji import read_emoji
 from visar.data.emoji_splits import shipped_splits, unit_hash
+from visar.files import atomic_write
 from visar.vocabulary import Vocabulary, build_vocabulary
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_NO_MIRROR_CLASSES = ("symbols/", "flags/", "objects/computer", "travel-places/time", "travel-places/place-map")
-_NO_MIRROR_WORDS = {
-    "left",
-    "right",
-    "leftwards",
-    "rightwards",
-    "clockwise",
-    "anticlockwise",
-    "clock",
-    "map",
-    "keyboard",
-}
+# What carries writing, dials, boards, or a direction; a mirrored one would be another thing.
+_NO_MIRROR_CLASSES = (
+    "symbols/",
+    "flags/",
+    "objects/",
+    "activities/event",
+    "activities/game",
+    "activities/other",
+    "travel-places/time",
+    "travel-places/place-map",
+)
+_NO_MIRROR_WORDS = frozenset({"left", "right", "clockwise", "counterclockwise", "clock", "map"})
 
 
 @dataclass(frozen=True)
@@ -80,9 +86,12 @@ class ImageSet:
         return found
 
     def digest(self) -> str:
-        """Hexadecimal sha256 over pixels, labels and splits."""
-        value = hashlib.sha256(np.ascontiguousarray(self.images).tobytes())
-        value.update(self.labels_NA.numpy().tobytes() + self.split_N.tobytes())
+        """Hexadecimal sha256 over pixels, labels, splits and what may be mirrored."""
+        value = hashlib.sha256()
+        for first in range(0, len(self), 4096):
+            value.update(np.ascontiguousarray(self.images[first : first + 4096]).tobytes())
+        for facts in (self.labels_NA.numpy(), self.split_N, self.mirror_allowed_N.numpy()):
+            value.update(facts.tobytes())
         return value.hexdigest()
 
 
@@ -91,7 +100,7 @@ def as_float(images_NHWC: torch.Tensor) -> torch.Tensor:
     return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def load_image_set(source: str | Path, image_size: int | None = None) -> ImageSet:
+def load_image_set(source: str | Path, image_size: int | None = None, cache: str | Path | None = None) -> ImageSet:
     """Pictures from a place.
 
     Args:
@@ -100,9 +109,12 @@ def load_image_set(source: str | Path, image_size: int | None = None) -> ImageSe
             label, caption; or an .npz with images (or arr_0) and perhaps labels.
         image_size: side in pixels: pictures are cropped to their centre square and resized; None keeps the size of
             sets that have one, and is an error for folders and parquet files.
+        cache: folder to keep the decoded pictures of folders and parquet files in, as one .npy file a set and size;
+            they are then mapped into memory rather than held there. None decodes them again every time.
 
     Raises:
         ValueError: no such place, no picture in it, an unreadable picture (named), columns missing.
+        ImportError: a parquet file, and pyarrow is missing.
     """
     path = Path(source)
     if not path.exists():
@@ -114,9 +126,9 @@ def load_image_set(source: str | Path, image_size: int | None = None) -> ImageSe
     if path.suffix == ".npz":
         return _npz_set(path, image_size)
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-        return _parquet_set(path, _required(image_size, path))
+        return _parquet_set(path, _required(image_size, path), cache)
     if path.is_dir():
-        return _folder_set(path, _required(image_size, path))
+        return _folder_set(path, _required(image_size, path), cache)
     raise ValueError(f"{path} is not an image set: a .zip, .npz or .parquet file or a folder of pictures is needed")
 
 
@@ -169,7 +181,8 @@ def make_image_set(
     """
     lengths = {len(images), len(labels_NA), len(split_N), len(captions) if captions is not None else len(images)}
     if len(lengths) != 1 or not len(images):
-        raise ValueError(f"{name}: {len(images)} pictures, {len(labels_NA)} labels, {len(split_N)} splits")
+        counts = f"{len(images)} pictures, {len(labels_NA)} labels, {len(split_N)} splits"
+        raise ValueError(f"{name}: {counts}" + (f", {len(captions)} captions" if captions is not None else ""))
     train = np.flatnonzero(split_N == 0)
     if not len(train):
         raise ValueError(f"{name} has no training pictures")
@@ -213,65 +226,136 @@ def _split_by_name(names: Sequence[str]) -> np.ndarray:
     return split
 
 
-def _folder_set(path: Path, size: int) -> ImageSet:
+def _decode(
+    pictures: Iterable[tuple[str, Path | bytes]], count: int, size: int, cache: str | Path | None, facts: Iterable[str]
+) -> np.ndarray:
+    """uint8 [count, size, size, 3] of named pictures, a few at a time; from the cache if they are there already.
+
+    `facts` is what the pictures depend on besides the size; it names the cached file.
+    """
+    kept = None
+    if cache is not None:
+        digest = hashlib.sha256("\n".join([str(size), *facts]).encode()).hexdigest()
+        kept = Path(cache) / f"images-{size}-{digest[:16]}.npy"
+        if kept.is_file():
+            return np.load(kept, mmap_mode="r", allow_pickle=False)
+    shape = (count, size, size, 3)
+    with contextlib.ExitStack() as stack:
+        if kept is None:
+            images = np.empty(shape, np.uint8)
+        else:
+            temporary = stack.enter_context(atomic_write(kept))
+            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
+        pool = stack.enter_context(ThreadPoolExecutor(min(16, os.cpu_count() or 1)))
+        rest = iter(pictures)
+        for first in range(0, count, 256):
+            part = list(itertools.islice(rest, 256))
+            decoded = pool.map(lambda named: read_picture(named[1], size, named[0]), part)
+            for row, image in enumerate(decoded):
+                images[first + row] = image
+        if isinstance(images, np.memmap):
+            images.flush()
+    return images if kept is None else np.load(kept, mmap_mode="r", allow_pickle=False)
+
+
+def _folder_set(path: Path, size: int, cache: str | Path | None) -> ImageSet:
     parts = [split for split in SPLITS if (path / split).is_dir()]
     if "train" not in parts:
         parts = []
-    files: list[Path] = []
-    for file in sorted(path.rglob("*")):
-        if file.suffix.lower() in EXTENSIONS and (not parts or file.relative_to(path).parts[0] in parts):
-            files.append(file)
-    if not files:
+    found = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS)
+    inner = [(file, file.relative_to(path).parts) for file in found if not file.name.startswith(".")]
+    inner = [(file, names) for file, names in inner if not parts or names[0] in parts]
+    if not inner:
         raise ValueError(f"{path} has no pictures ({', '.join(EXTENSIONS)})")
     depth = 1 if parts else 0
-    classes_of = []
-    for file in files:
-        inner = file.relative_to(path).parts[depth:]
-        classes_of.append(inner[0] if len(inner) > 1 else "all")
-    classes = tuple(sorted(set(classes_of)))
-    names = [str(file.relative_to(path)) for file in files]
-    split = np.array([SPLITS.index(name.split("/")[0]) for name in names]) if parts else _split_by_name(names)
-    labels = np.array([[classes.index(name)] for name in classes_of])
-    images = np.stack([read_picture(file, size) for file in files])
+    class_of = [names[depth] if len(names) > depth + 1 else "all" for _, names in inner]
+    classes = tuple(sorted(set(class_of)))
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([[number[name]] for name in class_of])
+    names_of = ["/".join(names) for _, names in inner]
+    split = np.array([SPLITS.index(names[0]) for _, names in inner]) if parts else _split_by_name(names_of)
+    stats = (file.stat() for file, _ in inner)
+    facts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names_of, stats, strict=True)]
+    pictures = ((str(file), file) for file, _ in inner)
+    images = _decode(pictures, len(inner), size, cache, [str(path.resolve()), *facts])
     return make_image_set(path.name, images, labels, {"class": classes}, split)
 
 
-def _parquet_set(path: Path, size: int) -> ImageSet:
+def _parquet_set(path: Path, size: int, cache: str | Path | None) -> ImageSet:
     try:
-        import pyarrow.parquet as parquet
+        import pyarrow
+        from pyarrow import parquet
     except ImportError as error:
         raise ImportError("parquet files need pyarrow: pip install 'torch-visar[train]'") from error
-    table = parquet.read_table(path)
-    if "image" not in table.column_names:
-        raise ValueError(f"{path} has columns {', '.join(table.column_names)}; a column image is needed")
-    cells = table.column("image").to_pylist()
-    blobs = [cell["bytes"] if isinstance(cell, dict) else cell for cell in cells]
-    if not blobs:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    try:
+        tables = [parquet.ParquetFile(file) for file in files]
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is damaged or not parquet ({error})") from error
+    columns = set.intersection(*(set(table.schema_arrow.names) for table in tables))
+    if "image" not in columns:
+        raise ValueError(f"{path} has columns {', '.join(sorted(columns))}; a column image is needed")
+    count = sum(table.metadata.num_rows for table in tables)
+    if not count:
         raise ValueError(f"{path} has no rows")
-    images = np.stack([read_picture(blob, size, f"{path} row {row}") for row, blob in enumerate(blobs)])
-    raw = table.column("label").to_pylist() if "label" in table.column_names else ["all"] * len(images)
-    classes = sorted(set(raw))
-    labels = np.array([[classes.index(label)] for label in raw])
-    captions = table.column("caption").to_pylist() if "caption" in table.column_names else None
-    split = _split_by_name([f"{path.name}/{row}" for row in range(len(images))])
-    attributes = {"class": tuple(str(name) for name in classes)}
-    return make_image_set(path.name, images, labels, attributes, split, captions)
+
+    def column(name: str) -> list:
+        return [value for table in tables for value in table.read([name]).column(name).to_pylist()]
+
+    def pictures() -> Iterator[tuple[str, bytes]]:
+        for file, table in zip(files, tables, strict=True):
+            row = 0
+            for batch in table.iter_batches(256, columns=["image"]):
+                for cell in batch.column(0).to_pylist():
+                    blob = cell["bytes"] if isinstance(cell, dict) else cell
+                    if not isinstance(blob, bytes):
+                        raise ValueError(
+                            f"{file} row {row}: the image is {type(blob).__name__}; encoded bytes are needed"
+                        )
+                    yield f"{file} row {row}", blob
+                    row += 1
+
+    labels, captions = np.zeros((count, 1), np.int64), None
+    classes: tuple[str, ...] = ("all",)
+    if "label" in columns:
+        values = column("label")
+        if None in values:
+            raise ValueError(f"{path}: row {values.index(None)} has no label")
+        distinct = sorted(set(values))
+        number = {value: i for i, value in enumerate(distinct)}
+        labels = np.array([[number[value]] for value in values])
+        classes = tuple(str(value) for value in distinct)
+    if "caption" in columns:
+        captions = [str(text or "") for text in column("caption")]
+    facts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    images = _decode(pictures(), count, size, cache, facts)
+    split = _split_by_name([f"{path.name}/{row}" for row in range(count)])
+    return make_image_set(path.name, images, labels, {"class": classes}, split, captions)
 
 
 def _npz_set(path: Path, image_size: int | None) -> ImageSet:
-    with np.load(path, allow_pickle=False) as arrays:
-        key = next((name for name in ("images", "arr_0") if name in arrays), None)
-        if key is None:
-            raise ValueError(f"{path} has arrays {', '.join(arrays)}; images or arr_0 is needed")
-        images = arrays[key]
-        label_key = next((name for name in ("labels", "class_id", "arr_1") if name in arrays), None)
-        labels = arrays[label_key] if label_key else np.zeros(len(images), np.int64)
-        names = [str(name) for name in arrays["classes"]] if "classes" in arrays else None
-        captions = [str(text) for text in arrays["captions"]] if "captions" in arrays else None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"{path}: images are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file}
+    except (zipfile.BadZipFile, OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or not an .npz of arrays ({error})") from error
+    key = next((name for name in ("images", "arr_0") if name in arrays), None)
+    if key is None:
+        raise ValueError(f"{path} has arrays {', '.join(arrays)}; images or arr_0 is needed")
+    images = arrays[key]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise ValueError(f"{path}: images are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed, N >= 1")
+    label_key = next((name for name in ("labels", "class_id", "arr_1") if name in arrays), None)
+    labels = arrays[label_key] if label_key else np.zeros(len(images), np.int64)
+    if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
+        raise ValueError(f"{path}: {label_key} is {labels.dtype} {labels.shape}; whole numbers [N] >= 0 are needed")
+    names = arrays.get("classes", np.arange(labels.max() + 1))
+    if labels.max() >= len(names):
+        raise ValueError(f"{path}: label {labels.max()} with {len(names)} classes")
+    captions = [str(text) for text in arrays["captions"]] if "captions" in arrays else None
     if image_size not in (None, images.shape[1]) or images.shape[1] != images.shape[2]:
-        images = np.stack([_square(PIL.Image.fromarray(image), image_size or images.shape[1]) for image in images])
-    classes = tuple(names or (str(i) for i in range(int(labels.max()) + 1)))
+        side = image_size or min(images.shape[1:3])
+        images = np.stack([_square(PIL.Image.fromarray(image), side) for image in images])
     split = _split_by_name([f"{path.name}/{row}" for row in range(len(images))])
+    classes = tuple(str(name) for name in names)
     return make_image_set(path.name, images, labels[:, None], {"class": classes}, split, captions)
