@@ -74,7 +74,7 @@ OFFICIAL: dict[str, Official] = {
 
 def embedded_names() -> list[str]:
     """Names of the models that ship with the package, generators and tokenizers, sorted."""
-    return sorted(folder.name for folder in EMBEDDED_FOLDER.iterdir() if (folder / "about.json").is_file())
+    return sorted(facts.parent.name for facts in EMBEDDED_FOLDER.glob("*/about.json"))
 
 
 def about(name: str) -> dict:

@@ -2,11 +2,13 @@
 
 import json
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from visar.files import load_weights, tensors_only
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
 from visar.vocabulary import Vocabulary
@@ -99,6 +101,24 @@ def build_generator(
     elif model.config["token_input"] == "codebook":
         model.set_codebook(tokenizer.codebook.detach().cpu())
     return model
+
+
+def load_initial(model: nn.Module, folder: Path) -> None:
+    """Fills a model with the weights of a saved one.
+
+    Args:
+        model: of the same architecture.
+        folder: as save_pretrained writes it, or a pipeline's, whose generator is taken.
+
+    Raises:
+        ValueError: no weights there, or of another architecture (keys and shapes are named).
+    """
+    inner = folder / "generator" if (folder / "generator").is_dir() else folder
+    content = load_weights(inner / "diffusion_pytorch_model.safetensors")
+    try:
+        model.load_state_dict(tensors_only(content, inner))
+    except RuntimeError as error:
+        raise ValueError(f"initial {folder} holds another architecture: {error}") from error
 
 
 def in_dtype(model: Any, dtype: str) -> Any:

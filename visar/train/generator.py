@@ -22,7 +22,7 @@ from visar.output import to_uint8
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load_tokenizer
 from visar.samplers.ancestral import sample_ancestral
-from visar.train.building import build_generator, image_side, in_dtype, json_options
+from visar.train.building import build_generator, image_side, in_dtype, json_options, load_initial
 from visar.train.conditions import ConditionDropout
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
@@ -152,6 +152,8 @@ class GeneratorTask(Task):
             model_options=json_options(options.model_options),
             seed=step_seed(options.seed, 0, Draw.INITIAL),
         )
+        if options.initial is not None:
+            load_initial(model, options.initial)
         part = run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
         self.parts = {"model": part}
         weight_L = position_weights(tokenizer.layout.scales, options.scale_weights)

@@ -18,6 +18,8 @@ class RunOptions:
 
     out: Path
     """Folder of the run: model/ (what it is for), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
+    initial: Path | None = None
+    """Folder of a model of the same architecture to start from (a run's model/), for fine-tuning."""
     steps: int = 4000
     """Optimiser steps; schedules depend on it."""
     batch_size: int = 128

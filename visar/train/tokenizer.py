@@ -21,7 +21,7 @@ from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTo
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage
 from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from visar.train.building import in_dtype, json_options
+from visar.train.building import in_dtype, json_options, load_initial
 from visar.train.images import AugmentKind, PictureSplit, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
@@ -160,6 +160,8 @@ class TokenizerTask(Task):
         self.draws = IndexDraws(len(pictures), None, run.device)
         family = find_family(options.preset)
         model = build_tokenizer(options, images.image_size).to(run.device)
+        if options.initial is not None:
+            load_initial(model, options.initial)
         if run.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         self.codebook = family.codebook_trainer(
