@@ -108,6 +108,18 @@ def test_losses_fall_and_results_load(tokenizer_run, generator_run):
     assert [path.name for path in sorted((generator_run / "samples").iterdir())] == ["samples-00000020.png"]
 
 
+def test_fine_tuning_starts_from_a_saved_model(data, tokenizer_run, generator_run, tmp_path):
+    model = tokenizer_run / "model"
+    trained = losses(tokenizer_run)
+    train_tokenizer(tokenizer_options(data, tmp_path / "tokenizer", initial=model, steps=1))
+    assert losses(tmp_path / "tokenizer")[0] < sum(trained[:3]) / 3
+    options = generator_options(data, model, tmp_path / "generator", initial=generator_run / "model", steps=1)
+    train_generator(options)
+    assert losses(tmp_path / "generator")[0] < sum(losses(generator_run)[:3]) / 3
+    with pytest.raises(ValueError, match=r"(?s)holds another architecture.*tok_embeddings"):
+        train_generator(replace(options, out=tmp_path / "other", width=64))
+
+
 def test_other_options_are_refused(data, tokenizer_run):
     with pytest.raises(
         ValueError, match=r"batch_size: saved 8, given 4\n(.*\n)*.*learning_rate: saved 0.002, given 1.0"
