@@ -41,7 +41,7 @@ class Augmentation:
                 raise ValueError(f"{name} {getattr(self, name)}; it must be in [0, 1]")
         if not 0.0 < self.min_scale <= self.max_scale:
             raise ValueError(
-                f"scales {self.min_scale} ... {self.max_scale}; they must be positive, the first the smaller"
+                f"min_scale {self.min_scale}, max_scale {self.max_scale}; 0 < min_scale <= max_scale is needed"
             )
         if not 0.0 < self.crop_min <= 1.0:
             raise ValueError(f"crop_min {self.crop_min}; it must be in (0, 1]")

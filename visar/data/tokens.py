@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import load_file, save_file
@@ -74,7 +75,7 @@ def build_token_cache(
     tokenizer: nn.Module,
     path: str | Path | None = None,
     *,
-    variants: int = 32,
+    variants: int = 1,
     augmentation: Augmentation | None = None,
     seed: int = 0,
     batch_size: int = 256,
@@ -86,8 +87,8 @@ def build_token_cache(
         image_set: the pictures, all splits.
         tokenizer: on the device, in evaluation mode.
         path: file of the cache; None keeps it in memory only.
-        variants: variants of a picture; the first is the picture itself.
-        augmentation: of the other variants; None makes all of them alike, so variants must be 1.
+        variants: variants of a picture (32 in the embedded models' recipes); the first is the picture itself.
+        augmentation: of the other variants; without one, variants must be 1.
         seed: of the augmentation; batch_size changes it too.
         batch_size: pictures at a time.
         device: where to compute.
@@ -96,7 +97,7 @@ def build_token_cache(
         ValueError: the file was made from something else (says what differs), or variants without augmentation.
     """
     if variants < 1 or (variants > 1 and augmentation is None):
-        raise ValueError(f"variants {variants}; 1 without an augmentation, at least 1 with one")
+        raise ValueError(f"variants {variants}; it must be >= 1, and 1 without an augmentation")
     facts = {
         "tokenizer": weights_digest(tokenizer),
         "images": image_set.digest(),
@@ -116,7 +117,7 @@ def build_token_cache(
     ids = torch.empty(len(image_set), variants, length, dtype=dtype)
     for first in range(0, len(image_set), batch_size):
         part = slice(first, first + batch_size)
-        image = as_float(torch.from_numpy(image_set.images[part]).to(device))
+        image = as_float(torch.from_numpy(np.array(image_set.images[part])).to(device))
         allowed = image_set.mirror_allowed_N[part].to(device)
         for variant in range(variants):
             picture = image
