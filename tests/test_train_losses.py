@@ -23,7 +23,7 @@ from visar.train.tokenizer import usage_scalars
 @pytest.fixture(scope="module")
 def image_BCHW() -> Tensor:
     with np.load(Path(__file__).parent / "fixtures" / "sample_64.npz") as arrays:
-        return as_float(torch.from_numpy(arrays["images"][:3]))
+        return as_float(torch.from_numpy(arrays["images"][:2]))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def perceptual() -> Lite0Perceptual:
 def test_nearer_images_have_a_smaller_perceptual_distance(perceptual, image_BCHW):
     noise = torch.randn(image_BCHW.shape, generator=torch.Generator().manual_seed(0))
     distances = torch.stack([perceptual(image_BCHW + scale * noise, image_BCHW) for scale in (0.0, 0.05, 0.2)])
-    assert distances.shape == (3, 3)
-    assert distances[0].tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    assert distances.shape == (3, 2)
+    assert distances[0].tolist() == pytest.approx([0.0] * 2, abs=1e-6)
     assert bool((distances.diff(dim=0) > 0.01).all())
 
 
