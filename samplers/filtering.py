@@ -75,6 +75,8 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
 
     Returns: int64 [...]; a code of no mass is never drawn.
     """
+    if mass.shape[-1] <= _BLOCK:
+        return _invert(mass, uniform * mass.sum(-1))[0]
     padded = functional.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     blocks = padded.sum(-1)
     block, rest = _invert(blocks, uniform * blocks.sum(-1))

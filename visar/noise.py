@@ -88,14 +88,15 @@ class Noise:
         """The source of some of the images: int64 or bool index into the batch."""
         return Noise(self.seeds_B[index], self.seeds_B.device)
 
-    def bits(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int = 0) -> Tensor:
+    def bits(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0) -> Tensor:
         """32 random bits an element, as int64 in [0, 2^32).
 
         Args:
             use: what they are for.
             position: where: an int for all images, or an int64 tensor [B, ...] (or [1, ...]) of positions.
             size: shape of one draw, appended to the position's shape.
-            counter: tells repeated draws of one use at one position apart.
+            counter: tells repeated draws of one use at one position apart; an int, or an int64 tensor that
+                broadcasts with the positions (what a captured step counts with).
 
         Returns: [B, *size] for an int position, else [B, *position.shape[1:], *size].
         """
@@ -107,27 +108,35 @@ class Noise:
         count = math.prod(size)
         block = torch.arange((count + 3) // 4, device=self.device)
         use_word = torch.full_like(block, int(use))
-        counter_word = torch.full_like(block, counter)
+        counter_word = torch.full_like(block, counter) if isinstance(counter, int) else counter[..., None] & _MASK
         words = philox(
             (block, position & _MASK, use_word, counter_word),
             (seeds & _MASK, (seeds >> 32) & _MASK),
         )
         return torch.stack(words, dim=-1).flatten(-2)[..., :count].reshape(*position.shape[:-1], *size)
 
-    def uniform(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int = 0) -> Tensor:
+    def uniform(
+        self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
+    ) -> Tensor:
         """float32 in the open interval (0, 1), on a grid of 2^-23; shapes as in `bits`."""
         return ((self.bits(use, position, size, counter) >> 9).float() + 0.5) * 2.0**-23
 
-    def exponential(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int = 0) -> Tensor:
+    def exponential(
+        self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
+    ) -> Tensor:
         """float32 draws of the unit exponential law, fine-grained (2^-32) near zero; shapes as in `bits`."""
         small = ((self.bits(use, position, size, counter).float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
         return -torch.log1p(-small)
 
-    def gumbel(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int = 0) -> Tensor:
+    def gumbel(
+        self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
+    ) -> Tensor:
         """float32 standard Gumbel draws: argmax(logits + gumbel) follows softmax(logits); shapes as in `bits`."""
         return -torch.log(self.exponential(use, position, size, counter))
 
-    def normal(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int = 0) -> Tensor:
+    def normal(
+        self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
+    ) -> Tensor:
         """float32 standard normal draws (Box-Muller); shapes as in `bits`."""
         pair = self.uniform(use, position, (2, *size), counter)
         first, second = pair.movedim(-1 - len(size), 0).unbind(0)

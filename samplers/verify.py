@@ -1,0 +1,215 @@
+"""Judging drafted tokens: the accept/resample rule, and the loop of passes, that every speculative sampler shares.
+
+Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318. A token x drawn from a law q is
+kept with probability min(1, p(x) / q(x)); else a token is drawn from the residual, [p - q]+ normalised. The result
+follows p whatever q is, if q is the law that x was really drawn from. So q is kept from the moment of the draw, and
+the residual is used as it is: filtering it (top-p, temperature) a second time would change the law.
+
+A pass reads a window of L = K + 1 slots, the last committed token and K drafts; row j of p is the conditional of
+position length + j given the first j drafts. Every row of the batch commits its own number of tokens and keeps its own
+length. A row that is done stays in the batch, so that buffers and captured steps keep their shapes, but it commits and
+counts nothing.
+
+B batch, K drafts, L = K + 1 slots, V codes, W largest window, N tokens of an image.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from visar.noise import Noise
+from visar.output import SampleStatistics
+from visar.runtime import Session
+from visar.samplers.filtering import draw, filter_logits
+
+
+def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
+    return torch.softmax(filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)
+
+
+def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
+    """Law float32 [..., V] of a draft that was chosen without a draw."""
+    zeros = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    return zeros.scatter_(-1, tokens[..., None], 1.0)
+
+
+def acceptance(p: Tensor, q: Tensor, draft: Tensor) -> Tensor:
+    """Probability min(1, p(x) / q(x)) of keeping drafts x int64 [...], drawn from q [..., V]; p has q's shape."""
+    target = p.gather(-1, draft[..., None]).squeeze(-1)
+    drafted = q.gather(-1, draft[..., None]).squeeze(-1)
+    ratio = target / drafted.clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.where(target < drafted, ratio, (target > 0).float())
+
+
+def residual(p: Tensor, q: Tensor) -> Tensor:
+    """Mass [p - q]+ [..., V] (not normalised) to draw from after a rejection; p where rounding left nothing."""
+    mass = (p - q).clamp(min=0.0)
+    return torch.where(mass.sum(-1, keepdim=True) > 0, mass, p)
+
+
+def leading(accepted_BK: Tensor) -> Tensor:
+    """Number of accepted drafts before the first rejection, int64 [B], 0 ... K."""
+    return accepted_BK.long().cumprod(-1).sum(-1)
+
+
+def row_at(values_BLX: Tensor, index_B: Tensor) -> Tensor:
+    """Row index_B[b] of every image's [L, X], as [B, X]."""
+    return values_BLX.gather(1, index_B[:, None, None].expand(-1, 1, values_BLX.shape[-1])).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a pass commits.
+
+    Attributes:
+        tokens_BL: int64; the first count_B of a row are the accepted drafts and one more token.
+        count_B: int64, 1 ... L.
+        kept_B: int64, accepted drafts, count_B - 1.
+        accepted_BK: bool, every draft's own outcome, also behind the first rejection.
+    """
+
+    tokens_BL: Tensor
+    count_B: Tensor
+    kept_B: Tensor
+    accepted_BK: Tensor
+
+
+def verify(
+    p_BLV: Tensor,
+    q_BKV: Tensor,
+    draft_BK: Tensor,
+    accept_uniform_BK: Tensor,
+    emit_uniform_BL: Tensor,
+    *,
+    judged_B: Tensor | None = None,
+    chance_BK: Tensor | None = None,
+) -> Verdict:
+    """Keeps drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
+
+    After a rejection the token comes from the residual, after K accepted drafts from p. Exact for chance_BK=None.
+
+    Args:
+        p_BLV: float32 target laws, row j given the first j drafts.
+        q_BKV: float32, the laws that the drafts were drawn from.
+        draft_BK: int64.
+        accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is kept if its uniform is below its chance.
+        judged_B: int64, how many drafts of a row are judged at all, 0 ... K; None is K. The token after the last of
+            them is drawn from p.
+        chance_BK: probabilities of keeping a draft, for lossy samplers; None is min(1, p / q).
+    """
+    num_drafts = draft_BK.shape[1]
+    if chance_BK is None:
+        chance_BK = acceptance(p_BLV[:, :num_drafts], q_BKV, draft_BK)
+    accepted_BK = accept_uniform_BK < chance_BK
+    kept_B = leading(accepted_BK)
+    last_B = torch.full_like(kept_B, num_drafts) if judged_B is None else judged_B
+    kept_B = torch.minimum(kept_B, last_B)
+    q_BV = row_at(functional.pad(q_BKV, (0, 0, 0, 1)), kept_B) * (kept_B < last_B)[:, None]
+    mass_BV = residual(row_at(p_BLV, kept_B), q_BV)
+    emitted_B = draw(mass_BV, row_at(emit_uniform_BL[..., None], kept_B).squeeze(-1))
+    tokens_BL = functional.pad(draft_BK, (0, 1)).scatter(1, kept_B[:, None], emitted_B[:, None])
+    return Verdict(tokens_BL, kept_B + 1, kept_B, accepted_BK)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Counters of a loop, on the device: what SampleStatistics is made from.
+
+    Attributes:
+        per_pass_W: int64 [W + 1], how often a pass of a row that was not done committed 0, 1, ... tokens.
+        drafts_2: int64 [2], judged and accepted drafts.
+    """
+
+    per_pass_W: Tensor
+    drafts_2: Tensor
+
+    @classmethod
+    def start(cls, session: Session, window: int, device: torch.device) -> "Counts":
+        """Zeros, in the session's tensors."""
+        return cls(
+            session.hold("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
+            session.hold("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
+        )
+
+    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor | int, left_B: Tensor) -> None:
+        """Counts one pass.
+
+        Args:
+            count_B: tokens committed; kept_B: accepted drafts; judged_B: drafts that could be judged.
+            left_B: tokens that a row lacked before the pass; 0 when it was done. Drafts beyond the end do not count.
+        """
+        live_B = left_B > 0
+        self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
+        if isinstance(judged_B, int):
+            judged_B = torch.full_like(kept_B, judged_B)
+        judged_B = torch.minimum(judged_B, kept_B + 1)
+        self.drafts_2.add_(torch.stack([torch.minimum(judged_B, left_B).sum(), torch.minimum(kept_B, left_B).sum()]))
+
+    def statistics(self, forward_passes: dict[str, int], seconds: float) -> SampleStatistics:
+        """The counts on the host."""
+        proposed, accepted = self.drafts_2.tolist()
+        histogram = {count: times for count, times in enumerate(self.per_pass_W.tolist()) if times}
+        return SampleStatistics(forward_passes, histogram, proposed, accepted, seconds)
+
+
+def held_noise(session: Session, noise: Noise) -> Noise:
+    """The same source with its seeds in the session, so that captured steps read those of the latest call."""
+    held = copy.copy(noise)
+    held.seeds_B = session.hold("seeds", noise.seeds_B)
+    return held
+
+
+def run_passes(
+    session: Session,
+    state: Any,
+    step: Callable[[int], None],
+    *,
+    num_tokens: int,
+    window: int,
+    check_every: int,
+    callback: Callable[[int, Tensor], None] | None,
+    width: Callable[[], int] | None = None,
+) -> int:
+    """Runs passes until every row has all its tokens.
+
+    The host looks at the rows' lengths at passes that are multiples of `check_every` at the latest, and sooner when
+    the slowest row might be done: it needs at least (tokens it lacks) / window passes, so no pass is ever wasted.
+
+    Args:
+        step: one pass; its argument is the number of slots it reads.
+        num_tokens: N; window: most slots, the most tokens a pass commits.
+        check_every: passes between two looks at most.
+        callback: called at every look with the tokens that all rows have and the tokens [B, N] (later ones are 0).
+        width: slots of the passes up to the next look, asked at every look; None is always `window`.
+
+    Returns: the number of passes.
+    """
+    slot_N = torch.arange(num_tokens, device=state.tokens.device)
+    left, passes = num_tokens, 0
+    while left:
+        slots = window if width is None else width()
+        for _ in range(min(check_every - passes % check_every, -(-left // window))):
+            session.run(lambda: step(slots), ("pass", slots))  # noqa: B023 - run calls it at once
+            passes += 1
+        left = num_tokens - int(state.length.min())
+        if callback is not None:
+            callback(num_tokens - left, state.tokens[:, :num_tokens] * (slot_N < state.length[:, None]))
+    return passes
+
+
+def check_window(window: int, check_every: int) -> None:
+    """Checks the settings of a windowed sampler.
+
+    Raises:
+        ValueError: window or check_every below 1.
+    """
+    if window < 1:
+        raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass)")
+    if check_every < 1:
+        raise ValueError(f"check_every {check_every}; it must be >= 1")
