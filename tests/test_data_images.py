@@ -211,6 +211,15 @@ def test_parquet_files_of_another_form_are_refused(tmp_path: Path) -> None:
         load_image_set(tmp_path / "a.parquet", 8)
 
 
+def test_captions_without_words_are_not_given() -> None:
+    images, labels = np.zeros((3, 2, 2, 3), np.uint8), np.zeros((3, 1), np.int64)
+    captions = ["black cat", "", "The!"]
+    made = make_image_set("a", images, labels, {"class": ("x",)}, np.zeros(3), captions)
+    assert made.captions == ["black cat", "", ""] and made.words_NT is not None
+    assert made.words_NT.tolist() == [[2, 3], [1, 0], [1, 0]]
+    assert made.vocabulary.texts == ("", "black cat")
+
+
 def test_digest_sees_pixels_labels_splits_and_mirroring() -> None:
     images, labels = np.zeros((4, 2, 2, 3), np.uint8), np.zeros((4, 1), np.int64)
     split, mirror = np.array([0, 0, 0, 1]), np.ones(4, bool)

@@ -67,7 +67,8 @@ def test_plain_lists_are_read_too(vocabulary: Vocabulary) -> None:
 
 
 def test_labels_by_name_short_name_and_number(vocabulary: Vocabulary) -> None:
-    for name in ("animals/dog", "Animals/DOG ", "dog", 1, np.int64(1), torch.tensor(1)):
+    names: list = ["animals/dog", "Animals/DOG ", "dog", 1, np.int64(1), torch.tensor(1)]
+    for name in names:
         assert vocabulary.label_id("class", name) == 1
     assert vocabulary.null_labels == (4, 2)
 
@@ -93,6 +94,10 @@ def test_text_becomes_words_and_padding(vocabulary: Vocabulary) -> None:
     assert ids.shape == (2, vocabulary.num_words) and ids.dtype == torch.int64
     words = [[vocabulary.words[i] for i in row if i] for row in ids.tolist()]
     assert words == [["black", "cat"], ["dog"]]
+
+
+def test_empty_text_is_not_given(vocabulary: Vocabulary) -> None:
+    assert vocabulary.encode_texts([""]).tolist() == [[1, 0, 0]]
 
 
 @pytest.mark.parametrize(

@@ -172,16 +172,18 @@ class Vocabulary:
         return found[0]
 
     def encode_text(self, text: str) -> list[int]:
-        """Word ids of a text, at least one, not padded.
+        """Word ids of a text, not padded; those of the empty text say "not given".
 
         Raises:
-            ValueError: no word at all, unknown words (with the nearest known ones), or too many.
+            ValueError: a text without any word, unknown words (with the nearest known ones), or too many.
         """
         words = split_words(text)
         unknown = [word for word in words if word not in self._word_ids]
         if unknown:
             hints = "; ".join(f"{word!r}{_nearest(word, list(self._word_ids))}" for word in unknown)
             raise ValueError(f"prompt {text!r} has words that this model does not know: {hints}")
+        if not text:
+            return [self.words.index(NULL)]
         if not words:
             raise ValueError(f"prompt {text!r} has no word")
         if len(words) > self.num_words:
@@ -290,10 +292,11 @@ def build_vocabulary(
     if captions is not None:
         split = [split_words(caption) for caption in captions]
         words = (PADDING, NULL, *sorted({word for caption in split for word in caption}))
-        num_words = max(len(caption) for caption in split)
-        texts = sorted({captions[i] for i in train})
+        num_words = max(1, *(len(caption) for caption in split))
+        chosen = [captions[int(i)] for i in train]
+        texts = sorted(set(chosen))
         number = {text: i for i, text in enumerate(texts)}
-        text_ids[train] = [number[captions[i]] for i in train]
+        text_ids[train] = [number[text] for text in chosen]
     rows = np.concatenate([text_ids[train, None], labels_NA[train].astype(np.int32)], axis=1)
     rows = rows[np.lexsort(rows.T[::-1])]
     return Vocabulary(dict(attributes), words, num_words, tuple(texts), rows)

@@ -236,7 +236,7 @@ def class_names(places: Sequence[tuple[str, str]]) -> list[str]:
     largest: dict[str, str] = {}
     for (group, subgroup), _ in count.most_common():
         largest.setdefault(group, subgroup)
-    few = Counter()
+    few: Counter[str] = Counter()
     for (group, _), pictures in count.items():
         few[group] += pictures if pictures < SMALLEST_CLASS else 0
     names = {}

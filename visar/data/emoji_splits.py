@@ -117,8 +117,8 @@ def split_emoji(
     concepts = [concept_key(code) for code in codes]
     components = _Components(len(codes))
     first_of: dict[tuple[str, str], int] = {}
-    for i, key in enumerate(zip(styles, concepts, strict=True)):
-        components.join(first_of.setdefault(key, i), i)
+    for i, pair in enumerate(zip(styles, concepts, strict=True)):
+        components.join(first_of.setdefault(pair, i), i)
     for i, j, _ in copies:
         components.join(i, j)
     members = defaultdict(list)

@@ -22,7 +22,7 @@ from visar.data.emoji import captions as emoji_captions
 from visar.data.emoji import read_emoji
 from visar.data.emoji_splits import shipped_splits, unit_hash
 from visar.files import atomic_write
-from visar.vocabulary import Vocabulary, build_vocabulary
+from visar.vocabulary import Vocabulary, build_vocabulary, split_words
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -49,7 +49,7 @@ class ImageSet:
         images: uint8 [N, H, W, 3].
         labels_NA: int64 [N, columns], as in `vocabulary.attributes`.
         words_NT: int64 [N, num_words] word ids of the captions, padded with 0; None without captions.
-        captions: of all pictures; None without.
+        captions: of all pictures, "" for one that has none; None without.
         split_N: int8 [N]: index in ("train", "val", "test").
         mirror_allowed_N: bool [N].
         vocabulary: names of labels and words.
@@ -186,6 +186,8 @@ def make_image_set(
     train = np.flatnonzero(split_N == 0)
     if not len(train):
         raise ValueError(f"{name} has no training pictures")
+    if captions is not None:
+        captions = [caption if split_words(caption) else "" for caption in captions]
     vocabulary = build_vocabulary(attributes, labels_NA, captions, train)
     mirror = np.ones(len(images), bool) if mirror_allowed_N is None else mirror_allowed_N
     return ImageSet(
@@ -204,7 +206,7 @@ def _square(image: PIL.Image.Image, size: int) -> np.ndarray:
     return np.asarray(center_crop(image.convert("RGB"), size))
 
 
-def read_picture(source: str | Path | bytes, size: int, name: str = "") -> np.ndarray:
+def read_picture(source: Path | bytes, size: int, name: str) -> np.ndarray:
     """One picture, cropped to its centre square and resized: uint8 [size, size, 3].
 
     Raises:
@@ -214,7 +216,7 @@ def read_picture(source: str | Path | bytes, size: int, name: str = "") -> np.nd
         with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _square(image, size)
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name or source} is not a readable picture ({error})") from error
+        raise ValueError(f"{name} is not a readable picture ({error})") from error
 
 
 def _split_by_name(names: Sequence[str]) -> np.ndarray:

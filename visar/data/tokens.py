@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -72,7 +73,7 @@ class TokenCache:
 @torch.no_grad()
 def build_token_cache(
     image_set: ImageSet,
-    tokenizer: nn.Module,
+    tokenizer: Any,
     path: str | Path | None = None,
     *,
     variants: int = 1,
