@@ -13,6 +13,15 @@ from visar.samplers.filtering import draw, filter_logits
 from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, token_law, verify
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def cases(io, prefix):
     return sorted({key.split(".")[0] for key in io if key.startswith(prefix)})
 
