@@ -213,10 +213,11 @@ def _resvg_version() -> str:
 
 
 # --------------------------------------------------------------------------------------------------------------- files
-def _order_split(style: str, code: str) -> int:
-    """First key of the pictures' order in the file: a split by key alone, older than the shipped one.
+def key_split(style: str, code: str) -> int:
+    """Split by key alone: that of the clips, and the first key of the still pictures' order in their file.
 
-    It stays because the recorded sha256 is over the pixels in this order.
+    For the still pictures it is older than the shipped split, and stays because the recorded sha256 is over the pixels
+    in this order.
     """
     key = concept_key(code)
     if unit_hash(f"concept:{key}") < 0.04:
@@ -330,7 +331,7 @@ def collect_pictures(
                 seen.add(pixels)
                 kept.append((style, emoji, image))
     styles = list(STYLE_PACKAGES)
-    kept.sort(key=lambda x: (_order_split(x[0], x[1].code), styles.index(x[0]), x[1].order, x[1].code))
+    kept.sort(key=lambda x: (key_split(x[0], x[1].code), styles.index(x[0]), x[1].order, x[1].code))
     return [(style, emoji) for style, emoji, _ in kept], np.stack([image for *_, image in kept]), dropped
 
 
