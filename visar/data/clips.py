@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+from diffusers.utils.logging import tqdm
 
 from visar.data.emoji_build import (
     SIZE,
@@ -153,7 +154,8 @@ def build_clips(out: str | Path, processes: int | None = None) -> Path:
                 found.append((emoji, blob))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes or os.cpu_count() or 1, mp_context=context) as pool:
-        drawn = list(pool.map(draw_clip, [blob for _, blob in found], chunksize=4))
+        clips = pool.map(draw_clip, [blob for _, blob in found], chunksize=4)
+        drawn = list(tqdm(clips, desc="draw clips", total=len(found)))
     moving = [(emoji, clip) for (emoji, _), clip in zip(found, drawn, strict=True) if clip is not None]
     moving.sort(key=lambda each: (key_split("fluent-3d", each[0].code), each[0].order, each[0].code))
     strips = [pack_clip(clip) for _, clip in moving]

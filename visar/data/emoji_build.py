@@ -7,7 +7,6 @@ compared with the recorded sha256.
 import hashlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import re
@@ -23,13 +22,12 @@ from typing import Any
 import numpy as np
 import PIL
 import PIL.Image
+from diffusers.utils.logging import tqdm
 
 from visar.data.emoji import FILE, PIXELS_SHA256, pack_pixels
 from visar.data.emoji_splits import SPLITS, concept_key, shipped_splits, unit_hash
 from visar.data.packages import NAMES, STYLE_PACKAGES, fetch_package, read_members
 from visar.files import atomic_write
-
-logger = logging.getLogger(__name__)
 
 SIZE = 64
 DRAWN_SIZE = 128
@@ -190,16 +188,14 @@ def draw(drawing: Drawing) -> np.ndarray:
         return on_white(image)
 
 
-def _draw_all(drawings: Sequence[Drawing], kept: Path, processes: int) -> np.ndarray:
+def _draw_all(style: str, drawings: Sequence[Drawing], kept: Path, processes: int) -> np.ndarray:
     """Pictures of one style, uint8 [N, 64, 64, 3]; read from the file `kept` if they are there already."""
     if kept.is_file():
         return np.load(kept, allow_pickle=False)["images"]
-    if processes == 1:
-        images = np.stack([draw(drawing) for drawing in drawings])
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, mp_context=context) as pool:
-            images = np.stack(list(pool.map(draw, drawings, chunksize=32)))
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as pool:
+        drawn = pool.map(draw, drawings, chunksize=32)
+        images = np.stack(list(tqdm(drawn, desc=f"draw {style}", total=len(drawings))))
     with atomic_write(kept) as temporary:
         np.savez(temporary, images=images)
     return images
@@ -353,7 +349,6 @@ def build_emoji(out: str | Path, processes: int | None = None) -> Path:
     """
     out = Path(out)
     if (out / FILE).is_file():
-        logger.info("%s is there already", out / FILE)
         return out / FILE
     version = _resvg_version()
     packages = out / "packages"
@@ -363,8 +358,7 @@ def build_emoji(out: str | Path, processes: int | None = None) -> Path:
     for style, tarball in tarballs.items():
         sources[style] = read_drawings(tarball, names)
         kept = packages / f"drawn-{style}-{STYLE_PACKAGES[style].version}-resvg-{version}.npz"
-        images[style] = _draw_all(sources[style], kept, processes or os.cpu_count() or 1)
-        logger.info("%s: %d pictures drawn", style, len(sources[style]))
+        images[style] = _draw_all(style, sources[style], kept, processes or os.cpu_count() or 1)
     pictures, pixels, dropped = collect_pictures(names, sources, images)
     facts = emoji_facts(pictures, pixels, dropped)
     if facts["pixels_sha256"] != PIXELS_SHA256:
