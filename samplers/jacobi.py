@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.condition import Condition
 from visar.guidance import OFF, Guidance
@@ -28,9 +28,11 @@ from visar.runtime import EAGER, Runtime
 from visar.samplers.filtering import check_filters, draw
 from visar.samplers.verify import (
     Counts,
+    Generator,
     Verdict,
     check_window,
     held_noise,
+    judged_in_chain,
     one_hot,
     residual,
     run_passes,
@@ -137,7 +139,7 @@ def window_sizes(window: int) -> list[int]:
 
 @torch.no_grad()
 def sample_jacobi(
-    model: nn.Module,
+    model: Generator,
     condition: Condition,
     *,
     noise: Noise,
@@ -234,7 +236,8 @@ def sample_jacobi(
             gumbel_BLV = gumbel_BTV.gather(1, position_BL[..., None].expand(-1, -1, vocab_size))
         next_BL = refresh(coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
-        counts.add(verdict.count_B, verdict.kept_B, judged_B, left_B)
+        judged_in_chain_B = judged_in_chain(verdict.kept_B, judged_B, left_B)
+        counts.add(verdict.count_B, verdict.kept_B, judged_in_chain_B, left_B)
         # The rows behind the committed tokens are the next drafts, and their conditionals the drafts' laws.
         carried_B = size_B - verdict.count_B
         carried_BK = slot_L[:drafts] < carried_B[:, None]

@@ -58,9 +58,21 @@ def leading(accepted_BK: Tensor) -> Tensor:
     return accepted_BK.long().cumprod(-1).sum(-1)
 
 
+def judged_in_chain(kept_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
+    """Number of drafts of a chain that were judged: the kept ones and the rejected one, none beyond the end."""
+    return torch.minimum((kept_B + 1).clamp(max=most_B), left_B)
+
+
 def row_at(values_BLX: Tensor, index_B: Tensor) -> Tensor:
     """Row index_B[b] of every image's [L, X], as [B, X]."""
     return values_BLX.gather(1, index_B[:, None, None].expand(-1, 1, values_BLX.shape[-1])).squeeze(1)
+
+
+Generator = Any
+"""An nn.Module that predicts one token a step: config, num_tokens, start, verify and commit (see RasterGPT).
+
+Samplers say what else they call. Not a protocol, so that one's own subclass of nn.Module is not forced to repeat it.
+"""
 
 
 @dataclass(frozen=True)
@@ -137,19 +149,16 @@ class Counts:
             session.hold("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
         )
 
-    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor | int, left_B: Tensor) -> None:
+    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor) -> None:
         """Counts one pass.
 
         Args:
-            count_B: tokens committed; kept_B: accepted drafts; judged_B: drafts that could be judged.
-            left_B: tokens that a row lacked before the pass; 0 when it was done. Drafts beyond the end do not count.
+            count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts.
+            left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
         """
         live_B = left_B > 0
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
-        if isinstance(judged_B, int):
-            judged_B = torch.full_like(kept_B, judged_B)
-        judged_B = torch.minimum(judged_B, kept_B + 1)
-        self.drafts_2.add_(torch.stack([torch.minimum(judged_B, left_B).sum(), torch.minimum(kept_B, left_B).sum()]))
+        self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
 
     def statistics(self, forward_passes: dict[str, int], seconds: float) -> SampleStatistics:
         """The counts on the host."""

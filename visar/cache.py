@@ -67,6 +67,12 @@ class KVCache:
             values.index_copy_(2, position[0], value_RNLE)
         return (keys, values) if bound is None else (keys[:, :, :bound], values[:, :, :bound])
 
+    def move(self, source_RK: Tensor, target_RK: Tensor) -> None:
+        """Copies entries of every layer from slots to slots, int64 [R, K]; all are read before any is written."""
+        for buffer in (self.keys, self.values):
+            index = (slice(None), self._rows[:, 0], slice(None))
+            buffer[*index, target_RK] = buffer[*index, source_RK]
+
 
 def visible(position: Tensor, num_slots: int, key_valid_RT: Tensor | None = None) -> Tensor:
     """Mask of cached attention: query at `position` [1 or R, L] sees slots up to its own, bool [1 or R, 1, L, T].
@@ -75,4 +81,20 @@ def visible(position: Tensor, num_slots: int, key_valid_RT: Tensor | None = None
     """
     slots = torch.arange(num_slots, device=position.device)
     mask = (slots <= position[..., None])[:, None]
+    return mask if key_valid_RT is None else mask & key_valid_RT[:, None, None, :num_slots]
+
+
+def visible_tree(root_R1: Tensor, seen_RLL: Tensor, num_slots: int, key_valid_RT: Tensor | None = None) -> Tensor:
+    """Mask of cached attention over a tree, bool [R, 1, L, T]: all slots up to the root's, and those of ancestors.
+
+    Args:
+        root_R1: int64 cache slot of the root; node i is at root + i.
+        seen_RLL: see visar/tree.py.
+        num_slots: T. key_valid_RT: as in `visible`.
+    """
+    nodes = seen_RLL.shape[-1]
+    offset_RT = torch.arange(num_slots, device=root_R1.device) - root_R1
+    index_RLT = offset_RT.clamp(0, nodes - 1)[:, None].expand(-1, nodes, -1)
+    mask_RLT = (offset_RT <= 0)[:, None] | (seen_RLL.gather(2, index_RLT) & (offset_RT < nodes)[:, None])
+    mask = mask_RLT[:, None]
     return mask if key_valid_RT is None else mask & key_valid_RT[:, None, None, :num_slots]

@@ -16,11 +16,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visar.cache import KVCache, visible
+from visar.cache import KVCache, visible, visible_tree
 from visar.condition import Condition
 from visar.guidance import OFF, Guidance, combine, double, repeat
 from visar.layers import RMSNorm, SwiGLU
 from visar.rope import PrefixRotation, RopeKind, rope_table, rotate
+from visar.tree import DraftTree
 
 PADDING_WORD, NULL_WORD = 0, 1
 
@@ -309,14 +310,17 @@ class RasterGPT(ModelMixin, ConfigMixin):
                     wrong = labels[(labels[:, column] < 0) | (labels[:, column] > size), column]
                     if wrong.numel():
                         raise ValueError(f"label {int(wrong[0])} in column {column}; allowed: 0 ... {size} (null)")
-        if config["word_vocab_size"] and condition.words_BT is None:
-            raise ValueError(f"this model is conditioned on word ids [B, up to {config['num_words']}]")
-        if config["word_vocab_size"] and condition.words_BT.shape[1] > config["num_words"]:
-            raise ValueError(f"{condition.words_BT.shape[1]} words; this model reads up to {config['num_words']}")
+        if config["word_vocab_size"]:
+            words = condition.words_BT
+            if words is None:
+                raise ValueError(f"this model is conditioned on word ids [B, up to {config['num_words']}]")
+            if words.shape[1] > config["num_words"]:
+                raise ValueError(f"{words.shape[1]} words; this model reads up to {config['num_words']}")
 
     def null_condition(self, condition: Condition) -> Condition:
-        """ "Nothing given" for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
+        """The condition that gives nothing, for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
         if self.config["caption_width"]:
+            assert condition.text_BTC is not None
             text = self.cls_embedding.uncond_embedding.expand(condition.batch, -1, -1)
             return Condition(text_BTC=text.to(condition.text_BTC), text_mask_BT=condition.text_mask_BT)
         labels = words = None
@@ -333,18 +337,21 @@ class RasterGPT(ModelMixin, ConfigMixin):
     def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""
         if self.config["caption_width"]:
+            assert condition.text_BTC is not None
             embedding = self.cls_embedding(condition.text_BTC.to(self.output.weight.dtype))
             return embedding, None if condition.text_mask_BT is None else condition.text_mask_BT.bool()
         if self.config["num_classes"]:
+            assert condition.labels_BA is not None
             label = self.cls_embedding(condition.labels_BA[:, 0])
-            attributes = condition.labels_BA[:, 1:]
         else:
             label = self.begin_embedding.expand(condition.batch, -1)
-            attributes = condition.labels_BA
-        for column, embedding in enumerate(self.attribute_embeddings):
-            label = label + embedding(attributes[:, column])
+        first = 1 if self.config["num_classes"] else 0
+        for column, embedding in enumerate(self.attribute_embeddings, first):
+            assert condition.labels_BA is not None
+            label = label + embedding(condition.labels_BA[:, column])
         if not self.config["word_vocab_size"]:
             return label[:, None], None
+        assert condition.words_BT is not None
         words = functional.pad(condition.words_BT, (0, self.config["num_words"] - condition.words_BT.shape[1]))
         given = words != PADDING_WORD
         vectors = self.word_embedding(words)
@@ -371,6 +378,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
         Returns: logits [B, N, V] in the model's dtype; row n is the conditional of token n.
         """
+        return self.output(self.hidden(tokens_BN, condition))
+
+    def hidden(self, tokens_BN: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced last hidden vectors [B, N, D] (normed): what `output` makes the logits from."""
         prefix_BPD, valid_BP = self.prefix(condition)
         x = self.input_dropout(torch.cat([prefix_BPD, self.embed(tokens_BN[:, : self.num_tokens - 1])], dim=1))
         length = x.shape[1]
@@ -383,7 +394,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         rope = self.rope(x.device)[None, :length]
         for layer in self.layers:
             x = layer(x, rope, mask)
-        return self.output(self.norm(x[:, self.prefix_length - 1 :]))
+        return self.norm(x[:, self.prefix_length - 1 :])
 
     # --------------------------------------------------------------------------------------------------- decoding
     def start(
@@ -441,7 +452,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         state.prefix_last_RD.copy_(prefix_RPD[:, -1])
         if state.scale_N is not None:
             state.scale_N[: self.num_tokens].copy_(torch.tensor(guidance.scales(self.num_tokens)))
-        if state.key_valid_RS is not None:
+        if state.key_valid_RS is not None and valid_RP is not None:
             state.key_valid_RS[:, : self.prefix_length].copy_(valid_RP)
         if self.prefix_length > 1:
             self._read_prefix(state, prefix_RPD[:, :-1], valid_RP)
@@ -460,45 +471,65 @@ class RasterGPT(ModelMixin, ConfigMixin):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, length))
 
-    def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
-        """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
+    def features(self, state: RasterState, draft_BK: Tensor | None = None, tree: DraftTree | None = None) -> Tensor:
+        """Last hidden vectors [R, K + 1, D] (normed) that predict the next token and those after each drafted token.
+
+        Commits nothing. `tree` instead of `draft_BK`: one vector for the root and one a node.
+        """
         length = state.length[:, None]
         previous = state.tokens.gather(1, (length - 1).clamp(min=0).expand(state.batch, 1))
+        if tree is not None:
+            draft_BK = tree.tokens_BM
         tokens_BL = previous if draft_BK is None else torch.cat([previous, draft_BK], dim=1)
         x = repeat(self.embed(tokens_BL), state.parts)
         at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
         first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
         x = torch.cat([first[:, None], x[:, 1:]], dim=1)
-        offset = self.prefix_length - 1 + torch.arange(x.shape[1], device=x.device)
-        position = length + offset
+        root = length + self.prefix_length - 1
+        position = root + torch.arange(x.shape[1], device=x.device)
+        place = position if tree is None else root + tree.depth_BL
         if state.cache.ragged:
-            position = repeat(position, state.parts)
+            root, position, place = (repeat(value, state.parts) for value in (root, position, place))
         table = self.rope(x.device)
-        rope = table[position.clamp(max=table.shape[0] - 1)]
+        rope = table[place.clamp(max=table.shape[0] - 1)]
         slots = state.cache.num_slots
         if x.device.type == "cpu" and not state.cache.ragged:
             slots = self.prefix_length + state.block + x.shape[1] - 1
-        mask = visible(position, slots, state.key_valid_RS)
+        if tree is None:
+            mask = visible(position, slots, state.key_valid_RS)
+        else:
+            mask = visible_tree(root, repeat(tree.seen_BLL, state.parts), slots, state.key_valid_RS)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
-        return self.output(self.norm(x))
+        return self.norm(x)
+
+    def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
+        """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
+        return self.output(self.features(state, draft_BK))
+
+    def guided_logits(self, state: RasterState, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor:
+        """Guided float32 logits [B, L, V] from `features`; depth_BL: how far each slot is ahead, for trees."""
+        logits_RLV = self.output(features_RLD)
+        if state.scale_N is None:
+            return logits_RLV.float()
+        if depth_BL is None:
+            depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
+        return combine(logits_RLV, state.scale_N[state.length[:, None] + depth_BL][..., None])
 
     def verify(self, state: RasterState, draft_BK: Tensor) -> Tensor:
         """Guided float32 logits [B, K + 1, V].
 
         Slot j is the conditional of position length + j given the first j drafts.
         """
-        return self._guide(state, self.raw_logits(state, draft_BK))
+        return self.guided_logits(state, self.features(state, draft_BK))
+
+    def verify_tree(self, state: RasterState, tree: DraftTree) -> Tensor:
+        """Guided float32 logits [B, M + 1, V] of what follows the root and every node; the state is a ragged one."""
+        return self.guided_logits(state, self.features(state, tree=tree), tree.depth_BL)
 
     def predict(self, state: RasterState) -> Tensor:
         """Guided float32 logits [B, 1, V] of the next token."""
-        return self._guide(state, self.raw_logits(state))
-
-    def _guide(self, state: RasterState, logits_RLV: Tensor) -> Tensor:
-        if state.scale_N is None:
-            return logits_RLV.float()
-        position = state.length[:, None] + torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
-        return combine(logits_RLV, state.scale_N[position][..., None])
+        return self.guided_logits(state, self.features(state))
 
     def append(self, state: RasterState, tokens_BK: Tensor) -> None:
         """Commits K tokens to every row."""
@@ -513,3 +544,16 @@ class RasterGPT(ModelMixin, ConfigMixin):
         position = state.length[:, None] + offset
         state.tokens.scatter_(1, position.clamp(max=state.tokens.shape[1] - 1), tokens_BK)
         state.length.copy_((state.length + count_B).clamp(max=self.num_tokens))
+
+    def commit_path(self, state: RasterState, slots_BK: Tensor, tokens_BL: Tensor, count_B: Tensor) -> None:
+        """Commits nodes of the tree read last, and the token after them.
+
+        Args:
+            slots_BK: int64 slots of the committed nodes, from the root down; any value behind the last.
+            tokens_BL: the nodes' tokens and the one drawn after them, as in `commit`, L = K + 1.
+            count_B: how many of them are committed, 0 ... L.
+        """
+        root = state.length[:, None] + self.prefix_length - 1
+        target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
+        state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
+        self.commit(state, tokens_BL, count_B)

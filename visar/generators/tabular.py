@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from visar.condition import Condition
 from visar.guidance import OFF, Guidance, combine, double, repeat
+from visar.tree import DraftTree
 
 
 @dataclass
@@ -149,6 +150,25 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         logits = self.table[state.label_R[:, None], repeat(row, parts)]
         return logits.float() if state.scale_N is None else combine(logits, state.scale_N[position][..., None])
 
+    def verify_tree(self, state: TabularState, tree: DraftTree) -> Tensor:
+        """Guided float32 logits [B, M + 1, V] of what follows the root and every node."""
+        length_B1 = state.length[:, None]
+        codes = [(self._rows(state.tokens, self.num_tokens + 1).gather(1, length_B1) - self._start(length_B1))]
+        for node in range(tree.num_nodes):
+            parent = torch.cat(codes, dim=1).gather(1, tree.parents_BM[:, node, None])
+            codes.append(parent * self.config["vocab_size"] + tree.tokens_BM[:, node, None])
+        position = length_B1 + tree.depth_BL
+        inside = position < self.num_tokens
+        row = torch.where(inside, torch.cat(codes, dim=1) + self._start(position), 0)
+        parts = 1 if state.scale_N is None else 2
+        logits = self.table[state.label_R[:, None], repeat(row, parts)]
+        return logits.float() if state.scale_N is None else combine(logits, state.scale_N[position][..., None])
+
+    def _start(self, position: Tensor) -> Tensor:
+        """First table row of the conditionals of a position."""
+        vocab_size = self.config["vocab_size"]
+        return (torch.pow(vocab_size, position.clamp(max=self.num_tokens)) - 1) // (vocab_size - 1)
+
     def predict(self, state: TabularState) -> Tensor:
         """Guided float32 logits [B, 1, V] of the next token."""
         return self.verify(state, state.tokens[:, :0])
@@ -165,3 +185,7 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         position = (state.length[:, None] + slot).clamp(max=state.tokens.shape[1] - 1)
         state.tokens.scatter_(1, position, tokens_BK)
         state.length.copy_((state.length + count_B).clamp(max=self.num_tokens))
+
+    def commit_path(self, state: TabularState, slots_BK: Tensor, tokens_BL: Tensor, count_B: Tensor) -> None:
+        """Commits nodes of a tree and the token after them; arguments as in RasterGPT.commit_path."""
+        self.commit(state, tokens_BL, count_B)

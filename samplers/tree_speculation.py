@@ -1,0 +1,335 @@
+"""Speculation with several drafts a position: trees of drafts, and K-SEQ.
+
+Sources: EAGLE, arXiv 2401.15077; EAGLE-2, 2406.16858; LANTERN++'s static trees, 2502.06352; SpecTr, 2310.15141. The
+pure parts are in visar/samplers/trees.py.
+
+B batch, M nodes, L = M + 1 slots, D depth of a tree, k chains, V codes, N tokens, R rows (2B when guided).
+"""
+
+import time
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+from visar.condition import Condition
+from visar.guidance import OFF, Guidance, repeat
+from visar.noise import Noise, Use
+from visar.output import SampleOutput
+from visar.runtime import EAGER, Runtime
+from visar.samplers.drafters import Drafter, Drafting, Kept, NgramDrafter, Target
+from visar.samplers.filtering import check_filters
+from visar.samplers.trees import (
+    Walk,
+    check_paths,
+    draft_chains,
+    draft_dynamic,
+    draft_static,
+    full_paths,
+    judge_chosen,
+    judge_drawn,
+    walk,
+    walk_chains,
+)
+from visar.samplers.verify import Counts, Generator, check_window, held_noise, run_passes, token_law
+from visar.tree import DraftTree
+
+Read = Callable[[DraftTree], Tensor]
+Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor], tuple[DraftTree, Walk]]
+
+
+def run_trees(
+    model: Generator,
+    condition: Condition,
+    speculate: Speculate,
+    key: Hashable,
+    *,
+    depth: int,
+    nodes: int,
+    noise: Noise,
+    guidance: Guidance,
+    filters: tuple[float, int, float],
+    drafter: Drafter | None,
+    check_every: int,
+    callback: Callable[[int, Tensor], None] | None,
+    runtime: Runtime,
+) -> SampleOutput:
+    """The loop of all samplers that draft trees.
+
+    Args:
+        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B]) -> a tree and the
+            way through it, where read(tree) are the target's laws [B, L, V].
+        key: what a captured pass depends on besides model, batch, filters and drafter.
+        depth, nodes: D and M of its trees.
+
+    Raises:
+        ValueError: see the samplers.
+    """
+    check_filters(*filters)
+    check_window(depth + 1, check_every)
+    begun = time.perf_counter()
+    drafter = NgramDrafter() if drafter is None else drafter
+    device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
+    guided = guidance.active(num_tokens)
+    session = runtime.session(model, device, (key, batch, guided, *filters, depth, nodes, drafter.key()))
+    kept = session.state = session.state or Kept()
+    state = kept.target = model.start(condition, guidance, ragged=True, window=nodes, state=kept.target)
+    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, nodes, depth, filters))
+    source = held_noise(session, noise)
+    pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    counts = Counts.start(session, depth + 1, device)
+
+    def step(slots: int) -> None:
+        start_B = state.length.clone()
+        shown: list[Tensor] = []
+
+        def read(tree: DraftTree) -> Tensor:
+            if not drafting.reads_features:
+                return token_law(model.verify_tree(state, tree), *filters)
+            shown.append(model.features(state, tree=tree))
+            return token_law(model.guided_logits(state, shown[0], tree.depth_BL), *filters)
+
+        uniform = source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), pass_11)[:, 0]
+        _, way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1])
+        count_B = way.kept_B + 1
+        model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
+        counts.add(count_B, way.kept_B, way.judged_B, num_tokens - start_B)
+        features_RLD = None
+        if shown:
+            slots_BL = torch.cat([torch.zeros_like(start_B)[:, None], way.slots_BD], dim=1)
+            slots_RL = repeat(slots_BL, state.parts)
+            features_RLD = shown[0].gather(1, slots_RL[..., None].expand(-1, -1, shown[0].shape[-1]))
+        drafting.observe(start_B, features_RLD, count_B)
+        pass_11.add_(1)
+
+    passes = run_passes(
+        session, state, step, num_tokens=num_tokens, window=depth + 1, check_every=check_every, callback=callback
+    )
+    tokens = state.tokens[:, :num_tokens].clone()
+    passed = {"generator": passes}
+    if drafting.calls(depth):
+        passed["drafter"] = passes * drafting.calls(depth)
+    return SampleOutput(tokens, counts.statistics(passed, time.perf_counter() - begun))
+
+
+@torch.no_grad()
+def sample_static_tree(
+    model: Generator,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    drafter: Drafter | None = None,
+    branches: tuple[int, ...] = (4, 2, 1, 1),
+    paths: tuple[tuple[int, ...], ...] | None = None,
+    check_every: int = 8,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> SampleOutput:
+    """Draws tokens by speculation with trees of a fixed shape, siblings drawn without replacement. Exact.
+
+    EAGLE's tree, arXiv 2401.15077, with the acceptance of arXiv 2402.14160, as LANTERN++ (2502.06352) uses it before
+    its relaxation. A tree's depth does not depend on the drafter's confidence, which is low on images.
+
+    Args:
+        model: a generator of one token a step with start, verify_tree and commit_path.
+        condition: of the B images.
+        noise: one seed an image.
+        guidance: classifier-free guidance, for the drafter too.
+        temperature: > 0; 1.0 = off.
+        top_k: 0 = off.
+        top_p: in (0, 1]; 1.0 = off.
+        drafter: see sample_speculative.
+        branches: children of a node at each depth; (1, 1, 1, 1) is a chain.
+        paths: another shape instead: rank paths of all nodes, such as ((0,), (1,), (0, 0)). LANTERN++: 57 nodes, up to
+            10 children a node.
+        check_every, callback, runtime: see sample_speculative.
+
+    Returns: tokens int64 [B, N] and statistics.
+
+    Raises:
+        ValueError: a setting out of range, a path without its parent, or a condition or drafter that does not fit.
+    """
+    if paths is None:
+        if not branches or min(branches) < 1:
+            raise ValueError(f"branches {branches}; they must be >= 1, one a depth")
+        shape = full_paths(tuple(branches))
+    else:
+        shape = check_paths([tuple(path) for path in paths])
+    most = max(path[-1] for path in shape) + 1
+    if most > model.config["vocab_size"]:
+        raise ValueError(f"{most} children a node of a vocabulary of {model.config['vocab_size']}")
+    depth = len(shape[-1])
+
+    def speculate(
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
+    ) -> tuple[DraftTree, Walk]:
+        tree, q_BMV = draft_static(drafting, shape, draft_BM)
+        return tree, walk(read(tree), tree, judge_drawn(tree, q_BMV), accept_BM, emit_B, depth)
+
+    return run_trees(
+        model,
+        condition,
+        speculate,
+        ("static tree", tuple(shape)),
+        depth=depth,
+        nodes=len(shape),
+        noise=noise,
+        guidance=guidance,
+        filters=(temperature, top_k, top_p),
+        drafter=drafter,
+        check_every=check_every,
+        callback=callback,
+        runtime=runtime,
+    )
+
+
+@torch.no_grad()
+def sample_dynamic_tree(
+    model: Generator,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    drafter: Drafter | None = None,
+    depth: int = 5,
+    children: int = 10,
+    nodes: int = 58,
+    check_every: int = 8,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> SampleOutput:
+    """Draws tokens by speculation with trees that grow where the drafter is confident. Exact.
+
+    EAGLE-2, arXiv 2406.16858, section 4. The nodes are chosen without a draw, so each is kept with the target's
+    probability, and its elder siblings are taken out of the law first.
+
+    Args:
+        model: a generator of one token a step with start, verify_tree and commit_path.
+        condition: of the B images.
+        noise: one seed an image.
+        guidance: classifier-free guidance, for the drafter too.
+        temperature: > 0; 1.0 = off.
+        top_k: 0 = off.
+        top_p: in (0, 1]; 1.0 = off.
+        drafter: see sample_speculative.
+        depth: D. EAGLE-2, LANTERN: 5 (4 expansions).
+        children: children of an expanded node, and nodes expanded a level. EAGLE-2: 10.
+        nodes: M, nodes that the target reads. EAGLE-2, LANTERN: 58.
+        check_every, callback, runtime: see sample_speculative.
+
+    Returns: tokens int64 [B, N] and statistics.
+
+    Raises:
+        ValueError: a setting out of range, or a condition or drafter that does not fit.
+    """
+    nodes = dynamic_size(model, depth, children, nodes)
+
+    def speculate(
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
+    ) -> tuple[DraftTree, Walk]:
+        tree = draft_dynamic(drafting, len(emit_B), depth, children, nodes)
+        return tree, walk(read(tree), tree, judge_chosen(tree), accept_BM, emit_B, depth)
+
+    return run_trees(
+        model,
+        condition,
+        speculate,
+        ("dynamic tree", children),
+        depth=depth,
+        nodes=nodes,
+        noise=noise,
+        guidance=guidance,
+        filters=(temperature, top_k, top_p),
+        drafter=drafter,
+        check_every=check_every,
+        callback=callback,
+        runtime=runtime,
+    )
+
+
+def dynamic_size(model: Generator, depth: int, children: int, nodes: int) -> int:
+    """Number of nodes of a dynamic tree: `nodes`, or all candidates if they are fewer.
+
+    Raises:
+        ValueError: a setting below 1.
+    """
+    for name, value in (("depth", depth), ("children", children), ("nodes", nodes)):
+        if value < 1:
+            raise ValueError(f"{name} {value}; it must be >= 1")
+    children = min(children, int(model.config["vocab_size"]))
+    return min(nodes, children + (depth - 1) * children * children)
+
+
+@torch.no_grad()
+def sample_k_seq(
+    model: Generator,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    drafter: Drafter | None = None,
+    num_chains: int = 4,
+    num_drafts: int = 4,
+    check_every: int = 8,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> SampleOutput:
+    """Draws tokens by speculation with several independent chains of drafts. Exact.
+
+    SpecTr, arXiv 2310.15141, algorithm 3 (K-SEQ), which is within 1 - 1/e of the best acceptance of k independent
+    drafts. Independent drafts often repeat each other where the law is narrow: there a static tree wastes fewer slots.
+
+    Args:
+        model: a generator of one token a step with start, verify_tree and commit_path.
+        condition: of the B images.
+        noise: one seed an image.
+        guidance: classifier-free guidance, for the drafter too.
+        temperature: > 0; 1.0 = off.
+        top_k: 0 = off.
+        top_p: in (0, 1]; 1.0 = off.
+        drafter: see sample_speculative.
+        num_chains: k. SpecTr: 8.
+        num_drafts: length of a chain. SpecTr: 8.
+        check_every, callback, runtime: see sample_speculative.
+
+    Returns: tokens int64 [B, N] and statistics.
+
+    Raises:
+        ValueError: a setting out of range, or a condition or drafter that does not fit.
+    """
+    for name, value in (("num_chains", num_chains), ("num_drafts", num_drafts)):
+        if value < 1:
+            raise ValueError(f"{name} {value}; it must be >= 1")
+
+    def speculate(
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
+    ) -> tuple[DraftTree, Walk]:
+        tree, laws = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
+        accept_BDk = accept_BM.unflatten(1, (num_drafts, num_chains))
+        return tree, walk_chains(read(tree), tree, laws, accept_BDk, emit_B)
+
+    return run_trees(
+        model,
+        condition,
+        speculate,
+        ("k-seq", num_chains),
+        depth=num_drafts,
+        nodes=num_chains * num_drafts,
+        noise=noise,
+        guidance=guidance,
+        filters=(temperature, top_k, top_p),
+        drafter=drafter,
+        check_every=check_every,
+        callback=callback,
+        runtime=runtime,
+    )

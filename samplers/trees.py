@@ -1,0 +1,282 @@
+"""Trees of drafts: how they are drafted, and how a tree that the target has read is judged.
+
+Sources: static trees, Medusa, arXiv 2401.10774, and EAGLE, 2401.15077; dynamic trees, EAGLE-2, 2406.16858; siblings
+without replacement, Jeon et al., 2402.14160, and LANTERN++, 2502.06352; K-SEQ, SpecTr, 2310.15141, algorithm 3.
+
+A node's siblings are judged one after another. A rejected sibling leaves the residual as the law that the next one is
+judged against, so the token that is committed at last follows the target's law, whether the siblings were drawn
+without replacement (each against the drafter's law without its elder siblings) or chosen without a draw (a one-hot
+law).
+
+B batch, M nodes, L = M + 1 slots (0 is the root), D largest depth, W nodes of a level, V codes, k chains, K = D.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from visar.samplers.drafters import Drafting
+from visar.samplers.filtering import draw
+from visar.samplers.verify import acceptance, residual, row_at
+from visar.tree import DraftTree
+
+Judge = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+
+
+def normalised(mass: Tensor) -> Tensor:
+    """Mass [..., V] as a law."""
+    return mass / mass.sum(-1, keepdim=True)
+
+
+def without(law: Tensor, token: Tensor) -> Tensor:
+    """The law [..., V] without one token [...], normalised; the law itself where nothing else is left."""
+    mass = law.scatter(-1, token[..., None], 0.0)
+    return normalised(torch.where(mass.sum(-1, keepdim=True) > 0, mass, law))
+
+
+# ------------------------------------------------------------------------------------------------------------ shapes
+def full_paths(branches: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Rank paths of the tree whose nodes at depth d all have branches[d] children."""
+    return [path for depth in range(len(branches)) for path in product(*map(range, branches[: depth + 1]))]
+
+
+def check_paths(paths: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Rank paths in order of depth; (0, 2) is the third child of the first child.
+
+    Raises:
+        ValueError: no path, or a path whose parent or elder sibling is missing.
+    """
+    known = set(paths)
+    for path in paths:
+        elder = path[:-1] + (path[-1] - 1,) if path and path[-1] > 0 else path[:-1]
+        if not path or min(path) < 0 or (elder and elder not in known):
+            raise ValueError(f"tree path {path}: its parent and its elder siblings must be in the tree")
+    if not paths:
+        raise ValueError("a tree needs at least one path")
+    return sorted(known, key=lambda path: (len(path), path))
+
+
+def path_parents(paths: list[tuple[int, ...]]) -> list[int]:
+    """Slot of every node's parent, for paths in order of depth."""
+    slot = {path: i + 1 for i, path in enumerate(paths)} | {(): 0}
+    return [slot[path[:-1]] for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------------------- drafting
+def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: Tensor) -> tuple[DraftTree, Tensor]:
+    """Draws a tree of fixed shape, siblings without replacement.
+
+    Returns: the tree, and the law [B, M, V] that each node was drawn from: the drafter's without its elder siblings.
+    """
+    parents, batch = path_parents(paths), uniform_BM.shape[0]
+    tree = DraftTree.root(batch, uniform_BM.device)
+    level_W, node_laws, first = [drafting.begin()], [], 0
+    for depth in range(1, len(paths[-1]) + 1):
+        nodes = [i for i, path in enumerate(paths) if len(path) == depth]
+        tokens, columns = [], []
+        for node in nodes:
+            row = parents[node] - first
+            tokens.append(draw(level_W[row], uniform_BM[:, node]))
+            node_laws.append(level_W[row])
+            level_W[row] = without(level_W[row], tokens[-1])
+            columns.append(torch.full_like(tokens[-1], parents[node]))
+        first = nodes[0] + 1
+        tree = tree.grown(torch.stack(tokens, dim=1), torch.stack(columns, dim=1))
+        if depth < len(paths[-1]):
+            level_W = list(drafting.extend_tree(tree, first, depth).unbind(1))
+    return tree, torch.stack(node_laws, dim=1)
+
+
+def draft_dynamic(drafting: Drafting, batch: int, depth: int, children: int, nodes: int) -> DraftTree:
+    """Grows a tree where the drafter is confident, without a draw: EAGLE-2, arXiv 2406.16858, section 4.
+
+    At each level the `children` likeliest paths are expanded by their `children` likeliest tokens; of all candidates
+    the `nodes` with the largest products of the drafter's probabilities stay (with them all their ancestors).
+    """
+    law_BWV = drafting.begin()[:, None]
+    device, vocab_size = law_BWV.device, law_BWV.shape[-1]
+    children = min(children, vocab_size)
+    grown = DraftTree.root(batch, device)
+    slots_BW = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+    score_BW = torch.zeros(batch, 1, device=device)
+    candidate_BS = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
+    tokens: list[Tensor] = []
+    parents: list[Tensor] = []
+    scores: list[Tensor] = []
+    for level in range(1, depth + 1):
+        best = law_BWV.clamp(min=1e-30).log().topk(children, dim=-1)
+        # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
+        score_BC = (score_BW[..., None] + best.values - 1e-3).flatten(1)
+        parent_BC = candidate_BS.gather(1, slots_BW).repeat_interleave(children, dim=1)
+        first = sum(part.shape[1] for part in tokens)
+        tokens.append(best.indices.flatten(1))
+        parents.append(parent_BC)
+        scores.append(score_BC)
+        if level < depth:
+            chosen_BW = score_BC.topk(min(children, score_BC.shape[1]), dim=1).indices.sort(dim=1).values
+            score_BW = score_BC.gather(1, chosen_BW)
+            start = grown.num_nodes + 1
+            grown_parents_BW = slots_BW.repeat_interleave(children, dim=1).gather(1, chosen_BW)
+            grown = grown.grown(tokens[-1].gather(1, chosen_BW), grown_parents_BW)
+            slots_BW = torch.arange(start, grown.num_nodes + 1, device=device).expand(batch, -1)
+            candidate_BS = torch.cat([candidate_BS, first + chosen_BW], dim=1)
+            law_BWV = drafting.extend_tree(grown, start, level)
+    token_BC, parent_BC, score_BC = torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1)
+    kept_BM = score_BC.topk(min(nodes, score_BC.shape[1]), dim=1).indices.sort(dim=1).values
+    order = torch.arange(1, kept_BM.shape[1] + 1, device=device).expand_as(kept_BM)
+    slot_BC = torch.zeros_like(token_BC).scatter(1, kept_BM, order)
+    parent_BM = parent_BC.gather(1, kept_BM)
+    parent_slot_BM = torch.where(parent_BM < 0, 0, slot_BC.gather(1, parent_BM.clamp(min=0)))
+    return DraftTree.from_parents(token_BC.gather(1, kept_BM), parent_slot_BM)
+
+
+def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[DraftTree, list[Tensor]]:
+    """Draws k independent chains; slot 1 + d k + j is the draft at depth d + 1 of chain j.
+
+    Returns: the tree, and per depth the laws [B, k, V] that the drafts were drawn from.
+    """
+    batch, _, chains = uniform_BDk.shape
+    tree, laws = DraftTree.root(batch, uniform_BDk.device), []
+    law_BkV = drafting.begin()[:, None].expand(-1, chains, -1)
+    parents_k = torch.zeros(chains, dtype=torch.int64, device=uniform_BDk.device)
+    for level in range(depth):
+        if level:
+            law_BkV = drafting.extend_tree(tree, 1 + (level - 1) * chains, level)
+        laws.append(law_BkV)
+        tree = tree.grown(draw(law_BkV, uniform_BDk[:, level]), parents_k.expand(batch, -1))
+        parents_k = torch.arange(1 + level * chains, 1 + (level + 1) * chains, device=uniform_BDk.device)
+    return tree, laws
+
+
+# ----------------------------------------------------------------------------------------------------------- judging
+@dataclass(frozen=True)
+class Walk:
+    """The way through a tree.
+
+    Attributes:
+        slots_BD: int64 slots of the accepted nodes, from the root down; 0 behind the last.
+        tokens_BL: int64 [B, D + 1] accepted tokens and the one drawn after them; 0 behind it.
+        kept_B: number of accepted nodes.
+        judged_B: number of nodes judged.
+        law_BV: law of the token that comes after the accepted ones.
+    """
+
+    slots_BD: Tensor
+    tokens_BL: Tensor
+    kept_B: Tensor
+    judged_B: Tensor
+    law_BV: Tensor
+
+
+def finish(
+    tree: DraftTree, slots_BD: Tensor, kept_B: Tensor, judged_B: Tensor, law_BV: Tensor, uniform_B: Tensor
+) -> Walk:
+    """Draws the token after the accepted nodes."""
+    padded_BL = torch.cat([torch.zeros_like(kept_B)[:, None], tree.tokens_BM], dim=1)
+    tokens_BD = padded_BL.gather(1, slots_BD)
+    tokens_BL = torch.cat([tokens_BD, torch.zeros_like(tokens_BD[:, :1])], dim=1)
+    tokens_BL = tokens_BL.scatter(1, kept_B[:, None], draw(law_BV, uniform_B)[:, None])
+    return Walk(slots_BD, tokens_BL, kept_B, judged_B, law_BV)
+
+
+def walk(
+    p_BLV: Tensor, tree: DraftTree, judge: Judge, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
+) -> Walk:
+    """Goes down the tree, judging the children of each accepted node in the order of their slots.
+
+    Args:
+        p_BLV: float32 target laws of what follows the root and every node.
+        judge: (law_BV, node) -> the chance [B] of accepting that node against the law, and the mass [B, V] of the
+            law that is left if it is rejected.
+        accept_uniform_BM, emit_uniform_B: float32 in (0, 1).
+        depth: D.
+    """
+    batch, device = p_BLV.shape[0], p_BLV.device
+    current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+    slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=device)
+    law_BV = p_BLV[:, 0]
+    for node in range(tree.num_nodes):
+        here_B = tree.parents_BM[:, node] == current_B
+        chance_B, rest_BV = judge(law_BV, node)
+        accepted_B = here_B & (accept_uniform_BM[:, node] < chance_B)
+        left_BV = torch.where(here_B[:, None], normalised(rest_BV), law_BV)
+        law_BV = torch.where(accepted_B[:, None], p_BLV[:, node + 1], left_BV)
+        current_B = torch.where(accepted_B, node + 1, current_B)
+        # Not accepted: the write goes to the spare column.
+        slots_BD = slots_BD.scatter(1, torch.where(accepted_B, kept_B, depth)[:, None], node + 1)
+        kept_B, judged_B = kept_B + accepted_B, judged_B + here_B
+    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, law_BV, emit_uniform_B)
+
+
+def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
+    """Judges nodes drawn from q (arXiv 2402.14160): keep with min(1, p / q), else go on with [p - q]+. Exact."""
+
+    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
+        chance_B = acceptance(law_BV, q_BMV[:, node], tree.tokens_BM[:, node])
+        return chance_B, residual(law_BV, q_BMV[:, node])
+
+    return judge
+
+
+def judge_chosen(tree: DraftTree) -> Judge:
+    """Judges nodes chosen without a draw: keep with p(x), else go on without x. Exact."""
+
+    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
+        token_B1 = tree.tokens_BM[:, node, None]
+        return law_BV.gather(1, token_B1).squeeze(1), without(law_BV, token_B1.squeeze(1))
+
+    return judge
+
+
+def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 24) -> Tensor:
+    """Smallest r in [1, k] with 1 - (1 - beta)^k <= r beta, beta(r) = sum min(q, p / r), by bisection; float32 [B].
+
+    SpecTr, arXiv 2310.15141, section 5: the best r of K-SEQ for k drafts.
+    """
+    low_B, high_B = torch.ones(len(p_BV), device=p_BV.device), drafts_B.float()
+    for _ in range(iterations):
+        middle_B = (low_B + high_B) / 2
+        beta_B = torch.minimum(q_BV, p_BV / middle_B[:, None]).sum(-1)
+        valid_B = 1 - (1 - beta_B).clamp(min=0.0) ** drafts_B <= middle_B * beta_B
+        low_B, high_B = torch.where(valid_B, low_B, middle_B), torch.where(valid_B, middle_B, high_B)
+    return high_B
+
+
+def walk_chains(
+    p_BLV: Tensor, tree: DraftTree, laws: list[Tensor], accept_uniform_BDk: Tensor, emit_uniform_B: Tensor
+) -> Walk:
+    """K-SEQ, SpecTr, arXiv 2310.15141, algorithm 3, at each depth on the chains that share the accepted tokens. Exact.
+
+    A draft is accepted with min(1, p(x) / (r q(x))); if none is, the token comes from what the accepted part leaves:
+    [p - min(q, p / r) a / beta]+ with a = 1 - (1 - beta)^k.
+    """
+    batch, depth, chains = accept_uniform_BDk.shape
+    alive_Bk = torch.ones(batch, chains, dtype=torch.bool, device=p_BLV.device)
+    going_B = alive_Bk[:, 0]
+    kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=p_BLV.device) for _ in range(2))
+    slots_BD = torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device)
+    law_BV = p_BLV[:, 0]
+    for level in range(depth):
+        tokens_Bk = tree.tokens_BM[:, level * chains : (level + 1) * chains]
+        q_BV = row_at(laws[level], alive_Bk.int().argmax(1))
+        drafts_B = alive_Bk.sum(1).clamp(min=1)
+        ratio_B = k_seq_ratio(law_BV, q_BV, drafts_B)
+        shared_BV = torch.minimum(q_BV, law_BV / ratio_B[:, None])
+        scaled_BkV = (law_BV / ratio_B[:, None])[:, None].expand(-1, chains, -1)
+        chance_Bk = acceptance(scaled_BkV, q_BV[:, None].expand_as(scaled_BkV), tokens_Bk)
+        accepted_Bk = alive_Bk & (accept_uniform_BDk[:, level] < chance_Bk) & going_B[:, None]
+        found_B, winner_B = accepted_Bk.any(1), accepted_Bk.int().argmax(1)
+        tried_Bk = alive_Bk & (torch.arange(chains, device=law_BV.device) <= winner_B[:, None])
+        judged_B = judged_B + torch.where(found_B, tried_Bk.sum(1), drafts_B) * going_B
+        beta_B = shared_BV.sum(-1)
+        weight_B = (1 - (1 - beta_B).clamp(min=0.0) ** drafts_B) / beta_B.clamp(min=1e-30)
+        left_BV = normalised(residual(law_BV, shared_BV * weight_B[:, None]))
+        slot_B = 1 + level * chains + winner_B
+        law_BV = torch.where(going_B[:, None], torch.where(found_B[:, None], row_at(p_BLV, slot_B), left_BV), law_BV)
+        slots_BD[:, level] = torch.where(found_B, slot_B, 0)
+        alive_Bk = alive_Bk & (tokens_Bk == tokens_Bk.gather(1, winner_B[:, None])) & found_B[:, None]
+        going_B, kept_B = going_B & found_B, kept_B + found_B
+    return finish(tree, slots_BD, kept_B, judged_B, law_BV, emit_uniform_B)
