@@ -4,9 +4,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.condition import Condition
+from visar.generators.interface import BlockGenerator
 from visar.guidance import OFF, Guidance
 from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics
@@ -16,7 +17,7 @@ from visar.samplers.filtering import categorical, check_filters, filter_logits
 
 @torch.no_grad()
 def sample_ancestral(
-    model: nn.Module,
+    model: BlockGenerator,
     condition: Condition,
     *,
     noise: Noise,
@@ -49,7 +50,7 @@ def sample_ancestral(
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
     check_filters(temperature, top_k, top_p)
-    sizes: tuple[int, ...] = model.block_sizes
+    sizes = model.block_sizes
     begun = time.perf_counter()
     guided = guidance.active(len(sizes))
     session = runtime.session(model, noise.device, ("ancestral", condition.batch, guided, temperature, top_k, top_p))

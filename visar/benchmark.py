@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -181,7 +181,7 @@ def paths_agree(model: RasterGPT, batch: int, device: torch.device, guidance_sca
     In bfloat16 they need not: the library behind a matrix product may choose another algorithm under capture.
     """
     model = nn.Module.float(copy.deepcopy(model))
-    settings = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
+    settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
     condition = _condition(model, batch, device)
     runtime = Runtime()
     captured = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
@@ -235,6 +235,6 @@ def bench(options: Bench, report: Callable[[str], None]) -> list[dict]:
             report(f"{line}  first call {row['first_call_s']:.2f} s  spread {row['spread']:.0%}")
             rows.append(row)
     if options.out is not None:
-        with atomic_write(options.out) as path:
-            path.write_text(json.dumps(rows, indent=1))
+        with atomic_write(options.out) as file:
+            file.write_text(json.dumps(rows, indent=1))
     return rows

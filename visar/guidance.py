@@ -56,6 +56,7 @@ class Guidance:
             ValueError: as many scales as blocks are needed.
         """
         neutral = 1.0 if self.convention == "interpolate" else 0.0
+        values: list[float]
         if isinstance(self.scale, tuple):
             if len(self.scale) != num_blocks:
                 raise ValueError(f"{len(self.scale)} guidance scales for {num_blocks} blocks")

@@ -67,12 +67,13 @@ class Noise:
     """
 
     def __init__(self, seeds: list[int] | Tensor, device: torch.device | str = "cpu") -> None:
-        if isinstance(seeds, list):
-            wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
-            if wrong:
-                raise ValueError(f"seed {wrong[0]} is outside 0 ... 2^63 - 1")
-            seeds = torch.tensor(seeds, dtype=torch.int64)
-        self.seeds_B = seeds.to(device)
+        if isinstance(seeds, Tensor):
+            self.seeds_B = seeds.to(device)
+            return
+        wrong = [seed for seed in seeds if not 0 <= seed < 2**63]
+        if wrong:
+            raise ValueError(f"seed {wrong[0]} is outside 0 ... 2^63 - 1")
+        self.seeds_B = torch.tensor(seeds, dtype=torch.int64, device=device)
 
     @property
     def batch(self) -> int:
@@ -100,20 +101,21 @@ class Noise:
 
         Returns: [B, *size] for an int position, else [B, *position.shape[1:], *size].
         """
-        if isinstance(position, int):
-            position = torch.full((1,), position, dtype=torch.int64, device=self.device)
-        seeds = self.seeds_B.view(-1, *[1] * (position.dim() - 1))
-        position, seeds = torch.broadcast_tensors(position, seeds)
-        position, seeds = position[..., None], seeds[..., None]
+        if isinstance(position, Tensor):
+            place = position
+        else:
+            place = torch.full((1,), position, dtype=torch.int64, device=self.device)
+        seeds = self.seeds_B.view(-1, *[1] * (place.dim() - 1))
+        place, seeds = (value[..., None] for value in torch.broadcast_tensors(place, seeds))
         count = math.prod(size)
         block = torch.arange((count + 3) // 4, device=self.device)
         use_word = torch.full_like(block, int(use))
-        counter_word = torch.full_like(block, counter) if isinstance(counter, int) else counter[..., None] & _MASK
+        counter_word = counter[..., None] & _MASK if isinstance(counter, Tensor) else torch.full_like(block, counter)
         words = philox(
-            (block, position & _MASK, use_word, counter_word),
+            (block, place & _MASK, use_word, counter_word),
             (seeds & _MASK, (seeds >> 32) & _MASK),
         )
-        return torch.stack(words, dim=-1).flatten(-2)[..., :count].reshape(*position.shape[:-1], *size)
+        return torch.stack(words, dim=-1).flatten(-2)[..., :count].reshape(*place.shape[:-1], *size)
 
     def uniform(
         self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class Session:
@@ -72,7 +72,7 @@ class Runtime:
         self.max_sessions = max_sessions
         self._sessions: OrderedDict[Hashable, tuple[weakref.ref, Session]] = OrderedDict()
 
-    def session(self, model: nn.Module, device: torch.device, key: Hashable) -> Session:
+    def session(self, model: Any, device: torch.device, key: Hashable) -> Session:
         """The session of this model and key (batch, guided or not, every setting that changes a step's work).
 
         A model whose weights were moved or cast gets a new one. On a CPU nothing is captured and nothing is kept.

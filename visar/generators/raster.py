@@ -318,7 +318,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
                 raise ValueError(f"{words.shape[1]} words; this model reads up to {config['num_words']}")
 
     def null_condition(self, condition: Condition) -> Condition:
-        """The condition that gives nothing, for as many images, in the same shapes; captions keep their mask (LlamaGen)."""
+        """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
         if self.config["caption_width"]:
             assert condition.text_BTC is not None
             text = self.cls_embedding.uncond_embedding.expand(condition.batch, -1, -1)

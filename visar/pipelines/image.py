@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.condition import Condition
 from visar.guidance import Guidance
@@ -53,12 +53,14 @@ class ImagePipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "generator->tokenizer"
+    tokenizer: Any
+    generator: Any
     _callback_tensor_inputs = ["tokens"]
 
     def __init__(
         self,
-        tokenizer: nn.Module,
-        generator: nn.Module,
+        tokenizer: ModelMixin,
+        generator: ModelMixin,
         vocabulary: dict | None = None,
         defaults: dict | None = None,
     ) -> None:
@@ -267,7 +269,7 @@ class ImagePipeline(DiffusionPipeline):
             descriptions = [""] * count
         defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **self.config["defaults"]}
         guidance = guidance_scale if guidance_scale is not None else defaults["guidance_scale"]
-        settings = {
+        settings: dict[str, Any] = {
             "sampler": sampler,
             "sampler_options": sampler_options,
             "guidance": guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
@@ -302,8 +304,7 @@ class ImagePipeline(DiffusionPipeline):
 
 
 def _each(values: int | str | Sequence, num_images: int) -> list:
-    single = isinstance(values, int | str)
-    listed = [values] if single else list(values)
+    listed = [values] if isinstance(values, int | str) else list(values)
     return [value for value in listed for _ in range(num_images)]
 
 
