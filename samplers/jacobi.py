@@ -14,7 +14,7 @@ M = S + K.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Literal
 
 import torch
@@ -43,6 +43,7 @@ from visar.samplers.verify import (
 Coupling = Literal["none", "maximal", "gumbel"]
 COUPLINGS = ("none", "maximal", "gumbel")
 Initial = Literal["random", "left", "left_mode", "left_law", "above", "above_law"]
+Chance = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 INITIALS = ("random", "left", "left_mode", "left_law", "above", "above_law")
 
 
@@ -191,7 +192,48 @@ def sample_jacobi(
     drafts that were kept (the released code leaves the old q, which changes the law); the first pass already carries
     guesses.
     """
-    check_filters(temperature, top_k, top_p)
+    return run_jacobi(
+        model,
+        condition,
+        noise=noise,
+        guidance=guidance,
+        filters=(temperature, top_k, top_p),
+        window=window,
+        initial=initial,
+        coupling=coupling,
+        adaptive=adaptive,
+        check_every=check_every,
+        callback=callback,
+        runtime=runtime,
+    )
+
+
+def run_jacobi(
+    model: Generator,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance,
+    filters: tuple[float, int, float],
+    window: int,
+    initial: Initial,
+    coupling: Coupling,
+    adaptive: bool,
+    check_every: int,
+    callback: Callable[[int, Tensor], None] | None,
+    runtime: Runtime,
+    chance: Chance | None = None,
+    table: Tensor | None = None,
+    key: Hashable = None,
+) -> SampleOutput:
+    """The loop of sample_jacobi, and of lossy samplers that accept by another rule.
+
+    Args:
+        chance: (p_BKV, q_BKV, draft_BK, table) -> probabilities [B, K] of keeping the drafts; None is the exact rule.
+        table: a tensor that the rule reads; the session keeps a copy for captured passes.
+        key: what else the rule depends on.
+    """
+    check_filters(*filters)
     check_window(window, check_every)
     if initial not in INITIALS:
         raise ValueError(f"initial {initial!r}; choose one of {', '.join(INITIALS)}")
@@ -200,13 +242,13 @@ def sample_jacobi(
     begun = time.perf_counter()
     num_tokens, columns, device = model.num_tokens, model.config["grid"][1], noise.device
     vocab_size, batch, drafts = model.config["vocab_size"], condition.batch, window - 1
-    filters = (temperature, top_k, top_p)
     guided = guidance.active(num_tokens)
     every = check_every if adaptive else 0
-    key = ("jacobi", batch, guided, *filters, window, initial, coupling, every)
-    session = runtime.session(model, device, key)
+    work = ("jacobi", key, batch, guided, *filters, window, initial, coupling, every)
+    session = runtime.session(model, device, work)
     state = session.state = model.start(condition, guidance, ragged=True, window=drafts, state=session.state)
     source = held_noise(session, noise)
+    held_table = None if table is None else session.hold("table", table)
     every_position = torch.arange(num_tokens + window, device=device).expand(batch, -1)
     guess_uniform_BT = session.hold("guess", noise.uniform(Use.INITIAL, every_position))
     gumbel_BTV = None
@@ -230,7 +272,8 @@ def sample_jacobi(
         p_BLV = token_law(model.verify(state, draft_BK[:, : slots - 1]), *filters)
         fresh_BL, accept_BL, emit_BL = source.uniform(Use.DRAFT, position_BL, (3,), pass_11).unbind(-1)
         now_BK, q_BKV, judged_B = draft_BK[:, : slots - 1], law_BKV[:, : slots - 1], size_B - 1
-        verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, judged_B=judged_B)
+        chance_BK = None if chance is None else chance(p_BLV[:, :-1], q_BKV, now_BK, held_table)
+        verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, judged_B=judged_B, chance_BK=chance_BK)
         gumbel_BLV = None
         if gumbel_BTV is not None:
             gumbel_BLV = gumbel_BTV.gather(1, position_BL[..., None].expand(-1, -1, vocab_size))
