@@ -1,15 +1,21 @@
 """From a name or a folder to a pipeline."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
+from diffusers.utils import is_accelerate_available
+from torch import nn
 
 from visar.checkpoints import hub
 from visar.pipelines.image import ImagePipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# A folder of one model names its class only; here is where the class is.
+TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQTokenizer": "visar.tokenizers.vq"}
 
 
 def load(
@@ -33,46 +39,85 @@ def load(
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
             raise ValueError(f"{name} is a tokenizer: use visar.load_tokenizer({str(name)!r})")
-        tokenizer = load_tokenizer(facts["tokenizer"], device=target, dtype=kind)
-        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), kind, tokenizer=tokenizer)
+        tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
+        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
     elif str(name) in hub.OFFICIAL:
-        pipeline = _official(hub.OFFICIAL[str(name)], kind)
+        pipeline = _official(hub.OFFICIAL[str(name)])
     elif folder.is_dir():
-        pipeline = _from_folder(folder, kind)
+        pipeline = _from_folder(folder)
     else:
         raise hub.unknown_model(str(name))
-    pipeline.tokenizer.eval()
-    pipeline.generator.eval()
-    return pipeline.to(target)
+    for model in (pipeline.tokenizer, pipeline.generator):
+        _place(model, target, kind)
+    return pipeline
 
 
 def load_tokenizer(
     name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> ModelMixin:
-    """A tokenizer by embedded name, or from a folder made by `save_pretrained`; arguments and errors as in `load`."""
+    """A tokenizer by embedded name, or from a folder made by `save_pretrained`, its own or a pipeline's.
+
+    The name of a generator gives the tokenizer that it was trained with. Arguments and errors as in `load`.
+    """
     target, kind = _placement(device, dtype)
-    folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else Path(name)
+    folder = Path(name)
+    if str(name) in hub.embedded_names():
+        facts = hub.about(str(name))
+        folder = hub.EMBEDDED_FOLDER / (str(name) if facts["kind"] == "tokenizer" else facts["tokenizer"])
+    elif (folder / "model_index.json").is_file():
+        folder = folder / "tokenizer"
     if not (folder / "config.json").is_file():
         raise hub.unknown_model(str(name))
-    with open(folder / "config.json", encoding="utf-8") as file:
-        class_name = json.load(file)["_class_name"]
-    return _component(class_name, folder, kind).eval().to(target)
+    return _place(_tokenizer(folder), target, kind)
 
 
-def _component(class_name: str, folder: Path, dtype: torch.dtype) -> ModelMixin:
-    from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
-    from visar.tokenizers.vq import VQTokenizer
+def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+    # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
+    return nn.Module.to(model, device=device, dtype=dtype).eval()
 
-    classes: dict[str, type[ModelMixin]] = {
-        "MultiScaleVQTokenizer": MultiScaleVQTokenizer,
-        "VQTokenizer": VQTokenizer,
-    }
-    if class_name not in classes:
-        raise ValueError(f"{folder} holds a {class_name}; known tokenizers: {', '.join(classes)}")
+
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return classes[class_name].from_pretrained(folder, torch_dtype=dtype)
-    except (OSError, RuntimeError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} is no JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} holds a {type(content).__name__}")
+    return content
+
+
+def _tokenizer(folder: Path) -> ModelMixin:
+    class_name = _read_json(folder / "config.json").get("_class_name")
+    if class_name not in TOKENIZERS:
+        raise ValueError(f"{folder} holds a {class_name}; known tokenizers: {', '.join(TOKENIZERS)}")
+    return _component(TOKENIZERS[class_name], class_name, folder)
+
+
+def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
+    """A model in float32, whatever its file is stored in.
+
+    diffusers renames the argument for the dtype between versions, and without one reads files as float32.
+
+    Raises:
+        ValueError: a class that is not one of visar's models, or weights that are damaged, missing or too many.
+    """
+    if not module.startswith("visar."):
+        raise ValueError(f"{folder} needs {module}.{class_name}; only models of visar are loaded")
+    try:
+        model_class = getattr(importlib.import_module(module), class_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{folder} needs {class_name} of {module}, which this version of visar lacks") from error
+    try:
+        model, found = model_class.from_pretrained(
+            folder, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available(), output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"{folder} is damaged or incomplete: {error}") from error
+    wrong = {kind: found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched") if found[f"{kind}_keys"]}
+    if wrong:
+        listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items())
+        raise ValueError(f"{folder} is damaged or incomplete: weights {listed}")
+    return model
 
 
 def _placement(device: str | torch.device | None, dtype: str | torch.dtype | None) -> tuple[torch.device, torch.dtype]:
@@ -89,19 +134,35 @@ def _placement(device: str | torch.device | None, dtype: str | torch.dtype | Non
     return target, dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, **components: ModelMixin) -> ImagePipeline:
+def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
+    """A pipeline from its folder; `components` are used instead of what the folder has."""
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained")
-    try:
-        return ImagePipeline.from_pretrained(folder, torch_dtype=dtype, **components)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{folder} is damaged or incomplete: {error}") from error
+        alone = (
+            " It holds one model: use visar.load_tokenizer, or from_pretrained of the generator's class."
+            * (folder / "config.json").is_file()
+        )
+        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
+    index = _read_json(folder / "model_index.json")
+    if index.get("_class_name") != ImagePipeline.__name__:
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
+    for name in ("tokenizer", "generator"):
+        if name in components:
+            continue
+        match index.get(name):
+            case [str(module), str(class_name)]:
+                components[name] = _component(module, class_name, folder / name)
+            case other:
+                raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
+    return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
 
 
-def _official(entry: hub.Official, dtype: torch.dtype) -> ImagePipeline:
-    from visar.checkpoints import llamagen
+def _official(entry: hub.Official) -> ImagePipeline:
+    # Imported here: the converters import this module.
+    from visar.checkpoints.convert import Convert, read_models
 
-    generator = llamagen.load_gpt(hub.download(entry.repository, entry.file), grid=entry.grid)
-    tokenizer = llamagen.load_vq(hub.download(entry.tokenizer_repository, entry.tokenizer_file))
-    defaults = {"guidance_scale": entry.guidance_scale}
-    return ImagePipeline(tokenizer.to(dtype), generator.to(dtype), defaults=defaults)
+    tokenizer = hub.download(entry.tokenizer_repository, entry.tokenizer_file)
+    generator = hub.download(entry.repository, entry.file)
+    models = read_models(
+        Convert(file=generator, out=Path(), tokenizer=tokenizer, source=entry.source, grid=entry.grid)
+    )
+    return ImagePipeline(models.tokenizer, models.generator, defaults=entry.defaults)
