@@ -1,6 +1,7 @@
 """The `visar` command: one dataclass of options a command, its flags made from the fields."""
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +28,11 @@ class Sample:
     """Image i has seed + i, and depends on nothing else of the call."""
     out: Path = Path("samples.png")
     """A .png file for a grid, or a folder for one file an image."""
-    sampler: str = "ancestral"
-    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE."""
+    sampler: str | None = None
+    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given, as
+    for the next four."""
     guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for the next three."""
+    """1.0 = off."""
     temperature: float | None = None
     """> 0; 1.0 = off."""
     top_k: int | None = None
@@ -48,8 +50,6 @@ class Sample:
 def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     """Runs `visar sample`."""
     from visar import load
-    from visar.files import atomic_write
-    from visar.pictures import grid
 
     single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     attributes = {}
@@ -58,41 +58,63 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
         if not equals:
             raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
         attributes[name] = value
-    with atomic_write(options.out if single else options.out / "seeds.txt") as path:
-        path.touch()  # an output that cannot be written is found now, not after the work
-        pipeline = load(options.model, device=options.device, dtype=options.dtype)
-        result = pipeline(
-            class_labels=None if options.class_name is None else _number_or_name(options.class_name),
-            prompt=options.prompt,
-            num_images=options.num_images,
-            attributes=attributes or None,
-            sampler=options.sampler,
-            sampler_options=sampler_options,
-            guidance_scale=options.guidance_scale,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed,
-            batch_size=options.batch_size,
-        )
-        if single:
-            grid(result.images).save(path)
-        else:
-            lines = [f"{seed}\t{text}\n" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
-            path.write_text("".join(lines), encoding="utf-8")
-            for seed, image in zip(result.seeds, result.images, strict=True):
-                with atomic_write(options.out / f"{seed:06d}.png") as file:
-                    image.save(file)
-    for seed, text in zip(result.seeds, result.descriptions, strict=True):
-        print(f"seed {seed}: {text}")
-    passes = sum(result.statistics.forward_passes.values())
-    print(
-        f"{len(result.images)} images in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}"
+    _check_writable(options.out if single else options.out / "seeds.txt")
+    pipeline = load(options.model, device=options.device, dtype=options.dtype)
+    pipeline.set_progress_bar_config(desc="sampling", unit="step")
+    result = pipeline(
+        class_labels=None if options.class_name is None else _number_or_name(options.class_name),
+        prompt=options.prompt,
+        num_images=options.num_images,
+        attributes=attributes or None,
+        sampler=options.sampler,
+        sampler_options=sampler_options,
+        guidance_scale=options.guidance_scale,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        batch_size=options.batch_size,
     )
+    _write_images(result, options.out, single)
+    passes = sum(result.statistics.forward_passes.values())
+    count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
+    print(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
+
+
+def _check_writable(path: Path) -> None:
+    """Finds before the work that a file cannot be written; makes nothing.
+
+    Raises:
+        ValueError: a part of the path is not a folder that can be written to, or the path itself is a folder.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+
+
+def _write_images(result: Any, out: Path, single: bool) -> None:
+    """Writes a grid and prints what is on it, or a folder of files with a list of them."""
+    from visar.files import atomic_write
+    from visar.pictures import grid
+
+    rows = list(zip(result.seeds, result.descriptions, strict=True))
+    if single:
+        with atomic_write(out) as path:
+            grid(result.images).save(path)
+        for seed, text in rows:
+            print(f"seed {seed}: {text}")
+        return
+    for seed, image in zip(result.seeds, result.images, strict=True):
+        with atomic_write(out / f"{seed:06d}.png") as path:
+            image.save(path)
+    with atomic_write(out / "seeds.txt") as path:
+        path.write_text("".join(f"{seed}\t{text}\n" for seed, text in rows), encoding="utf-8")
 
 
 def _number_or_name(text: str) -> int | str:
-    return int(text) if text.lstrip("-").isdigit() else text
+    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +132,7 @@ def models(options: Models) -> None:
     if options.classes is not None:
         from visar import load
 
-        vocabulary = load(options.classes, device="cpu").vocabulary
+        vocabulary = None if options.classes in OFFICIAL else load(options.classes, device="cpu").vocabulary
         if vocabulary is None:
             raise ValueError(f"the classes of {options.classes} have numbers only")
         for name, values in vocabulary.attributes.items():
@@ -135,7 +157,10 @@ def samplers(options: Samplers) -> None:
 
     rows = [("sampler", "law", "source", "needs", "settings (defaults)")]
     for name, entry in SAMPLERS.items():
-        settings = ", ".join(f"{key}={value.default!r}" for key, value in entry.settings().items())
+        settings = ", ".join(
+            f"{key} (needed)" if value.default is value.empty else f"{key}={value.default!r}"
+            for key, value in entry.settings().items()
+        )
         rows.append((name, "exact" if entry.exact else "lossy", entry.paper, " ".join(entry.needs), settings or "-"))
     _table(rows)
 
@@ -161,32 +186,129 @@ def data_emoji(options: DataEmoji) -> None:
     print(build_emoji(options.out))
 
 
-def _bench() -> tuple[type, Callable]:
+@dataclasses.dataclass(frozen=True)
+class DataClips:
+    """Builds the set of animated emoji from the packages it comes in; 730 MB of downloads."""
+
+    out: Path
+    """Folder to write emojiclips.zip and ATTRIBUTION.md to; downloads are kept in its folder `packages`."""
+
+
+def data_clips(options: DataClips) -> None:
+    """Runs `visar data clips`."""
+    from visar.data.clips import build_clips
+
+    print(build_clips(options.out))
+
+
+# ------------------------------------------------------------------------------- commands whose options are elsewhere
+Command = tuple[type, Callable[..., None]]
+
+
+def _convert() -> Command:
+    from visar.checkpoints.convert import Convert, convert
+
+    return Convert, lambda options: print(convert(options))
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """Shows (stage, done, total) as one bar after the other."""
+    from tqdm import tqdm
+
+    bar: Any = None
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal bar
+        if bar is not None and (bar.desc.removesuffix(": ") != what or done < bar.n):
+            bar.close()
+            bar = None
+        if bar is None:
+            bar = tqdm(desc=what, total=total or None, unit="image", disable=not _first_process())
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+            bar = None
+
+    return progress
+
+
+def _eval() -> Command:
+    from visar.evaluate.commands import Eval, evaluate
+
+    def run(options: Eval, sampler_options: dict[str, Any]) -> None:
+        evaluate(options, sampler_options, _table, _progress())
+
+    return Eval, run
+
+
+def _eval_tokenizer() -> Command:
+    from visar.evaluate.commands import EvalTokenizer, evaluate_tokenizer
+
+    return EvalTokenizer, lambda options: evaluate_tokenizer(options, _table, _progress())
+
+
+def _compare() -> Command:
+    from visar.evaluate.commands import Compare, compare
+
+    return Compare, lambda options: compare(options, _table, _progress())
+
+
+def _stats() -> Command:
+    from visar.evaluate.commands import Stats, stats
+
+    return Stats, lambda options: stats(options, _table, _progress())
+
+
+def _bench() -> Command:
     from visar.benchmark import Bench, bench
 
-    return Bench, lambda options: bench(options, print)
+    def run(options: Bench) -> None:
+        bench(options, print)
+
+    return Bench, run
 
 
-def _train_tokenizer() -> tuple[type, Callable]:
+def _train_tokenizer() -> Command:
     from visar.train.tokenizer import TrainTokenizer, train_tokenizer
 
-    return TrainTokenizer, train_tokenizer
+    return TrainTokenizer, lambda options: _print_trained(train_tokenizer(options))
 
 
-def _train_generator() -> tuple[type, Callable]:
+def _train_generator() -> Command:
     from visar.train.generator import TrainGenerator, train_generator
 
-    return TrainGenerator, train_generator
+    return TrainGenerator, lambda options: _print_trained(train_generator(options))
 
 
-COMMANDS: dict[str, tuple[str, Callable[[], tuple[type, Callable]]]] = {
+def _print_trained(result: Any) -> None:
+    if _first_process():
+        state = "finished" if result.finished else "stopped"
+        best = "" if result.best is None else f", best validation {result.best:.4g}"
+        print(f"{state} after {result.steps} steps{best}: {result.out / 'model'}")
+
+
+# Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
+COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", lambda: (Sample, sample)),
     "models": ("list models, their classes and attributes", lambda: (Models, models)),
     "samplers": ("list samplers, exact and lossy, and their settings", lambda: (Samplers, samplers)),
-    "data emoji": ("build the emoji image set", lambda: (DataEmoji, data_emoji)),
+    "eval": ("score a model's images, or pictures made elsewhere", _eval),
+    "eval --compare": ("the same seeds through several samplers or models, or finished evaluations", _compare),
+    "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
+    "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
+    "convert": ("make a folder that loads without a network from another project's weights", _convert),
     "bench": ("time decoding on this machine", _bench),
-    "train tokenizer": ("train a tokenizer on images (--recipe NAME: start from an embedded model's)", _train_tokenizer),
-    "train generator": ("train a generator on a tokenizer's ids (--recipe NAME: the same)", _train_generator),
+    "train tokenizer": ("train a tokenizer on images (--recipe NAME: as an embedded model)", _train_tokenizer),
+    "train generator": (
+        "train a generator on a tokenizer's ids (--recipe NAME: as an embedded model)",
+        _train_generator,
+    ),
+    "data emoji": ("build the emoji image set", lambda: (DataEmoji, data_emoji)),
+    "data clips": ("build the set of animated emoji", lambda: (DataClips, data_clips)),
 }
 
 
@@ -197,70 +319,102 @@ def _usage() -> str:
 
 
 def _find(arguments: list[str]) -> tuple[str, list[str]]:
-    """Splits off the command, of one word or two.
+    """Splits off the command.
 
     Raises:
         ValueError: no such command.
     """
-    for length in (2, 1):
-        name = " ".join(arguments[:length])
-        if name in COMMANDS:
-            return name, arguments[length:]
-    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
-    if group:
-        raise ValueError(f"say which: {', '.join(f'visar {name}' for name in group)}")
-    raise ValueError(f"unknown command {arguments[0]!r}\n{_usage()}")
+    first, rest = arguments[0], arguments[1:]
+    second = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    for word in rest:
+        if word in second and (word.startswith("--") or word is rest[0]):
+            rest.remove(word)
+            return f"{first} {word}", rest
+    if first in COMMANDS:
+        return first, rest
+    if second:
+        raise ValueError(f"say which: {', '.join(f'visar {first} {word}' for word in second)}")
+    raise ValueError(f"unknown command {first!r}\n{_usage()}")
 
 
-def _sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+def _take(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
+    """Takes `flag VALUE` or `flag=VALUE` out of the arguments; the last value counts, None is no such flag."""
+    rest, value, words = [], None, iter(arguments)
+    for word in words:
+        name, equals, behind = word.partition("=")
+        if name == flag:
+            value = behind if equals else next(words, "")
+        else:
+            rest.append(word)
+    return rest, value
+
+
+def _sampler_options(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Takes --sampler.NAME VALUE pairs out of the arguments and reads them by the sampler's own annotations.
 
     Raises:
-        ValueError: a setting that the sampler does not have, or a value of another type.
+        ValueError: no such sampler, a setting that it does not have, or one that it needs is not given.
     """
     from visar.samplers.index import find_sampler
 
-    own, rest, words = [], [], iter(arguments)
-    for word in words:
-        if word.startswith("--sampler."):
-            name, equals, value = word.removeprefix("--sampler.").partition("=")
-            own.append((name.replace("-", "_"), value if equals else next(words, "")))
-        else:
-            rest.append(word)
-    if not own:
-        return rest, {}
-    chosen = [rest[i + 1] for i, word in enumerate(rest[:-1]) if word == "--sampler"]
-    chosen += [word.partition("=")[2] for word in rest if word.startswith("--sampler=")]
-    sampler = chosen[-1] if chosen else "ancestral"
+    own = [word.partition("=")[0] for word in arguments if word.startswith("--sampler.")]
+    sampler = _take(arguments, "--sampler")[1]
+    if sampler is None:
+        if own:
+            raise ValueError(f"{own[0]} is a setting of a sampler: say --sampler NAME too")
+        return arguments, {}
     settings = find_sampler(sampler).settings()
     values = {}
-    for name, value in own:
+    for flag in own:
+        name = flag.removeprefix("--sampler.").replace("-", "_")
         if name not in settings:
             allowed = ", ".join(settings) or "none"
             raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {allowed}")
+        arguments, value = _take(arguments, flag)
+        if value is None:
+            continue  # given twice: taken already
         holder = dataclasses.make_dataclass("Setting", [(name, settings[name].annotation)])
-        values[name] = getattr(
-            tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog="visar sample"), name
-        )
-    return rest, values
+        chosen = tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog=f"visar {command}")
+        values[name] = getattr(chosen, name)
+    missing = [name for name, value in settings.items() if value.default is value.empty and name not in values]
+    if missing:
+        raise ValueError(f"sampler {sampler} needs {' and '.join(f'--sampler.{name}' for name in missing)}")
+    return arguments, values
 
 
-def _recipe(command: str, arguments: list[str]) -> tuple[list[str], Any]:
-    """Takes --recipe NAME out of a training command's arguments; the recipe's options replace the defaults.
+def _recipe(command: str, options_class: type, name: str) -> Any:
+    """The options of a recipe, which replace a training command's defaults.
 
     Raises:
         ValueError: no recipe of that name for this command.
     """
-    if "--recipe" not in arguments:
-        return arguments, None
     from visar.train.recipes import RECIPES
 
-    place = arguments.index("--recipe")
-    name = arguments[place + 1] if place + 1 < len(arguments) else ""
-    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, COMMANDS[command][1]()[0])]
+    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, options_class)]
     if name not in fitting:
         raise ValueError(f"unknown recipe {name!r} for visar {command}; choose one of {', '.join(fitting)}")
-    return arguments[:place] + arguments[place + 2 :], RECIPES[name]
+    return RECIPES[name]
+
+
+def parse(arguments: list[str]) -> Callable[[], None]:
+    """What a command line asks for, ready to run.
+
+    Raises:
+        ValueError: no such command, sampler, setting or recipe.
+        SystemExit: --help, or options that do not fit, with their status (0, 2) and the message printed.
+    """
+    name, rest = _find(arguments)
+    options_class, run = COMMANDS[name][1]()
+    settings: dict[str, Any] = {"prog": f"visar {name}", "description": options_class.__doc__}
+    extra: tuple = ()
+    if name in ("sample", "eval") and not {"-h", "--help"} & set(rest):
+        rest, sampler_options = _sampler_options(name, rest)
+        extra = (sampler_options,)
+    if name.startswith("train "):
+        rest, recipe = _take(rest, "--recipe")
+        settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
+    options = tyro.cli(options_class, args=rest, **settings)
+    return lambda: run(options, *extra)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -274,22 +428,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(version("torch-visar"))
         return 0
+    status = 2
     try:
-        name, rest = _find(arguments)
-        extra: tuple = ()
-        if name == "sample" and not {"-h", "--help"} & set(rest):
-            rest, sampler_options = _sampler_options(rest)
-            extra = (sampler_options,)
-        options_class, run = COMMANDS[name][1]()
-        settings: dict[str, Any] = {"prog": f"visar {name}", "description": options_class.__doc__}
-        if name.startswith("train "):
-            rest, default = _recipe(name, rest)
-            settings |= {} if default is None else {"default": default}
-        options = tyro.cli(options_class, args=rest, **settings)
-        run(options, *extra)
-    except (ValueError, ImportError) as error:
+        run = parse(arguments)
+        status = 1
+        run()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except (ValueError, ImportError, OSError) as error:
         print(f"visar: {error}", file=sys.stderr)
-        return 1
+        return status
     except KeyboardInterrupt:
         print("visar: interrupted", file=sys.stderr)
         return 130
