@@ -1,6 +1,7 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from visar.samplers.index import find_sampler
 from visar.vocabulary import Vocabulary
 
 OUTPUT_TYPES = ("pil", "pt", "np")
+NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass
@@ -49,7 +51,11 @@ class ImagePipeline(DiffusionPipeline):
         generator: predicts ids.
         vocabulary: `visar.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose
             classes have numbers only.
-        defaults: sampling settings used where a call gives none: guidance_scale, temperature, top_k, top_p.
+        defaults: sampling settings used where a call gives none: sampler, temperature, top_k, top_p, and
+            guidance_scale or guidance (a dict of the fields of `Guidance`).
+
+    Raises:
+        ValueError: unknown default settings.
     """
 
     model_cpu_offload_seq = "generator->tokenizer"
@@ -65,6 +71,7 @@ class ImagePipeline(DiffusionPipeline):
         defaults: dict | None = None,
     ) -> None:
         super().__init__()
+        guidance_of_defaults(defaults or {})
         self.register_modules(tokenizer=tokenizer, generator=generator)
         self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
         self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
@@ -158,6 +165,27 @@ class ImagePipeline(DiffusionPipeline):
             labels = torch.tensor([int(label) for label in class_labels])
         return Condition(labels_BA=labels[:, None]), [f"class {int(label)}" for label in labels]
 
+    def sampling_settings(
+        self,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | Guidance | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values."""
+        defaults = {**NEUTRAL, **self.config["defaults"]}
+        given = {"sampler": sampler, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = {name: defaults[name] if value is None else value for name, value in given.items()}
+        guidance = guidance_scale
+        if not isinstance(guidance, Guidance):
+            own = guidance_of_defaults(self.config["defaults"])
+            guidance = (
+                own if guidance is None else Guidance(float(guidance), schedule=own.schedule, interval=own.interval)
+            )
+        return {**settings, "guidance": guidance}
+
     def sample_tokens(
         self,
         condition: Condition,
@@ -213,7 +241,7 @@ class ImagePipeline(DiffusionPipeline):
         *,
         attributes: dict[str, str] | None = None,
         condition: Condition | None = None,
-        sampler: str = "ancestral",
+        sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
         guidance_scale: float | Guidance | None = None,
         temperature: float | None = None,
@@ -235,8 +263,8 @@ class ImagePipeline(DiffusionPipeline):
             attributes: further labels by name, such as {"style": "noto"}.
             condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders'
                 features).
-            sampler, sampler_options: see `visar samplers`.
-            guidance_scale: 1.0 = off, or a Guidance; None takes the model's default, as the next three do.
+            sampler, sampler_options: see `visar samplers`. None takes the model's default, as the next four do.
+            guidance_scale: 1.0 = off; where the model's default rises from block to block, so does it. Or a Guidance.
             temperature: > 0; 1.0 = off.
             top_k: 0 = off.
             top_p: in (0, 1]; 1.0 = off.
@@ -267,16 +295,10 @@ class ImagePipeline(DiffusionPipeline):
             condition, descriptions = self.prepare_condition(image_seed_list, labels, prompts, attributes)
         else:
             descriptions = [""] * count
-        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, **self.config["defaults"]}
-        guidance = guidance_scale if guidance_scale is not None else defaults["guidance_scale"]
-        settings: dict[str, Any] = {
-            "sampler": sampler,
-            "sampler_options": sampler_options,
-            "guidance": guidance if isinstance(guidance, Guidance) else Guidance(float(guidance)),
-            "temperature": defaults["temperature"] if temperature is None else temperature,
-            "top_k": defaults["top_k"] if top_k is None else top_k,
-            "top_p": defaults["top_p"] if top_p is None else top_p,
-        }
+        settings = self.sampling_settings(
+            sampler=sampler, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        settings["sampler_options"] = sampler_options
         size = batch_size or count
         tokens, images, statistics = [], [], SampleStatistics()
         with self.progress_bar(total=sum(1 for _ in range(0, count, size)) * len(self.generator.block_sizes)) as bar:
@@ -301,6 +323,30 @@ class ImagePipeline(DiffusionPipeline):
             seeds=image_seed_list,
             descriptions=descriptions,
         )
+
+
+def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
+    """The guidance that a pipeline's default settings say.
+
+    Raises:
+        ValueError: unknown settings, or both guidance and guidance_scale.
+    """
+    allowed = (*NEUTRAL, "guidance_scale", "guidance")
+    unknown = [name for name in defaults if name not in allowed]
+    if unknown:
+        raise ValueError(f"default setting {unknown[0]!r}; choose from {', '.join(allowed)}")
+    if "guidance" not in defaults:
+        return Guidance(float(defaults.get("guidance_scale", 1.0)))
+    if "guidance_scale" in defaults:
+        raise ValueError("default settings have guidance or guidance_scale, not both")
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in defaults["guidance"].items()
+    }
+    try:
+        return Guidance(**fields)
+    except TypeError as error:
+        names = ", ".join(field.name for field in dataclasses.fields(Guidance))
+        raise ValueError(f"default guidance {', '.join(fields)}; its fields: {names}") from error
 
 
 def _each(values: int | str | Sequence, num_images: int) -> list:

@@ -33,7 +33,7 @@ def load(
         ValueError: unknown name (with the nearest ones), unknown device or dtype, or files that are damaged or do
             not fit.
     """
-    target, kind = _placement(device, dtype)
+    target, kind = placement(device, dtype)
     folder = Path(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
@@ -59,7 +59,7 @@ def load_tokenizer(
 
     The name of a generator gives the tokenizer that it was trained with. Arguments and errors as in `load`.
     """
-    target, kind = _placement(device, dtype)
+    target, kind = placement(device, dtype)
     folder = Path(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
@@ -120,7 +120,14 @@ def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
     return model
 
 
-def _placement(device: str | torch.device | None, dtype: str | torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+def placement(
+    device: str | torch.device | None, dtype: str | torch.dtype | None = None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype; None as of `load`.
+
+    Raises:
+        ValueError: unknown ones, or a device that this machine does not have.
+    """
     try:
         target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
