@@ -35,7 +35,7 @@ from visar.samplers.verify import Counts, Generator, check_window, held_noise, r
 from visar.tree import DraftTree
 
 Read = Callable[[DraftTree], Tensor]
-Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor], tuple[DraftTree, Walk]]
+Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]
 
 
 def run_trees(
@@ -53,14 +53,16 @@ def run_trees(
     check_every: int,
     callback: Callable[[int, Tensor], None] | None,
     runtime: Runtime,
+    table: Tensor | None = None,
 ) -> SampleOutput:
     """The loop of all samplers that draft trees.
 
     Args:
-        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B]) -> a tree and the
-            way through it, where read(tree) are the target's laws [B, L, V].
+        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B], table) -> the way
+            through a tree that it drafts, where read(tree) are the target's laws [B, L, V].
         key: what a captured pass depends on besides model, batch, filters and drafter.
         depth, nodes: D and M of its trees.
+        table: a tensor that it reads; the session keeps a copy for captured passes.
 
     Raises:
         ValueError: see the samplers.
@@ -76,6 +78,7 @@ def run_trees(
     state = kept.target = model.start(condition, guidance, ragged=True, window=nodes, state=kept.target)
     drafting = drafter.start(session, kept, Target(model, state, condition, guidance, nodes, depth, filters))
     source = held_noise(session, noise)
+    held_table = None if table is None else session.hold("table", table)
     pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
     counts = Counts.start(session, depth + 1, device)
 
@@ -90,7 +93,7 @@ def run_trees(
             return token_law(model.guided_logits(state, shown[0], tree.depth_BL), *filters)
 
         uniform = source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), pass_11)[:, 0]
-        _, way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1])
+        way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
         count_B = way.kept_B + 1
         model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
         counts.add(count_B, way.kept_B, way.judged_B, num_tokens - start_B)
@@ -153,22 +156,14 @@ def sample_static_tree(
     Raises:
         ValueError: a setting out of range, a path without its parent, or a condition or drafter that does not fit.
     """
-    if paths is None:
-        if not branches or min(branches) < 1:
-            raise ValueError(f"branches {branches}; they must be >= 1, one a depth")
-        shape = full_paths(tuple(branches))
-    else:
-        shape = check_paths([tuple(path) for path in paths])
-    most = max(path[-1] for path in shape) + 1
-    if most > model.config["vocab_size"]:
-        raise ValueError(f"{most} children a node of a vocabulary of {model.config['vocab_size']}")
+    shape = static_shape(model, branches, paths)
     depth = len(shape[-1])
 
     def speculate(
-        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
-    ) -> tuple[DraftTree, Walk]:
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
+    ) -> Walk:
         tree, q_BMV = draft_static(drafting, shape, draft_BM)
-        return tree, walk(read(tree), tree, judge_drawn(tree, q_BMV), accept_BM, emit_B, depth)
+        return walk(read(tree), tree, judge_drawn(tree, q_BMV), accept_BM, emit_B, depth)
 
     return run_trees(
         model,
@@ -232,10 +227,10 @@ def sample_dynamic_tree(
     nodes = dynamic_size(model, depth, children, nodes)
 
     def speculate(
-        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
-    ) -> tuple[DraftTree, Walk]:
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
+    ) -> Walk:
         tree = draft_dynamic(drafting, len(emit_B), depth, children, nodes)
-        return tree, walk(read(tree), tree, judge_chosen(tree), accept_BM, emit_B, depth)
+        return walk(read(tree), tree, judge_chosen(tree), accept_BM, emit_B, depth)
 
     return run_trees(
         model,
@@ -252,6 +247,26 @@ def sample_dynamic_tree(
         callback=callback,
         runtime=runtime,
     )
+
+
+def static_shape(
+    model: Generator, branches: tuple[int, ...], paths: tuple[tuple[int, ...], ...] | None
+) -> list[tuple[int, ...]]:
+    """Rank paths of a static tree in order of depth.
+
+    Raises:
+        ValueError: see sample_static_tree.
+    """
+    if paths is not None:
+        shape = check_paths([tuple(path) for path in paths])
+    elif not branches or min(branches) < 1:
+        raise ValueError(f"branches {branches}; they must be >= 1, one a depth")
+    else:
+        shape = full_paths(tuple(branches))
+    most = max(path[-1] for path in shape) + 1
+    if most > model.config["vocab_size"]:
+        raise ValueError(f"{most} children a node of a vocabulary of {model.config['vocab_size']}")
+    return shape
 
 
 def dynamic_size(model: Generator, depth: int, children: int, nodes: int) -> int:
@@ -312,11 +327,11 @@ def sample_k_seq(
             raise ValueError(f"{name} {value}; it must be >= 1")
 
     def speculate(
-        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor
-    ) -> tuple[DraftTree, Walk]:
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
+    ) -> Walk:
         tree, laws = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
         accept_BDk = accept_BM.unflatten(1, (num_drafts, num_chains))
-        return tree, walk_chains(read(tree), tree, laws, accept_BDk, emit_B)
+        return walk_chains(read(tree), tree, laws, accept_BDk, emit_B)
 
     return run_trees(
         model,

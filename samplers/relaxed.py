@@ -1,0 +1,243 @@
+"""LANTERN: a draft may take over the probability of codes that look like it. Lossy.
+
+Sources: LANTERN, arXiv 2410.03355; LANTERN++, arXiv 2502.06352 (jadohu/LANTERN@3a56e45). Image codes have many near
+twins, so that a drafter's first choice is seldom the target's. Judging a draft x, the probabilities of its nearest
+codes n_1 ... n_m are moved onto x, as many as the bound allows:
+
+    p_hat(x) = p(x) + S_m,    p_hat(n_1) = ... = p_hat(n_m) = 0,    S_m = p(n_1) + ... + p(n_m)
+
+with the largest m <= k for which S_m <= delta (additive, LANTERN: the total variation distance of p_hat from p) or
+S_m <= (lambda - 1) p(x) (multiplicative, LANTERN++). Then x is judged against p_hat instead of p, and so is the
+residual. The bound is for one decision: a token's law may move by delta for every sibling that is judged before it,
+and depends on which x was drafted. On a toy of 8 codes with three siblings a position's marginal moved by 0.005, 0.04,
+0.30 and 0.48 (total variation) at delta 0.05, 0.1, 0.2 and 0.4 in dynamic trees, by 0.004, 0.007, 0.17 and 0.24 in
+static ones.
+
+B batch, M nodes, L = M + 1 slots, D depth of a tree, V codes, k neighbours, C code width.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from visar.condition import Condition
+from visar.guidance import OFF, Guidance
+from visar.noise import Noise
+from visar.output import SampleOutput
+from visar.runtime import EAGER, Runtime
+from visar.samplers.drafters import Drafter, Drafting
+from visar.samplers.tree_speculation import Read, dynamic_size, run_trees, static_shape
+from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, without
+from visar.samplers.verify import Generator, acceptance, one_hot, residual
+from visar.tree import DraftTree
+
+
+def neighbour_table(codebook_VC: Tensor, num_neighbours: int, chunk: int = 1024) -> Tensor:
+    """The k codes nearest to each code (Euclidean, itself left out), nearest first; int32 [V, k].
+
+    Raises:
+        ValueError: k is not in 1 ... V - 1.
+    """
+    codes_VC = codebook_VC.float()
+    if not 1 <= num_neighbours < len(codes_VC):
+        raise ValueError(f"num_neighbours {num_neighbours}; allowed: 1 ... {len(codes_VC) - 1}")
+    rows = []
+    for first in range(0, len(codes_VC), chunk):
+        distance = torch.cdist(codes_VC[first : first + chunk], codes_VC, compute_mode="donot_use_mm_for_euclid_dist")
+        own = torch.arange(first, first + len(distance), device=distance.device)[:, None]
+        distance.scatter_(1, own, float("inf"))
+        rows.append(distance.topk(num_neighbours, dim=1, largest=False).indices.int())
+    return torch.cat(rows)
+
+
+def relaxed_law(
+    law_BV: Tensor,
+    token_B: Tensor,
+    neighbours_Vk: Tensor,
+    max_moved: float | None = None,
+    max_ratio: float | None = None,
+) -> Tensor:
+    """p_hat of each row for its draft, float32 [B, V]; arXiv 2410.03355, section 4, and 2502.06352, section 3.
+
+    Args:
+        law_BV: p; token_B: int64 drafts x.
+        neighbours_Vk: see neighbour_table.
+        max_moved: delta, most probability that is moved; None = no such bound.
+        max_ratio: lambda, p_hat(x) / p(x) at most; None = no such bound.
+    """
+    near_Bk = neighbours_Vk[token_B].long()
+    moved_Bk = law_BV.gather(1, near_Bk).cumsum(1)
+    own_B1 = law_BV.gather(1, token_B[:, None])
+    allowed_Bk = torch.ones_like(moved_Bk, dtype=torch.bool)
+    if max_moved is not None:
+        allowed_Bk = allowed_Bk & (moved_Bk <= max_moved)
+    if max_ratio is not None:
+        allowed_Bk = allowed_Bk & (moved_Bk <= (max_ratio - 1) * own_B1)
+    sum_B1 = (moved_Bk * allowed_Bk).amax(1, keepdim=True)
+    left_Bk = law_BV.gather(1, near_Bk) * ~allowed_Bk
+    return law_BV.scatter(1, near_Bk, left_Bk).scatter(1, token_B[:, None], own_B1 + sum_B1)
+
+
+Relax = Callable[[Tensor, Tensor], Tensor]
+
+
+def judge_relaxed(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> Judge:
+    """Judges nodes against p_hat = relax(p, x): drawn from q, or chosen without a draw (q None)."""
+
+    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
+        token_B = tree.tokens_BM[:, node]
+        hat_BV = relax(law_BV, token_B)
+        if q_BMV is None:
+            return hat_BV.gather(1, token_B[:, None]).squeeze(1), without(hat_BV, token_B)
+        return acceptance(hat_BV, q_BMV[:, node], token_B), residual(hat_BV, q_BMV[:, node])
+
+    return judge
+
+
+def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Walk:
+    """The longest path of nodes that are the likeliest code once they have their neighbours' probability.
+
+    A node counts if p_hat(x) exceeds p of every other code (the neighbours keep theirs); the token after the path is
+    the likeliest one.
+    """
+    batch = p_BLV.shape[0]
+    reached = [torch.ones(batch, dtype=torch.bool, device=p_BLV.device)]
+    judged_B = torch.zeros(batch, dtype=torch.int64, device=p_BLV.device)
+    for node in range(tree.num_nodes):
+        parent_B1, token_B = tree.parents_BM[:, node, None], tree.tokens_BM[:, node]
+        law_BV = p_BLV.gather(1, parent_B1[..., None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
+        mine_B1 = relax(law_BV, token_B).gather(1, token_B[:, None])
+        likeliest_B = law_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
+        open_B = torch.stack(reached, dim=1).gather(1, parent_B1).squeeze(1)
+        reached.append(open_B & likeliest_B)
+        judged_B = judged_B + open_B
+    reached_BL = torch.stack(reached, dim=1)
+    deepest_B = (tree.depth_BL * reached_BL).argmax(1)
+    line_BL = tree.seen_BLL.gather(1, deepest_B[:, None, None].expand(-1, 1, tree.num_nodes + 1)).squeeze(1)
+    kept_B = line_BL.sum(1) - 1
+    slot_BL = torch.arange(tree.num_nodes + 1, device=p_BLV.device).expand_as(line_BL)
+    # Column d - 1 for the ancestor at depth d; what is not on the path is written to the spare column.
+    column_BL = torch.where(line_BL & (slot_BL > 0), tree.depth_BL - 1, depth)
+    slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=p_BLV.device).scatter(1, column_BL, slot_BL)
+    last_BV = p_BLV.gather(1, deepest_B[:, None, None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
+    law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
+    half_B = torch.full((batch,), 0.5, device=p_BLV.device)
+    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, law_BV, half_B)
+
+
+@torch.no_grad()
+def sample_lantern(
+    model: Generator,
+    condition: Condition,
+    *,
+    noise: Noise,
+    guidance: Guidance = OFF,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    codebook: Tensor | None = None,
+    neighbours: Tensor | None = None,
+    num_neighbours: int = 1000,
+    max_moved: float | None = None,
+    max_ratio: float | None = None,
+    greedy: bool = False,
+    drafter: Drafter | None = None,
+    tree: Literal["dynamic", "static"] = "dynamic",
+    depth: int = 5,
+    children: int = 10,
+    nodes: int = 58,
+    branches: tuple[int, ...] = (4, 2, 1, 1),
+    paths: tuple[tuple[int, ...], ...] | None = None,
+    check_every: int = 8,
+    callback: Callable[[int, Tensor], None] | None = None,
+    runtime: Runtime = EAGER,
+) -> SampleOutput:
+    """Draws tokens by speculation with acceptance relaxed to similar codes. Lossy; exact with max_moved=0.
+
+    LANTERN, arXiv 2410.03355 (dynamic trees, max_moved), and LANTERN++, arXiv 2502.06352 (static trees, max_ratio).
+
+    Args:
+        model: a generator of one token a step with start, verify_tree and commit_path.
+        condition: of the B images.
+        noise: one seed an image.
+        guidance: classifier-free guidance, for the drafter too. LANTERN: 7.5 (text to image).
+        temperature: > 0; 1.0 = off. LANTERN: 1.0.
+        top_k: 0 = off.
+        top_p: in (0, 1]; 1.0 = off.
+        codebook: the tokenizer's code vectors [V, C] as looked up, or
+        neighbours: int32 [V, k] of `neighbour_table`, to compute it once.
+        num_neighbours: k, for `codebook` (at most V - 1 are used). LANTERN: 1000; LANTERN++: 5 to 10.
+        max_moved: delta, probability that a decision may move. LANTERN: 0.05 to 0.4, 0.2 for its figure 1.
+        max_ratio: lambda, most growth of a draft's probability. LANTERN++: 5 to 20.
+        greedy: take the likeliest token instead of drawing (temperature 0 of the paper; the filters still apply).
+        drafter: see sample_speculative. LANTERN: FeatureDrafter.
+        tree: "dynamic" (EAGLE-2; depth, children, nodes) or "static" (branches or paths); see the functions of those
+            trees.
+        check_every, callback, runtime: see sample_speculative.
+
+    Returns: tokens int64 [B, N] and statistics.
+
+    Raises:
+        ValueError: no bound at all, a setting out of range, or a condition, codebook or drafter that does not fit.
+
+    Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
+    out of the drafter's (static); here the m that were moved, as the papers define p_hat.
+    """
+    vocab_size = model.config["vocab_size"]
+    if tree not in ("dynamic", "static"):
+        raise ValueError(f"tree {tree!r}; choose dynamic or static")
+    if max_moved is None and max_ratio is None:
+        raise ValueError("give max_moved (LANTERN) or max_ratio (LANTERN++), or both")
+    if max_moved is not None and not 0 <= max_moved <= 1:
+        raise ValueError(f"max_moved {max_moved}; it must be in [0, 1]")
+    if max_ratio is not None and not max_ratio >= 1:
+        raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
+    if (codebook is None) == (neighbours is None):
+        raise ValueError("give the tokenizer's codebook, or a table of neighbours")
+    if neighbours is None:
+        assert codebook is not None
+        neighbours = neighbour_table(codebook.to(noise.device), min(num_neighbours, len(codebook) - 1))
+    if len(neighbours) != vocab_size:
+        raise ValueError(f"neighbours of {len(neighbours)} codes for a model of {vocab_size}")
+    shape: list[tuple[int, ...]] = []
+    if tree == "static":
+        shape = static_shape(model, branches, paths)
+        depth, nodes = len(shape[-1]), len(shape)
+    else:
+        nodes = dynamic_size(model, depth, children, nodes)
+
+    def speculate(
+        drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table_Vk: Tensor | None
+    ) -> Walk:
+        assert table_Vk is not None
+
+        def relax(law_BV: Tensor, token_B: Tensor) -> Tensor:
+            return relaxed_law(law_BV, token_B, table_Vk, max_moved, max_ratio)
+
+        if tree == "static":
+            drafted, q_BMV = draft_static(drafting, shape, draft_BM)
+        else:
+            drafted, q_BMV = draft_dynamic(drafting, len(emit_B), depth, children, nodes), None
+        p_BLV = read(drafted)
+        if greedy:
+            return walk_greedy(p_BLV, drafted, relax, depth)
+        return walk(p_BLV, drafted, judge_relaxed(drafted, q_BMV, relax), accept_BM, emit_B, depth)
+
+    return run_trees(
+        model,
+        condition,
+        speculate,
+        ("lantern", tree, tuple(shape), children, max_moved, max_ratio, greedy, neighbours.shape[1]),
+        depth=depth,
+        nodes=nodes,
+        noise=noise,
+        guidance=guidance,
+        filters=(temperature, top_k, top_p),
+        drafter=drafter,
+        check_every=check_every,
+        callback=callback,
+        runtime=runtime,
+        table=neighbours.to(noise.device, torch.int32),
+    )

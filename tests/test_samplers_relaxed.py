@@ -1,0 +1,262 @@
+"""LANTERN and LANTERN++: recorded trees, the relaxed law, exactness without relaxation, and measured changes."""
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from visar.evaluate.laws import check_law, joint_law, position_distances, total_variation
+from visar.guidance import Guidance
+from visar.noise import Noise, image_seeds
+from visar.runtime import EAGER, Runtime
+from visar.samplers.ancestral import sample_ancestral
+from visar.samplers.drafters import ModelDrafter
+from visar.samplers.relaxed import judge_relaxed, neighbour_table, relaxed_law, sample_lantern, walk_greedy
+from visar.samplers.trees import check_paths, judge_chosen, judge_drawn, path_parents, walk, without
+from visar.samplers.verify import token_law
+from visar.tree import DraftTree
+
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
+tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads cost more than they bring at these sizes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------- recorded trees
+def recorded(io, kind):
+    for name in sorted({key.split(".")[0] for key in io if key.startswith(kind)}):
+        yield name, {key.split(".", 1)[1]: value for key, value in io.items() if key.startswith(name + ".")}
+
+
+def tree_of(case):
+    if "tree_choices" in case:
+        paths = [tuple(rank for rank in path if rank >= 0) for path in case["tree_choices"].tolist()]
+        parents = torch.tensor(path_parents(check_paths(paths)))
+    else:
+        parents = case["node_parents"][1:]
+    return DraftTree.from_parents(case["node_tokens"][None, 1:], parents[None])
+
+
+def drafted_laws(case, tree):
+    """Each node's law without its elder siblings, from the drafter's law of its parent."""
+    parents, laws, left = tree.parents_BM[0].tolist(), [], {}
+    expanded = sorted(set(parents))
+    for node, parent in enumerate(parents):
+        law = left.get(parent, case["draft_probs"][expanded.index(parent)])
+        laws.append(law)
+        left[parent] = without(law[None], tree.tokens_BM[:, node])[0]
+    return torch.stack(laws)[None]
+
+
+def relaxation(case):
+    if not int(case["lantern"]):
+        return lambda law, token: law
+    table, delta = case["neighbours"][:, : int(case["k"])].int(), float(case["delta"])
+    bounds = dict(max_ratio=delta) if delta > 1 else dict(max_moved=delta)
+    return lambda law, token: relaxed_law(law, token, table, **bounds)
+
+
+def uniforms(case, tree, trace):
+    """The recorded numbers at the nodes that they judged."""
+    uniform, current = torch.full((1, tree.num_nodes), 0.5), 0
+    for draw, row in enumerate(trace.tolist()):
+        mine = (tree.parents_BM[0] == current) & (tree.tokens_BM[0] == int(row[1]))
+        node = int(mine.nonzero()[0])
+        uniform[0, node] = float(case["u"][draw])
+        current = node + 1 if row[5] else current
+    return uniform
+
+
+@pytest.mark.parametrize("kind", ["dyn", "static"])
+def test_recorded_walks(parity, kind):
+    """The papers' rule; and the released code's outcome where it agrees with them."""
+    agreeing = 0
+    for name, case in recorded(parity("lantern").io, kind):
+        tree, seen = tree_of(case), []
+        if kind == "static":
+            assert torch.equal(tree.depth_BL[0], case["tree_position"])
+            assert torch.equal(tree.seen_BLL[0], case["tree_mask"].bool())
+            q = drafted_laws(case, tree)
+        p = token_law(case["node_logits"][None], float(case["temperature"]), int(case["top_k"]), 1.0)
+        relax = relaxation(case)
+
+        def recorded_relax(law, token, relax=relax, seen=seen):
+            hat = relax(law, token)
+            seen.append((int(token), float(law[0, token]), float(hat[0, token])))
+            return hat
+
+        judge = judge_relaxed(tree, q if kind == "static" else None, recorded_relax)
+        trace = case["trace_paper"]
+        way = walk(p, tree, judge, uniforms(case, tree, trace), torch.tensor([0.5]), int(tree.depth_BL.max()))
+        assert int(way.kept_B) == int(case["accept_length_paper"]), name
+        assert int(way.judged_B) == len(trace)
+        torch.testing.assert_close(way.law_BV[0], case["next_dist_paper"], atol=1e-5, rtol=0)
+        for row in trace.tolist():
+            near = [s for s in seen if s[0] == int(row[1]) and abs(s[1] - row[2]) < 1e-5 and abs(s[2] - row[3]) < 1e-5]
+            assert near, (name, row)
+        if torch.equal(case["trace"], trace):
+            agreeing += 1
+            assert way.tokens_BL[0, : int(way.kept_B)].tolist() == case["accepted"].tolist()
+            torch.testing.assert_close(way.law_BV[0], case["next_dist"], atol=1e-5, rtol=0)
+        if not int(case["lantern"]):
+            exact = judge_drawn(tree, q) if kind == "static" else judge_chosen(tree)
+            again = walk(p, tree, exact, uniforms(case, tree, trace), torch.tensor([0.5]), way.slots_BD.shape[1])
+            assert torch.equal(again.tokens_BL, way.tokens_BL)
+    assert agreeing >= 2
+
+
+def test_recorded_draws_without_replacement(parity):
+    for _, case in recorded(parity("lantern").io, "static"):
+        for row, tokens in enumerate(case["draft_tokens"]):
+            law = case["draft_probs"][row]
+            for rank, token in enumerate(tokens):
+                torch.testing.assert_close(law[token], case["draft_cond_probs"][row, rank], atol=1e-5, rtol=1e-5)
+                law = without(law[None], token[None])[0]
+
+
+def test_recorded_greedy_paths(parity):
+    for _, case in recorded(parity("lantern").io, "greedy"):
+        tree = tree_of(case)
+        p = token_law(case["node_logits"][None], 1.0, 0, 1.0)
+        way = walk_greedy(p, tree, relaxation(case), int(tree.depth_BL.max()))
+        kept = int(way.kept_B)
+        assert kept == int(case["accept_length"])
+        assert way.tokens_BL[0, :kept].tolist() == case["accepted"].tolist()
+        assert int(way.tokens_BL[0, kept]) == int(case["next_dist"].argmax())
+
+
+def test_recorded_neighbours(parity):
+    for _, case in recorded(parity("lantern").io, "dyn"):
+        every = case["codebook"].shape[0] - 1
+        table = neighbour_table(case["codebook"], every, chunk=7)
+        assert table.dtype == torch.int32 and torch.equal(table.long(), case["neighbours"])
+        assert torch.equal(neighbour_table(case["codebook"], 3), table[:, :3])
+
+
+# -------------------------------------------------------------------------------------------------- the relaxed law
+def test_relaxed_law_moves_what_the_bounds_allow():
+    p = torch.tensor([[0.1, 0.05, 0.2, 0.3, 0.35]])
+    table = torch.tensor([[1, 2, 3, 4]] + [[0, 2, 3, 4]] * 4, dtype=torch.int32)
+    token = torch.tensor([0])
+    for bounds, wanted in (
+        (dict(max_moved=0.04), [0.1, 0.05, 0.2, 0.3, 0.35]),
+        (dict(max_moved=0.26), [0.35, 0.0, 0.0, 0.3, 0.35]),
+        (dict(max_ratio=1.6), [0.15, 0.0, 0.2, 0.3, 0.35]),
+        (dict(max_moved=0.26, max_ratio=1.6), [0.15, 0.0, 0.2, 0.3, 0.35]),
+        (dict(max_moved=1.0), [1.0, 0.0, 0.0, 0.0, 0.0]),
+    ):
+        hat = relaxed_law(p, token, table, **bounds)
+        torch.testing.assert_close(hat, torch.tensor([wanted]))
+        assert total_variation(hat, p) <= bounds.get("max_moved", 1.0) + 1e-6
+        assert hat[0, 0] <= bounds.get("max_ratio", 100.0) * p[0, 0] + 1e-6
+
+
+def lantern(model, count, seed=0, label=1, **settings):
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(model.config["vocab_size"], 2, generator=generator)
+    settings = dict(codebook=codebook, num_neighbours=3, depth=3, children=3, nodes=8, branches=(3, 2, 1)) | settings
+    return sample_lantern(model, many(label, count), noise=Noise(image_seeds(seed, count)), **settings)
+
+
+def near(model):
+    other = tabular(model.config["vocab_size"], tuple(model.config["grid"]))
+    generator = torch.Generator().manual_seed(7)
+    other.table.data = model.table.data + torch.randn(model.table.shape, generator=generator)
+    return ModelDrafter(other)
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "static"])
+@pytest.mark.parametrize("bounds", [dict(max_moved=0.0), dict(max_ratio=1.0)])
+def test_bounds_of_nothing_are_exact(tree, bounds):
+    model, n = tabular(5, (2, 2)), 20_000
+    settings = dict(guidance=Guidance(1.5), top_p=0.9)
+    out = lantern(model, n, tree=tree, drafter=near(model), **bounds, **settings)
+    assert check_law(out.tokens, joint_law(model, labels(1), **settings), 5).passed
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "static"])
+def test_looser_bounds_are_faster_and_further_from_the_law(tree):
+    """A token's law moves by up to delta for every sibling that is judged: three here."""
+    model, n = tabular(8, (2, 2), sharpness=1.0), 20_000
+    law, rates, distances = joint_law(model, labels(1)), [], []
+    for delta in (0.0, 0.05, 0.2, 0.4):
+        out = lantern(model, n, tree=tree, drafter=near(model), max_moved=delta, num_neighbours=5)
+        rates.append(out.statistics.mean_tokens_per_pass)
+        distances.append(position_distances(out.tokens, law, 8))
+    first = [each[0] for each in distances]
+    assert rates[0] < rates[2] < rates[3]
+    assert max(distances[0]) < 0.015
+    assert first[0] < first[1] + 0.005 and first[1] < first[2] < first[3]
+    for delta, distance in zip((0.05, 0.2, 0.4), first[1:], strict=True):
+        assert distance < 3 * delta
+
+
+def test_ratio_bound_relaxes_less_where_the_draft_is_unlikely():
+    model, n = tabular(8, (2, 2), sharpness=1.0), 10_000
+    law, distances = joint_law(model, labels(1)), []
+    for ratio in (1.0, 3.0, 10.0):
+        out = lantern(model, n, tree="static", drafter=near(model), max_ratio=ratio, num_neighbours=5)
+        distances.append(position_distances(out.tokens, law, 8)[0])
+    assert distances[0] < 0.02 < distances[1] < distances[2]
+
+
+def test_greedy_without_relaxation_is_the_likeliest_sequence():
+    model = transformer(6, (3, 4))
+    out = lantern(model, 3, max_moved=0.0, greedy=True, drafter=ModelDrafter(model), guidance=Guidance(2.0))
+    likeliest = sample_ancestral(model, many(1, 3), noise=Noise([0, 1, 2]), guidance=Guidance(2.0), top_k=1)
+    assert torch.equal(out.tokens, likeliest.tokens)
+    assert out.statistics.mean_tokens_per_pass > 3
+    relaxed = lantern(model, 3, max_moved=0.5, greedy=True, drafter=ModelDrafter(model), guidance=Guidance(2.0))
+    assert relaxed.tokens.shape == likeliest.tokens.shape
+
+
+@pytest.mark.parametrize("tree", ["dynamic", "static"])
+def test_image_depends_on_its_seed_and_condition_only(tree):
+    model, seeds, which = transformer(5, (3, 2)), image_seeds(7, 24), torch.arange(24) % 3
+    table = neighbour_table(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), 3)
+    settings = dict(
+        guidance=Guidance(2.0), neighbours=table, max_moved=0.2, max_ratio=5.0, tree=tree, depth=3, nodes=9
+    )
+    everything = sample_lantern(model, labels(*which.tolist()), noise=Noise(seeds), **settings).tokens
+    for rows in ([11], [4, 2, 20], list(range(8, 16))):
+        some = sample_lantern(
+            model, labels(*which[rows].tolist()), noise=Noise([seeds[row] for row in rows]), **settings
+        )
+        assert torch.equal(some.tokens, everything[rows])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(), "max_moved .LANTERN."),
+        (dict(max_moved=2.0), "max_moved 2"),
+        (dict(max_ratio=0.5), "max_ratio 0.5"),
+        (dict(max_moved=0.1, tree="oak"), "'oak'"),
+        (dict(max_moved=0.1, codebook=None), "codebook"),
+        (dict(max_moved=0.1, codebook=torch.randn(3, 2)), "3 codes"),
+        (dict(max_moved=0.1, num_neighbours=0), "num_neighbours 0"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lantern(tabular(), 1, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [dict(tree="dynamic"), dict(tree="static"), dict(greedy=True)])
+def test_captured_ids_equal_eager_ids(settings):
+    model, runtime = transformer(11, (4, 5)).cuda(), Runtime()
+    settings = settings | dict(guidance=Guidance(2.0), codebook=torch.randn(11, 4), num_neighbours=4, max_moved=0.2)
+    for seed in range(4):
+        noise, condition = Noise(image_seeds(seed, 3), "cuda"), labels(0, 1, 2).to("cuda")
+        eager = sample_lantern(model, condition, noise=noise, runtime=EAGER, **settings).tokens
+        assert torch.equal(eager, sample_lantern(model, condition, noise=noise, runtime=runtime, **settings).tokens)
