@@ -41,6 +41,39 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "ancestral": SamplerEntry(
         "visar.samplers.ancestral", "sample_ancestral", True, "arXiv 2406.06525, 2404.02905", ("append",)
     ),
+    "jacobi": SamplerEntry(
+        "visar.samplers.jacobi", "sample_jacobi", True, "arXiv 2410.01699, 2510.24211", ("verify", "commit")
+    ),
+    "speculative": SamplerEntry(
+        "visar.samplers.speculative", "sample_speculative", True, "arXiv 2211.17192, 2302.01318", ("verify", "commit")
+    ),
+    "static_tree": SamplerEntry(
+        "visar.samplers.tree_speculation",
+        "sample_static_tree",
+        True,
+        "arXiv 2401.15077, 2402.14160",
+        ("verify_tree", "commit_path"),
+    ),
+    "dynamic_tree": SamplerEntry(
+        "visar.samplers.tree_speculation",
+        "sample_dynamic_tree",
+        True,
+        "arXiv 2406.16858",
+        ("verify_tree", "commit_path"),
+    ),
+    "k_seq": SamplerEntry(
+        "visar.samplers.tree_speculation", "sample_k_seq", True, "arXiv 2310.15141", ("verify_tree", "commit_path")
+    ),
+    "grouped": SamplerEntry(
+        "visar.samplers.grouped", "sample_grouped", False, "arXiv 2508.07747", ("verify", "commit")
+    ),
+    "lantern": SamplerEntry(
+        "visar.samplers.relaxed",
+        "sample_lantern",
+        False,
+        "arXiv 2410.03355, 2502.06352",
+        ("verify_tree", "commit_path"),
+    ),
     "next_scale": SamplerEntry(
         "visar.samplers.next_scale", "sample_next_scale", True, "arXiv 2404.02905", ("append", "commit_map")
     ),
