@@ -20,6 +20,7 @@ from visar.files import atomic_write
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
 from visar.guidance import Guidance
 from visar.noise import Noise, image_seeds
+from visar.pipelines.loading import load, placement
 from visar.runtime import EAGER, Runtime
 from visar.samplers.ancestral import sample_ancestral
 
@@ -110,8 +111,6 @@ def _model(options: Bench, device: torch.device) -> tuple[str, RasterGPT]:
         raise ValueError("give a model or --preset, one of them")
     dtype = getattr(torch, options.dtype)
     if options.model is not None:
-        from visar.pipelines.loading import load
-
         return options.model, load(options.model, device=device, dtype=dtype).generator
     if options.preset not in RASTER_PRESETS:
         raise ValueError(f"unknown preset {options.preset!r}; choose one of {', '.join(RASTER_PRESETS)}")
@@ -196,9 +195,13 @@ def bench(options: Bench, report: Callable[[str], None]) -> list[dict]:
     Returns: one dict a row: model, batch, path, times, and on a GPU the floor and the machine's ceilings.
 
     Raises:
-        ValueError: no such model or preset, or a captured path without a GPU.
+        ValueError: no such model, preset or device, counts below 1, or a captured path without a GPU.
     """
-    device = torch.device(options.device)
+    device, _ = placement(options.device)
+    if options.runs < 1 or options.eager_steps < 1 or min(options.batch, default=0) < 1:
+        raise ValueError(
+            f"batch {options.batch}, runs {options.runs}, eager_steps {options.eager_steps}; they must be >= 1"
+        )
     if device.type != "cuda" and "captured" in options.paths:
         options = dataclasses.replace(options, paths=tuple(path for path in options.paths if path != "captured"))
         report("no GPU: eager path only")

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,7 +165,7 @@ def samplers(options: Samplers) -> None:
     _table(rows)
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -349,7 +349,7 @@ def _take(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def _sampler_options(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+def take_sampler_options(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Takes --sampler.NAME VALUE pairs out of the arguments and reads them by the sampler's own annotations.
 
     Raises:
@@ -374,7 +374,7 @@ def _sampler_options(command: str, arguments: list[str]) -> tuple[list[str], dic
         if value is None:
             continue  # given twice: taken already
         holder = dataclasses.make_dataclass("Setting", [(name, settings[name].annotation)])
-        chosen = tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog=f"visar {command}")
+        chosen: Any = tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog=f"visar {command}")
         values[name] = getattr(chosen, name)
     missing = [name for name, value in settings.items() if value.default is value.empty and name not in values]
     if missing:
@@ -408,7 +408,7 @@ def parse(arguments: list[str]) -> Callable[[], None]:
     settings: dict[str, Any] = {"prog": f"visar {name}", "description": options_class.__doc__}
     extra: tuple = ()
     if name in ("sample", "eval") and not {"-h", "--help"} & set(rest):
-        rest, sampler_options = _sampler_options(name, rest)
+        rest, sampler_options = take_sampler_options(name, rest)
         extra = (sampler_options,)
     if name.startswith("train "):
         rest, recipe = _take(rest, "--recipe")

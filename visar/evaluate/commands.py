@@ -1,4 +1,4 @@
-"""What `visar eval`, `visar eval-tokenizer`, `visar stats` and `visar compare` do; flags are made from the fields."""
+"""What `visar eval`, its modes --compare and --tokenizer, and `visar stats` do; flags are made from the fields."""
 
 import ast
 import json
@@ -28,6 +28,7 @@ from visar.evaluate.run import (
 )
 from visar.evaluate.sharding import World, join_world, leave_world
 from visar.guidance import Guidance
+from visar.pipelines.loading import load, load_tokenizer, placement
 
 Echo = Callable[[list[tuple[str, ...]]], None]
 
@@ -138,7 +139,7 @@ def evaluate(
 
 
 def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return placement(name)[0]
 
 
 def _is_pictures(model: str) -> bool:
@@ -176,7 +177,6 @@ def _score_model(
     progress: Progress | None,
 ) -> Report | None:
     from visar.evaluate.pipeline import Sampling, evaluate_pipeline
-    from visar.pipelines.loading import load
 
     guidance = None
     if options.guidance_scale is not None:
@@ -294,9 +294,8 @@ class EvalTokenizer:
 
 
 def evaluate_tokenizer(options: EvalTokenizer, echo: Echo, progress: Progress | None = None) -> None:
-    """Runs `visar eval-tokenizer`; arguments as of `evaluate`."""
+    """Runs `visar eval --tokenizer`; arguments as of `evaluate`."""
     from visar.files import atomic_write
-    from visar.pipelines.loading import load_tokenizer
 
     device = _device(options.device)
     extractor = load_extractor(options.extractor, device=device, weights=options.extractor_weights)
@@ -359,7 +358,7 @@ class Compare:
 
 
 def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> None:
-    """Runs `visar compare`; arguments as of `evaluate`."""
+    """Runs `visar eval --compare`; arguments as of `evaluate`."""
     if not options.names:
         raise ValueError("name at least one model or folder to compare")
     if not options.samplers:

@@ -1,4 +1,4 @@
-"""From something that makes pictures to its card: the backend of `visar eval`, `visar stats` and `visar compare`."""
+"""From something that makes pictures to its card: what `visar eval`, its mode --compare and `visar stats` run."""
 
 import json
 from collections.abc import Callable
