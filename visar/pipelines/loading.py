@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import is_accelerate_available
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from visar.checkpoints import hub
+from visar.checkpoints.common import State, empty, load_strict
+from visar.files import load_weights, tensors_only
 from visar.pipelines.image import ImagePipeline
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -79,6 +81,8 @@ def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Model
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} is no JSON ({error})") from error
     if not isinstance(content, dict):
@@ -94,12 +98,14 @@ def _tokenizer(folder: Path) -> ModelMixin:
 
 
 def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
-    """A model in float32, whatever its file is stored in.
+    """A model on the CPU, in the dtype that its file is stored in.
 
-    diffusers renames the argument for the dtype between versions, and without one reads files as float32.
+    Not by `from_pretrained`: what that does about dtypes differs between versions of diffusers, it needs accelerate
+    for models with parts kept in float32, and it only warns of weights that are missing.
 
     Raises:
-        ValueError: a class that is not one of visar's models, or weights that are damaged, missing or too many.
+        ValueError: a class that is not one of visar's models, settings that it does not have, or weights that are
+            damaged, missing or too many.
     """
     if not module.startswith("visar."):
         raise ValueError(f"{folder} needs {module}.{class_name}; only models of visar are loaded")
@@ -107,17 +113,27 @@ def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
         model_class = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{folder} needs {class_name} of {module}, which this version of visar lacks") from error
+    config = {key: value for key, value in _read_json(folder / "config.json").items() if not key.startswith("_")}
     try:
-        model, found = model_class.from_pretrained(
-            folder, use_safetensors=True, low_cpu_mem_usage=is_accelerate_available(), output_loading_info=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} is damaged or incomplete: {error}") from error
-    wrong = {kind: found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched") if found[f"{kind}_keys"]}
-    if wrong:
-        listed = "; ".join(f"{kind}: {', '.join(map(str, keys))}" for kind, keys in wrong.items())
-        raise ValueError(f"{folder} is damaged or incomplete: weights {listed}")
-    return model
+        model = empty(model_class, config)
+    except TypeError as error:
+        raise ValueError(f"{folder} was made by another version of visar: {error}") from error
+    return load_strict(model, _weights(folder), str(folder))
+
+
+def _weights(folder: Path) -> State:
+    """Weights that `save_pretrained` wrote: one file, or several with an index."""
+    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+    names = {SAFETENSORS_WEIGHTS_NAME}
+    if index.is_file():
+        names = {Path(name).name for name in _read_json(index)["weight_map"].values()}
+    state: State = {}
+    for name in sorted(names):
+        try:
+            state |= tensors_only(load_weights(folder / name), folder / name)
+        except ValueError as error:
+            raise ValueError(f"{folder} is damaged or incomplete: {error}") from error
+    return state
 
 
 def placement(
