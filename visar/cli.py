@@ -219,19 +219,16 @@ def _progress() -> Callable[[str, int, int], None]:
     """Shows (stage, done, total) as one bar after the other."""
     from tqdm import tqdm
 
-    bar: Any = None
+    stage, bar = "", tqdm(disable=True)
 
     def progress(what: str, done: int, total: int) -> None:
-        nonlocal bar
-        if bar is not None and (bar.desc.removesuffix(": ") != what or done < bar.n):
+        nonlocal stage, bar
+        if what != stage or done < bar.n:
             bar.close()
-            bar = None
-        if bar is None:
-            bar = tqdm(desc=what, total=total or None, unit="image", disable=not _first_process())
+            stage, bar = what, tqdm(desc=what, total=total or None, unit="image", disable=not _first_process())
         bar.update(done - bar.n)
         if done == total:
             bar.close()
-            bar = None
 
     return progress
 
@@ -411,6 +408,7 @@ def parse(arguments: list[str]) -> Callable[[], None]:
         rest, sampler_options = take_sampler_options(name, rest)
         extra = (sampler_options,)
     if name.startswith("train "):
+        settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."
         rest, recipe = _take(rest, "--recipe")
         settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
     options = tyro.cli(options_class, args=rest, **settings)
