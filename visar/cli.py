@@ -415,9 +415,9 @@ def parse(arguments: list[str]) -> Callable[[], None]:
     return lambda: run(options, *extra)
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
