@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.condition import Condition
 from visar.guidance import Guidance
@@ -111,6 +111,11 @@ def check_fit(drafter: Generator, model: Generator) -> None:
         raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
 
 
+def weights_key(module: nn.Module) -> tuple[int, int]:
+    """Tells a module, and where its weights are, from others; see Drafter.key."""
+    return id(module), hash(tuple(parameter.data_ptr() for parameter in module.parameters()))
+
+
 class ModelDrafter:
     """A smaller generator of the same tokens drafts (arXiv 2211.17192, 2302.01318).
 
@@ -125,7 +130,7 @@ class ModelDrafter:
         self.generator = generator
 
     def key(self) -> tuple:
-        return ("model", id(self.generator), next(self.generator.parameters()).data_ptr())
+        return ("model", *weights_key(self.generator))
 
     def start(self, session: Session, kept: Kept, target: Target) -> "ModelDrafting":
         check_fit(self.generator, target.model)

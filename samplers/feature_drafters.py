@@ -22,7 +22,7 @@ from visar.guidance import repeat
 from visar.layers import RMSNorm, SwiGLU
 from visar.rope import rope_table
 from visar.runtime import Session
-from visar.samplers.drafters import Kept, Target, check_fit
+from visar.samplers.drafters import Kept, Target, check_fit, weights_key
 from visar.samplers.verify import Generator, row_at, token_law
 from visar.tree import DraftTree
 
@@ -99,7 +99,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
 
     def key(self) -> tuple:
         """See Drafter."""
-        return ("feature", id(self), self.fc.weight.data_ptr())
+        return ("feature", *weights_key(self))
 
     def start(self, session: Session, kept: Kept, target: Target) -> "FeatureDrafting":
         """See Drafter."""
@@ -264,7 +264,7 @@ class SpatialHeads(ModelMixin, ConfigMixin):
 
     def key(self) -> tuple:
         """See Drafter."""
-        return ("heads", id(self), self.below_in.weight.data_ptr())
+        return ("heads", *weights_key(self))
 
     def start(self, session: Session, kept: Kept, target: Target) -> "HeadsDrafting":
         """See Drafter."""

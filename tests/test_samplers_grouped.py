@@ -151,6 +151,17 @@ def test_image_depends_on_its_seed_and_condition_only(make):
         assert torch.equal(some.tokens, everything[rows])
 
 
+@pytest.mark.parametrize("groups", ["dynamic", "static"])
+def test_replayed_passes_read_what_the_latest_call_gave(groups):
+    model, runtime = transformer(5, (3, 4)), TINY.ReplayRuntime()
+    for seed in (0, 100):
+        settings = dict(window=6, group=3, codebook=torch.randn(5, 4), groups=groups)
+        settings |= dict(noise=Noise(image_seeds(seed, 3)), guidance=Guidance(2.0))
+        eager = sample_grouped(model, labels(seed % 3, 1, 2), **settings)
+        replayed = sample_grouped(model, labels(seed % 3, 1, 2), runtime=runtime, **settings)
+        assert torch.equal(eager.tokens, replayed.tokens)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

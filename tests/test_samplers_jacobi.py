@@ -1,16 +1,19 @@
 """Speculative Jacobi decoding: recorded trajectories, the joint law, and that an image depends on its seed only."""
 
+import json
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.tabular import TabularGenerator
 from visar.guidance import OFF, Guidance
 from visar.noise import Noise, image_seeds
+from visar.runtime import EAGER, Runtime
 from visar.samplers.jacobi import COUPLINGS, INITIALS, guess, refresh, sample_jacobi, window_sizes
 from visar.samplers.verify import one_hot, token_law, verify
 
@@ -29,14 +32,18 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def cases(io, prefix):
-    names = sorted({key.split(".")[0] for key in io if key.startswith(prefix)})
-    return [{key.split(".")[1]: value for key, value in io.items() if key.startswith(name + ".")} for name in names]
+def cases(system, prefix):
+    """Recorded cases with their one-line notes."""
+    io = system.io
+    with safe_open(system.folder / "io.safetensors", "pt") as file:
+        notes = json.loads(file.metadata()["cases"])
+    for name in sorted({key.split(".")[0] for key in io if key.startswith(prefix)}):
+        yield notes[name], {key.split(".")[1]: value for key, value in io.items() if key.startswith(name + ".")}
 
 
 # ------------------------------------------------------------------------------------------- recorded decisions
 def test_recorded_carry(parity):
-    for case in cases(parity("sjd").io, "step"):
+    for _, case in cases(parity("sjd"), "step"):
         q, draft = case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:]
         p = case["target_probs"]
         emit = case["u_resample"][:, None].repeat(1, p.shape[1])
@@ -49,9 +56,19 @@ def test_recorded_carry(parity):
         torch.testing.assert_close(p[:, count:], case["carry_probs"])
 
 
-@pytest.mark.parametrize(("index", "initial"), [(0, "random"), (1, "left"), (2, "left_mode")])
-def test_recorded_guesses(parity, index, initial):
-    case = cases(parity("sjd").io, "init")[index]
+SCHEMES = {"random": "random", "repeat_horizon": "left", "sample_horizon": "left_mode"}
+
+
+def test_recorded_guesses(parity):
+    seen = set()
+    for note, case in cases(parity("sjd"), "init"):
+        scheme = note.split(",")[0]
+        check_guess(case, SCHEMES[scheme])
+        seen.add(scheme)
+    assert seen == set(SCHEMES)
+
+
+def check_guess(case, initial):
     tokens = torch.cat([case["image_tokens"], case["carry_tokens"]], 1)
     laws = torch.cat([case["image_probs"], case["carry_probs"]], 1)
     vocab, known, new = laws.shape[-1], tokens.shape[1], case["init_tokens"].shape[1]
@@ -71,10 +88,13 @@ def test_recorded_guesses(parity, index, initial):
     assert torch.equal(one_hot(found, vocab), case["init_probs"])
 
 
-@pytest.mark.parametrize("index", range(3))
-def test_recorded_trajectories(parity, index):
+def test_recorded_trajectories(parity):
     """The peer's whole loop: its first pass carries no guesses, and its windows never shrink at the end."""
-    case = cases(parity("sjd").io, "traj")[index]
+    for _, case in cases(parity("sjd"), "traj"):
+        check_trajectory(case)
+
+
+def check_trajectory(case):
     vocab, length, window = (int(case[name]) for name in ("vocab", "length", "window"))
     model = TabularGenerator(vocab_size=vocab, grid=(1, length), num_classes=1)
     model.table.data = torch.stack([case["table_cond"], case["table_uncond"]])[:, : model.table.shape[1]]
@@ -181,6 +201,22 @@ def test_image_depends_on_its_seed_and_condition_only(make, settings):
         assert torch.equal(some.tokens, all_rows[rows])
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, dict(coupling="maximal", initial="above_law"), dict(coupling="gumbel"), dict(adaptive=True)]
+)
+def test_replayed_passes_read_what_the_latest_call_gave(settings):
+    model, runtime = transformer(5, (3, 4)), TINY.ReplayRuntime()
+    for seed in (0, 100, 0):
+        arguments = dict(
+            noise=Noise(image_seeds(seed, 3)), guidance=Guidance(2.0), window=6, check_every=3, **settings
+        )
+        condition = labels(seed % 3, 1, 2)
+        eager = sample_jacobi(model, condition, **arguments)
+        replayed = sample_jacobi(model, condition, runtime=runtime, **arguments)
+        assert torch.equal(eager.tokens, replayed.tokens)
+        assert eager.statistics.tokens_per_pass == replayed.statistics.tokens_per_pass
+
+
 def test_looks_of_the_host_change_nothing():
     model = tabular(4, (3, 2))
     once, often = (draws(model, 0, 50, window=3, check_every=every) for every in (100, 1))
@@ -237,8 +273,6 @@ def test_bad_settings(settings, message):
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [dict(), dict(coupling="maximal"), dict(coupling="gumbel"), dict(adaptive=True)])
 def test_captured_ids_equal_eager_ids(settings):
-    from visar.runtime import EAGER, Runtime
-
     model, runtime = transformer(11, (4, 5)).cuda(), Runtime()
     for seed in range(4):
         arguments = dict(noise=Noise(image_seeds(seed, 3), "cuda"), guidance=Guidance(2.0), window=6, check_every=4)

@@ -234,6 +234,17 @@ def test_image_depends_on_its_seed_and_condition_only(tree):
         assert torch.equal(some.tokens, everything[rows])
 
 
+@pytest.mark.parametrize("tree", ["dynamic", "static"])
+def test_replayed_passes_read_what_the_latest_call_gave(tree):
+    model, runtime = transformer(5, (3, 4)), TINY.ReplayRuntime()
+    for seed in (0, 100):
+        settings = dict(codebook=torch.randn(5, 4), num_neighbours=3, max_moved=0.2, tree=tree, depth=3, nodes=9)
+        settings |= dict(noise=Noise(image_seeds(seed, 3)), guidance=Guidance(2.0))
+        eager = sample_lantern(model, labels(seed % 3, 1, 2), **settings)
+        replayed = sample_lantern(model, labels(seed % 3, 1, 2), runtime=runtime, **settings)
+        assert torch.equal(eager.tokens, replayed.tokens)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -264,6 +264,20 @@ def test_image_depends_on_its_seed_and_condition_only(name, which):
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("which", ["ngram", "model", "feature", "heads"])
+def test_replayed_passes_read_what_the_latest_call_gave(name, which):
+    model, runtime, (sampler, own) = transformer(5, (3, 4)), TINY.ReplayRuntime(), SAMPLERS[name]
+    drafter = NgramDrafter() if which == "ngram" else drafters(model)[which]
+    for seed in (0, 100):
+        settings = dict(noise=Noise(image_seeds(seed, 3)), guidance=Guidance(2.0), drafter=drafter, **own)
+        condition = labels(seed % 3, 1, 2)
+        eager = sampler(model, condition, **settings)
+        replayed = sampler(model, condition, runtime=runtime, **settings)
+        assert torch.equal(eager.tokens, replayed.tokens)
+        assert eager.statistics.tokens_per_pass == replayed.statistics.tokens_per_pass
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_statistics_and_callback(name):
     model, seen, (sampler, own) = transformer(4, (3, 2)), [], SAMPLERS[name]
     out = sampler(
