@@ -196,11 +196,13 @@ def sample_lantern(
         raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
     if (codebook is None) == (neighbours is None):
         raise ValueError("give the tokenizer's codebook, or a table of neighbours")
-    if neighbours is None:
+    if neighbours is not None:
+        table = neighbours.to(noise.device, torch.int32)
+    else:
         assert codebook is not None
-        neighbours = neighbour_table(codebook.to(noise.device), min(num_neighbours, len(codebook) - 1))
-    if len(neighbours) != vocab_size:
-        raise ValueError(f"neighbours of {len(neighbours)} codes for a model of {vocab_size}")
+        table = neighbour_table(codebook.to(noise.device), min(num_neighbours, codebook.shape[0] - 1))
+    if table.shape[0] != vocab_size:
+        raise ValueError(f"neighbours of {table.shape[0]} codes for a model of {vocab_size}")
     shape: list[tuple[int, ...]] = []
     if tree == "static":
         shape = static_shape(model, branches, paths)
@@ -229,7 +231,7 @@ def sample_lantern(
         model,
         condition,
         speculate,
-        ("lantern", tree, tuple(shape), children, max_moved, max_ratio, greedy, neighbours.shape[1]),
+        ("lantern", tree, tuple(shape), children, max_moved, max_ratio, greedy, table.shape[1]),
         depth=depth,
         nodes=nodes,
         noise=noise,
@@ -239,5 +241,5 @@ def sample_lantern(
         check_every=check_every,
         callback=callback,
         runtime=runtime,
-        table=neighbours.to(noise.device, torch.int32),
+        table=table,
     )

@@ -18,7 +18,17 @@ from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads, featur
 from visar.samplers.filtering import draw
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
-from visar.samplers.trees import check_paths, full_paths, k_seq_ratio, path_parents, walk_chains
+from visar.samplers.trees import (
+    check_paths,
+    full_paths,
+    judge_drawn,
+    k_seq_ratio,
+    path_parents,
+    walk,
+    walk_chains,
+    without,
+)
+from visar.samplers.verify import residual
 from visar.tree import DraftTree
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
@@ -129,6 +139,31 @@ def test_k_seq_on_one_position():
     beta = torch.minimum(q, p / ratio).sum()
     assert 1 < float(ratio) < 4
     torch.testing.assert_close(1 - (1 - beta) ** 4, ratio[0] * beta)
+
+
+@pytest.mark.parametrize("mistake", [None, "law with elder siblings", "residual of the first law", "best sibling"])
+def test_siblings_on_one_position(mistake):
+    """Three siblings without replacement give the target's law, and slips in their bookkeeping do not."""
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.softmax(torch.randn(2, 6, generator=generator) * 1.5, -1)
+    n, siblings = 100_000, 3
+    uniform = Noise(image_seeds(1, n)).uniform(Use.DRAFT, 0, (2 * siblings + 1,))
+    laws, tokens = [q.expand(n, -1)], []
+    for rank in range(siblings):
+        tokens.append(draw(laws[-1], uniform[:, rank]))
+        laws.append(without(laws[-1], tokens[-1]))
+    q_BMV, drafted = torch.stack(laws[:-1], 1), torch.stack(tokens, 1)
+    if mistake == "best sibling":
+        drafted = drafted.gather(1, p[drafted].argsort(1, descending=True))
+    if mistake == "law with elder siblings":
+        q_BMV = q.expand(n, siblings, -1)
+    tree = DraftTree.root(n, "cpu").grown(drafted, torch.zeros(n, siblings, dtype=torch.int64))
+    judge = judge_drawn(tree, q_BMV)
+    if mistake == "residual of the first law":
+        judge = lambda law, node: (judge_drawn(tree, q_BMV)(law, node)[0], residual(p.expand(n, -1), q_BMV[:, node]))  # noqa: E731
+    way = walk(p.expand(n, siblings + 1, -1), tree, judge, uniform[:, siblings:-1], uniform[:, -1], 1)
+    fits = chi_squared(torch.bincount(way.tokens_BL[:, 0], minlength=6).double(), p.double())
+    assert fits > 1e-3 if mistake is None else fits < 1e-6
 
 
 def test_paths_of_trees():
