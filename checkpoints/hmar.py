@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, require
 from visar.checkpoints.var import Scales, find_weights, to_ours, transformer_config
@@ -53,7 +54,7 @@ def load(
 ) -> HierarchicalMaskedTransformer:
     """The transformer of `hmar-d*.pth`, in evaluation mode on the CPU; arguments and errors as of `convert`."""
     config, state = convert(read(path), tokenizer, scales=scales, num_heads=num_heads, source=str(path))
-    return build(HierarchicalMaskedTransformer, config, state, str(path), torch.float32).to(dtype)
+    return nn.Module.to(build(HierarchicalMaskedTransformer, config, state, str(path), torch.float32), dtype)
 
 
 def merge_phases(next_scale: State, refinement: State, num_refinement_layers: int = 8) -> State:
@@ -118,4 +119,4 @@ def load_phases(
     config, state = convert(
         merge_phases(phases[0], phases[1], num_refinement_layers), tokenizer, scales=scales, source=source
     )
-    return build(HierarchicalMaskedTransformer, config, state, source, torch.float32).to(dtype)
+    return nn.Module.to(build(HierarchicalMaskedTransformer, config, state, source, torch.float32), dtype)

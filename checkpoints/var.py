@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, rename, require
 from visar.generators.next_scale import SCALES_256, SCALES_512, SCALES_1024, NextScaleTransformer
@@ -142,7 +142,7 @@ def load_vq(
     The quantiser stays float32. Arguments and errors as of `convert_vq`.
     """
     config, state = convert_vq(read(path), scales=scales, source=str(path))
-    return build(MultiScaleVQTokenizer, config, state, str(path), torch.float32).to(dtype)
+    return nn.Module.to(build(MultiScaleVQTokenizer, config, state, str(path), torch.float32), dtype)
 
 
 def export_vq(model: MultiScaleVQTokenizer) -> State:
@@ -295,7 +295,7 @@ def load_transformer(
     Codebook and phi stay float32. Arguments and errors as of `convert_transformer`.
     """
     config, state = convert_transformer(read(path), tokenizer, scales=scales, num_heads=num_heads, source=str(path))
-    return build(NextScaleTransformer, config, state, str(path), torch.float32).to(dtype)
+    return nn.Module.to(build(NextScaleTransformer, config, state, str(path), torch.float32), dtype)
 
 
 def export_transformer(model: NextScaleTransformer) -> State:

@@ -2,6 +2,8 @@
 
 import json
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import diffusers.utils.logging
 import huggingface_hub.constants
@@ -19,6 +21,15 @@ from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 SCALES = (1, 2, 4)
 VAR_LIKE = {"sampler": "next_scale", "guidance": {"scale": 1.5, "convention": "extrapolate", "schedule": "linear"}}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def make(defaults: dict | None = None) -> ImagePipeline:
@@ -62,6 +73,34 @@ def test_official_names_without_a_network(name, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="could not be fetched.*visar convert"):
         load(name, device="cpu")
     assert not list(tmp_path.rglob("*"))
+
+
+def keep(cache: Path, repository: str, file: str, state: dict) -> None:
+    """Puts weights where the hub's client keeps a fetched file."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True, exist_ok=True)
+    torch.save(state, folder / "snapshots" / ("0" * 40) / file)
+
+
+@pytest.mark.parametrize(("name", "system"), [("var-d20", "var"), ("hmar-d24", "hmar")])
+def test_official_files_that_were_fetched_before(name, system, parity, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    entry = hub.OFFICIAL[name]
+    keep(tmp_path, entry.tokenizer_repository, entry.tokenizer_file, parity("var_vqvae").checkpoint())
+    keep(tmp_path, entry.repository, entry.file, parity(system).checkpoint())
+    pipeline = load(name, device="cpu", dtype="bfloat16")
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.generator.dtype == torch.bfloat16 and pipeline.generator.pyramid.codebook.dtype == torch.float32
+    assert pipeline.tokenizer.layout.scales == pipeline.generator.scales
+    settings = pipeline.sampling_settings()
+    assert settings["sampler"] == entry.defaults["sampler"] and settings["top_k"] == entry.defaults["top_k"]
+    assert settings["guidance"] == Guidance(**entry.defaults["guidance"])
+    result = pipeline(0, seed=0, output_type="pt")
+    explicit = pipeline(0, seed=0, **{key: settings[key] for key in ("sampler", "top_k", "top_p")}, output_type="pt")
+    assert torch.equal(result.tokens, explicit.tokens) and result.images.isfinite().all()
 
 
 def test_default_settings_are_saved_and_used(tmp_path):
