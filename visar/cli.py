@@ -1,6 +1,7 @@
 """The `visar` command: one dataclass of options a command, its flags made from the fields."""
 
 import dataclasses
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -202,7 +203,7 @@ def data_clips(options: DataClips) -> None:
 
 
 # ------------------------------------------------------------------------------- commands whose options are elsewhere
-Command = tuple[type, Callable[..., None]]
+Command = tuple[type, Callable[..., object]]
 
 
 def _convert() -> Command:
@@ -236,10 +237,7 @@ def _progress() -> Callable[[str, int, int], None]:
 def _eval() -> Command:
     from visar.evaluate.commands import Eval, evaluate
 
-    def run(options: Eval, sampler_options: dict[str, Any]) -> None:
-        evaluate(options, sampler_options, _table, _progress())
-
-    return Eval, run
+    return Eval, lambda options, sampler_options: evaluate(options, sampler_options, _table, _progress())
 
 
 def _eval_tokenizer() -> Command:
@@ -263,10 +261,7 @@ def _stats() -> Command:
 def _bench() -> Command:
     from visar.benchmark import Bench, bench
 
-    def run(options: Bench) -> None:
-        bench(options, print)
-
-    return Bench, run
+    return Bench, lambda options: bench(options, print)
 
 
 def _train_tokenizer() -> Command:
@@ -402,7 +397,7 @@ def parse(arguments: list[str]) -> Callable[[], None]:
     """
     name, rest = _find(arguments)
     options_class, run = COMMANDS[name][1]()
-    settings: dict[str, Any] = {"prog": f"visar {name}", "description": options_class.__doc__}
+    settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
     extra: tuple = ()
     if name in ("sample", "eval") and not {"-h", "--help"} & set(rest):
         rest, sampler_options = take_sampler_options(name, rest)
@@ -431,6 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run = parse(arguments)
         status = 1
         run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except SystemExit as stop:
         return int(stop.code or 0)
     except (ValueError, ImportError, OSError) as error:
