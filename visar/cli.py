@@ -388,7 +388,7 @@ def _recipe(command: str, options_class: type, name: str) -> Any:
     return RECIPES[name]
 
 
-def parse(arguments: list[str]) -> Callable[[], None]:
+def parse(arguments: list[str]) -> Callable[[], object]:
     """What a command line asks for, ready to run.
 
     Raises:
