@@ -58,8 +58,8 @@ class Eval:
     """auto is the training histogram where the model or the reference knows it, else balanced classes."""
     prompts: Path | None = None
     """Text file, one prompt a line, for models conditioned on words."""
-    sampler: str = "ancestral"
-    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE."""
+    sampler: str | None = None
+    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given."""
     guidance_scale: float | None = None
     """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
     guidance_schedule: Literal["constant", "linear"] = "constant"

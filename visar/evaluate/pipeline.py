@@ -29,7 +29,7 @@ class Sampling:
         temperature, top_k, top_p: as in the pipeline's call.
     """
 
-    sampler: str = "ancestral"
+    sampler: str | None = None
     sampler_options: dict[str, Any] = field(default_factory=dict)
     guidance: Guidance | None = None
     temperature: float | None = None
@@ -82,6 +82,8 @@ class PipelineGenerator:
             return {"condition": Condition(labels_BA=rows_BA)}
         takes_words = bool(self.pipeline.generator.config.get("word_vocab_size", 0))
         texts = [vocabulary.texts[number] if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
+        if self.pipeline.generator.config.get("caption_width", 0):
+            return {"prompt": texts}
         return {
             "condition": Condition(
                 labels_BA=rows_BA[:, 1:] if self.num_classes else None,
@@ -108,17 +110,17 @@ class PipelineGenerator:
 
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on besides seeds and labels, defaults filled in."""
-        defaults = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-        defaults |= self.pipeline.config["defaults"]
         chosen = self.sampling
-        guidance = chosen.guidance or Guidance(float(defaults["guidance_scale"]))
-        return {
-            "sampler": chosen.sampler,
+        settings = self.pipeline.sampling_settings(
+            sampler=chosen.sampler,
+            guidance_scale=chosen.guidance,
+            temperature=chosen.temperature,
+            top_k=chosen.top_k,
+            top_p=chosen.top_p,
+        )
+        return settings | {
+            "guidance": asdict(settings["guidance"]),
             "sampler_options": chosen.sampler_options,
-            "guidance": asdict(guidance),
-            "temperature": defaults["temperature"] if chosen.temperature is None else chosen.temperature,
-            "top_k": defaults["top_k"] if chosen.top_k is None else chosen.top_k,
-            "top_p": defaults["top_p"] if chosen.top_p is None else chosen.top_p,
             "uint8_rule": self.uint8_rule,
             "tokenizer_sha256": weights_digest(self.pipeline.tokenizer),
             "generator_sha256": weights_digest(self.pipeline.generator),

@@ -18,6 +18,7 @@ from visar.noise import Noise, Use, image_seeds
 from visar.output import SampleOutput, SampleStatistics, to_uint8
 from visar.runtime import Runtime
 from visar.samplers.index import find_sampler
+from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.vocabulary import Vocabulary
 
 OUTPUT_TYPES = ("pil", "pt", "np")
@@ -44,7 +45,7 @@ class ImageOutput(BaseOutput):
 
 
 class ImagePipeline(DiffusionPipeline):
-    """Class- or word-conditional generation of images.
+    """Generation of images from classes, words or captions.
 
     Args:
         tokenizer: turns ids into images.
@@ -52,7 +53,8 @@ class ImagePipeline(DiffusionPipeline):
         vocabulary: `visar.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose
             classes have numbers only.
         defaults: sampling settings used where a call gives none: sampler, temperature, top_k, top_p, and
-            guidance_scale or guidance (a dict of the fields of `Guidance`).
+            guidance_scale or guidance (a dict of the fields of `Guidance`). Also text_encoder, for models with
+            `caption_width`: what `load_text_encoder` takes; it is loaded at the first prompt.
 
     Raises:
         ValueError: unknown default settings.
@@ -76,6 +78,7 @@ class ImagePipeline(DiffusionPipeline):
         self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
         self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
         self.runtime = Runtime()
+        self._text_encoder: TextEncoder | None = None
 
     # ------------------------------------------------------------------------------------------------- the steps
     def prepare_seeds(
@@ -120,19 +123,20 @@ class ImagePipeline(DiffusionPipeline):
         Args:
             seeds: one an image; unspecified conditions are functions of it.
             class_labels: one class an image, by number or by name.
-            prompts: one an image, for models conditioned on words.
+            prompts: one an image, for models conditioned on words or captions.
             attributes: further labels by name, such as {"style": "noto"}.
 
         Raises:
             ValueError: unknown names (with the nearest ones), or a kind of condition that the model does not take.
+            ImportError: the model's text encoder is not installed.
         """
         config = self.generator.config
         takes_class = bool(config["num_classes"])
         takes_words = bool(config["word_vocab_size"])
         if config.get("caption_width"):
-            raise ValueError(
-                "this model reads features of a text encoder: pass condition=Condition(text_BTC=..., text_mask_BT=...)"
-            )
+            if class_labels is not None or attributes:
+                raise ValueError("this model is conditioned on captions: give prompt, not class_labels or attributes")
+            return self._captions(seeds, prompts)
         if class_labels is not None and not takes_class:
             raise ValueError("this model is conditioned on words: give prompt, not class_labels")
         if prompts is not None and (takes_class or not takes_words):
@@ -148,6 +152,22 @@ class ImagePipeline(DiffusionPipeline):
             with_labels=takes_class,
             with_words=takes_words,
         )
+
+    def _captions(self, seeds: list[int], prompts: Sequence[str] | None) -> tuple[Condition, list[str]]:
+        name = self.config["defaults"].get("text_encoder")
+        if name is None:
+            raise ValueError(
+                "this model reads features of a text encoder: pass condition=Condition(text_BTC=..., text_mask_BT=...)"
+            )
+        if prompts is None:
+            if self.vocabulary is None:
+                raise ValueError("this model is conditioned on captions: give prompt")
+            prompts = self.vocabulary.draw_texts(Noise(seeds).uniform(Use.CONDITION, 0))
+        device = self._execution_device
+        if self._text_encoder is None:
+            self._text_encoder = load_text_encoder(name, device)
+        length = self.generator.config["caption_length"]
+        return encode_captions(prompts, self._text_encoder, length=length, device=device), list(prompts)
 
     def _numbered_classes(
         self, seeds: list[int], class_labels: Sequence[int | str] | None, attributes: dict[str, str] | None
@@ -205,7 +225,7 @@ class ImagePipeline(DiffusionPipeline):
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
         entry = find_sampler(sampler)
-        options = sampler_options or {}
+        options = dict(sampler_options or {})
         unknown = sorted(set(options) - set(entry.settings()))
         if unknown:
             allowed = ", ".join(entry.settings()) or "none"
@@ -213,6 +233,8 @@ class ImagePipeline(DiffusionPipeline):
         missing = [need for need in entry.needs if not callable(getattr(self.generator, need, None))]
         if missing:
             raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+        if "codebook" in entry.settings():
+            options.setdefault("codebook", self.tokenizer.codebook)
         return entry.load()(
             self.generator,
             condition.to(self._execution_device),
@@ -258,7 +280,7 @@ class ImagePipeline(DiffusionPipeline):
 
         Args:
             class_labels: a class or one a picture, by name or number; None draws from the training law.
-            prompt: words, or one prompt a picture, for models conditioned on words.
+            prompt: words, or one prompt a picture, for models conditioned on words or captions.
             num_images: images of every class or prompt.
             attributes: further labels by name, such as {"style": "noto"}.
             condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders'
@@ -273,7 +295,8 @@ class ImagePipeline(DiffusionPipeline):
             generator: torch generator(s) to draw the seeds from, instead of seed.
             batch_size: most images at a time; None is all.
             output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
-            callback_on_step_end: called as f(pipeline, step, step, {"tokens": ids so far}) after every block.
+            callback_on_step_end: called as f(pipeline, n, n, {"tokens": ids so far}) after every block (every few
+                passes of speculative samplers); n + 1 tokens are there.
 
         Raises:
             ValueError: bad values; the message names the value and the allowed ones.
@@ -301,12 +324,13 @@ class ImagePipeline(DiffusionPipeline):
         settings["sampler_options"] = sampler_options
         size = batch_size or count
         tokens, images, statistics = [], [], SampleStatistics()
-        with self.progress_bar(total=sum(1 for _ in range(0, count, size)) * len(self.generator.block_sizes)) as bar:
+        num_tokens = sum(self.generator.block_sizes)
+        with self.progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
             for first in range(0, count, size):
                 part = slice(first, first + size)
 
-                def callback(done: int, ids: Tensor) -> None:
-                    bar.update()
+                def callback(done: int, ids: Tensor, before: int = first // size * num_tokens) -> None:
+                    bar.update(before + done - bar.n)
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
 
@@ -331,7 +355,7 @@ def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
     Raises:
         ValueError: unknown settings, or both guidance and guidance_scale.
     """
-    allowed = (*NEUTRAL, "guidance_scale", "guidance")
+    allowed = (*NEUTRAL, "guidance_scale", "guidance", "text_encoder")
     unknown = [name for name in defaults if name not in allowed]
     if unknown:
         raise ValueError(f"default setting {unknown[0]!r}; choose from {', '.join(allowed)}")
