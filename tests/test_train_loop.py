@@ -37,7 +37,7 @@ TOKENIZER_OPTIONS = """
 """.split()
 GENERATOR_OPTIONS = """
     data tokenizer tokens variants augment width num_layers num_heads hidden_width model_options class_condition
-    attributes words dropout label_dropout class_dropout attribute_dropout word_dropout word_omission
+    attributes words text_encoder dropout label_dropout class_dropout attribute_dropout word_dropout word_omission
     class_balance scale_weights weight_decay sample_images sample_guidance save_dtype
 """.split()
 

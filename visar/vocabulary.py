@@ -227,6 +227,18 @@ class Vocabulary:
         labels = dict(zip(self.attributes, self.null_labels, strict=True)) | drawn | wanted
         return np.array([-1, *labels.values()], np.int32)
 
+    def draw_texts(self, uniform_B: Tensor) -> list[str]:
+        """Captions of training rows, each picked by a number in (0, 1).
+
+        Raises:
+            ValueError: the training set has no captions.
+        """
+        captions = self.rows[self.rows[:, 0] >= 0, 0]
+        if not len(captions):
+            raise ValueError("this model knows no training captions to draw from: give prompt")
+        last = len(captions) - 1
+        return [self.texts[captions[min(int(uniform * len(captions)), last)]] for uniform in uniform_B.tolist()]
+
     def complete(
         self,
         uniform_B: Tensor,

@@ -257,6 +257,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
         if self.config["token_input"] == "codebook":
             # Code vectors have unit length: a larger map makes the input as wide as the other embeddings.
             nn.init.normal_(self.codebook_proj.weight, std=0.2, generator=generator)
+        if width := self.config["caption_width"]:
+            nn.init.normal_(self.get_buffer("cls_embedding.uncond_embedding"), std=width**-0.5, generator=generator)
         nn.init.zeros_(self.output.weight)
 
     def rope(self, device: torch.device) -> Tensor:
@@ -321,7 +323,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
         if self.config["caption_width"]:
             assert condition.text_BTC is not None
-            text = self.cls_embedding.uncond_embedding.expand(condition.batch, -1, -1)
+            text = self.cls_embedding.get_buffer("uncond_embedding").expand(condition.batch, -1, -1)
             return Condition(text_BTC=text.to(condition.text_BTC), text_mask_BT=condition.text_mask_BT)
         labels = words = None
         if condition.labels_BA is not None:

@@ -13,6 +13,9 @@ from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
 from visar.vocabulary import Vocabulary
 
+# Vectors of a caption: the longest of emoji64 has 19 for minilm.
+CAPTION_LENGTH = 20
+
 
 def json_options(text: str) -> dict[str, Any]:
     """Constructor arguments given as JSON.
@@ -47,6 +50,7 @@ def build_generator(
     dropout: float,
     class_condition: bool,
     words: str,
+    caption_width: int = 0,
     model_options: dict[str, Any],
     seed: int,
 ) -> nn.Module:
@@ -58,11 +62,13 @@ def build_generator(
         width, num_layers, num_heads, hidden_width, dropout: of the transformer.
         class_condition: whether the first label column is read.
         words: "none", "sum" or "prefix".
+        caption_width: of the text encoder whose features are read instead of all that; 0 = none.
         model_options: further constructor arguments.
         seed: of the weights.
 
     Raises:
-        ValueError: tokens that are no ids, words one by one before scales, or arguments that the architecture refuses.
+        ValueError: tokens that are no ids, words one by one or captions before scales, or arguments that the
+            architecture refuses.
     """
     layout, generator = tokenizer.layout, torch.Generator().manual_seed(seed)
     if layout.kind == "continuous":
@@ -82,6 +88,8 @@ def build_generator(
     if layout.kind == "scales":
         if words == "prefix":
             raise ValueError("words prefix is for raster generators; a next-scale generator takes sum or none")
+        if caption_width:
+            raise ValueError("text encoders are for raster generators; a next-scale generator takes words sum or none")
         build = NextScaleTransformer
         arguments |= dict(scales=layout.scales, mlp_ratio=hidden_width / width, dropout=dropout)
         arguments |= {name: tokenizer.config[name] for name in ("num_phi", "phi_ratio")}
@@ -91,6 +99,8 @@ def build_generator(
         arguments |= dict(token_dropout=dropout, residual_dropout=dropout, ffn_dropout=dropout)
         if words != "none":
             arguments |= dict(words=words, num_words=vocabulary.num_words)
+        if caption_width:
+            arguments |= dict(caption_width=caption_width, caption_length=CAPTION_LENGTH)
     try:
         model: Any = build(**{**arguments, **model_options})
     except TypeError as error:

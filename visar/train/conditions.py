@@ -10,7 +10,8 @@ from visar.generators.raster import NULL_WORD, PADDING_WORD
 
 
 class ConditionDropout:
-    """Replaces labels and words by "not given": all of an image's together, and each column for itself besides.
+    """Replaces labels, words and text features by "not given": all of an image's together, and each label column and
+    the words for themselves besides.
 
     Args:
         table_sizes: values of every label column; the null label of a column is its size.
@@ -18,6 +19,7 @@ class ConditionDropout:
         label_rates: chance of every label column, besides.
         word_rate: chance of the words, besides.
         omit_rate: chance of every single word, so that shorter prompts than the data's captions are known.
+        null_text_TC: features of a text encoder that mean "not given"; the mask stays (LlamaGen). None: no such.
         device: of the conditions. Rates are kept there: making them in every step would wait for it.
 
     Raises:
@@ -32,6 +34,7 @@ class ConditionDropout:
         label_rates: Sequence[float],
         word_rate: float,
         omit_rate: float = 0.0,
+        null_text_TC: Tensor | None = None,
         device: torch.device,
     ) -> None:
         rates = [*label_rates, word_rate, together]
@@ -41,6 +44,7 @@ class ConditionDropout:
         self._omit_rate = omit_rate
         self._null_A = torch.tensor(table_sizes, dtype=torch.int64, device=device)
         self._rates = torch.tensor(rates, device=device)
+        self._null_text_TC = None if null_text_TC is None else null_text_TC.to(device)
 
     def __call__(self, condition: Condition, generator: torch.Generator) -> Condition:
         """The condition with losses drawn from a generator on the device."""
@@ -54,7 +58,11 @@ class ConditionDropout:
             if self._omit_rate:
                 words_BT = omit_words(words_BT, self._omit_rate, generator)
             words_BT = torch.where(words_lost_B1, null_words(words_BT), words_BT)
-        return Condition(labels_BA=labels_BA, words_BT=words_BT)
+        text_BTC = condition.text_BTC
+        if text_BTC is not None:
+            assert self._null_text_TC is not None
+            text_BTC = torch.where(drawn[:, -1:, None], self._null_text_TC.to(text_BTC), text_BTC)
+        return Condition(labels_BA, words_BT, text_BTC, condition.text_mask_BT)
 
 
 def omit_words(words_BT: Tensor, rate: float, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ conditions dropped with 0.1). Differs from it: a learning rate that falls, avera
 validation is kept, and classes are drawn with weight n^-power.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,9 @@ from visar.output import to_uint8
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load_tokenizer
 from visar.samplers.ancestral import sample_ancestral
+from visar.text_encoder import load_text_encoder
 from visar.train.building import build_generator, image_side, in_dtype, json_options, load_initial
+from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
@@ -62,6 +64,9 @@ class TrainGenerator(RunOptions):
     """Label columns to condition on besides; when not given: all of the data with class_condition, else none."""
     words: Literal["none", "sum", "prefix"] = "none"
     """Condition on words too: by the mean of their vectors, or one by one before the image."""
+    text_encoder: str = "none"
+    """Condition on the captions alone, through a frozen encoder: minilm, flan-t5-xl or a folder (raster only). The
+    class is not read then, whatever class_condition says."""
     dropout: float = 0.1
     """On the input, and after every attention and feed-forward part."""
     label_dropout: float = 0.1
@@ -139,7 +144,8 @@ class GeneratorTask(Task):
         self.validation_ids_NL = cache.ids_NKL[validation.index_N.cpu(), 0].to(run.device)
         weight_N = balanced_weights(pictures.labels_NA[:, 0].cpu(), options.class_balance)
         self.draws = IndexDraws(len(pictures), weight_N, run.device)
-        model = build_generator(
+        encoder = None if options.text_encoder == "none" else load_text_encoder(options.text_encoder, run.device)
+        model: Any = build_generator(
             tokenizer,
             images.vocabulary,
             width=options.width,
@@ -149,11 +155,16 @@ class GeneratorTask(Task):
             dropout=options.dropout,
             class_condition=options.class_condition,
             words=options.words,
+            caption_width=0 if encoder is None else encoder.width,
             model_options=json_options(options.model_options),
             seed=step_seed(options.seed, 0, Draw.INITIAL),
         )
         if options.initial is not None:
             load_initial(model, options.initial)
+        self.captions = null_text_TC = None
+        if encoder is not None:
+            self.captions = encode_image_captions(images, encoder, model.config["caption_length"], run.device)
+            null_text_TC = model.cls_embedding.uncond_embedding.clone()
         part = run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
         self.parts = {"model": part}
         weight_L = position_weights(tokenizer.layout.scales, options.scale_weights)
@@ -167,6 +178,7 @@ class GeneratorTask(Task):
             label_rates=([options.class_dropout] + [options.attribute_dropout] * (len(sizes) - 1))[first:],
             word_rate=options.word_dropout,
             omit_rate=options.word_omission,
+            null_text_TC=null_text_TC,
             device=run.device,
         )
         generator = run.random.generator(0, Draw.SUBSET, shared=True)
@@ -176,6 +188,8 @@ class GeneratorTask(Task):
     # -------------------------------------------------------------------------------------------------------- steps
     def condition(self, pictures: PictureSplit, index_B: Tensor) -> Condition:
         """What the model reads of the conditions of images."""
+        if self.captions is not None:
+            return self.captions.condition(pictures.index_N[index_B])
         labels_BA = pictures.labels_NA[index_B]
         words_BT = None if pictures.words_NT is None else pictures.words_NT[index_B]
         if not self.options.class_condition:
@@ -230,11 +244,14 @@ class GeneratorTask(Task):
         return {"samples": Sheet(to_uint8(self.tokenizer.decode(out.tokens)), columns=12)}
 
     def save_model(self, model: Any, folder: Path) -> None:
+        defaults: dict[str, Any] = {"guidance_scale": self.options.sample_guidance}
+        if self.captions is not None:
+            defaults["text_encoder"] = self.options.text_encoder
         pipeline: Any = ImagePipeline(
             in_dtype(self.tokenizer, self.options.save_dtype),
             in_dtype(model, self.options.save_dtype),
             vocabulary=self.vocabulary.to_dict(),
-            defaults={"guidance_scale": self.options.sample_guidance},
+            defaults=defaults,
         )
         pipeline.save_pretrained(folder)
 
@@ -253,6 +270,10 @@ def train_generator(options: TrainGenerator) -> TrainResult:
             holds another run.
         ImportError: a package is missing.
     """
+    if options.text_encoder != "none":
+        if options.words != "none" or options.attributes:
+            raise ValueError(f"text_encoder {options.text_encoder} excludes words and attributes")
+        options = replace(options, class_condition=False)
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)
