@@ -179,7 +179,8 @@ def paths_agree(model: RasterGPT, batch: int, device: torch.device, guidance_sca
 
     In bfloat16 they need not: the library behind a matrix product may choose another algorithm under capture.
     """
-    model = nn.Module.float(copy.deepcopy(model))
+    model = copy.deepcopy(model)
+    nn.Module.float(model)
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
     condition = _condition(model, batch, device)
     runtime = Runtime()

@@ -7,6 +7,7 @@ same ones. The name of a Frechet distance belongs to its extractor: only Incepti
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,7 @@ class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
         if "spatial" not in self.features_list:
             return super().forward(x)
         wanted: list[str] = self.features_list
-        kept: list[Tensor] = []
+        kept: list[Any] = []
         hook = self.Mixed_6d.branch1x1.register_forward_hook(lambda module, inputs, output: kept.append(output))
         try:
             # Inception's own forward stops at the last feature asked for; "2048" lies behind the block of the hook.

@@ -325,7 +325,9 @@ class ImagePipeline(DiffusionPipeline):
         size = batch_size or count
         tokens, images, statistics = [], [], SampleStatistics()
         num_tokens = sum(self.generator.block_sizes)
-        with self.progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
+        # Typed as a decorator in some versions of diffusers, which it is not.
+        progress_bar: Any = self.progress_bar
+        with progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
             for first in range(0, count, size):
                 part = slice(first, first + size)
 

@@ -75,7 +75,8 @@ def load_tokenizer(
 
 def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
     # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
-    return nn.Module.to(model, device=device, dtype=dtype).eval()
+    nn.Module.to(model, device=device, dtype=dtype)
+    return model.eval()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -188,4 +189,5 @@ def _official(entry: hub.Official) -> ImagePipeline:
     models = read_models(
         Convert(file=generator, out=Path(), tokenizer=tokenizer, source=entry.source, grid=entry.grid)
     )
+    assert models.tokenizer is not None and models.generator is not None
     return ImagePipeline(models.tokenizer, models.generator, defaults=entry.defaults)

@@ -77,7 +77,8 @@ class RunLog:
         """Moves the bar on and shows the loss and the speed beside it."""
         shown = {"loss": f"{values['train/loss']:.4f}", "images/s": f"{values['train/images_per_second']:.0f}"}
         self._bar.set_postfix(shown, refresh=False)
-        self._bar.update(step - self._bar.n)
+        bar: Any = self._bar
+        bar.update(step - bar.n)
 
     def picture(self, step: int, name: str, sheet: Sheet) -> None:
         """Writes a sheet to samples/, and to the tracker."""

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -209,7 +210,8 @@ class Loop:
         averages = self.averages.means()
         late = deadline is not None and time.monotonic() > deadline
         flag = torch.tensor(float(late), dtype=torch.float64, device=self.run.device)
-        both = self.run.accelerator.reduce(torch.stack([*averages.values(), flag]), reduction="mean").tolist()
+        reduced: Any = self.run.accelerator.reduce(torch.stack([*averages.values(), flag]), reduction="mean")
+        both = reduced.tolist()
         values = {f"train/{name}": mean for name, mean in zip(averages, both, strict=False)}
         seconds = time.perf_counter() - self.window_begin
         check_finite(values, step)

@@ -4,7 +4,7 @@ Images are float in [-1, 1]; every loss returns one value an image.
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import Any, Literal
 from urllib.error import URLError
 
 import torch
@@ -127,10 +127,12 @@ class LpipsPerceptual(Perceptual):
             ) from error
 
     def maps(self, image_BCHW: Tensor) -> list[Tensor]:
-        return list(self.lpips.net(self.lpips.normalize((image_BCHW + 1.0) * 127.5)))
+        lpips: Any = self.lpips
+        return list(lpips.net(lpips.normalize((image_BCHW + 1.0) * 127.5)))
 
     def weights(self) -> list[Tensor | None]:
-        return [line.model[-1].weight.flatten() for line in self.lpips.lins]
+        lpips: Any = self.lpips
+        return [line.model[-1].weight.flatten() for line in lpips.lins]
 
 
 def load_perceptual(kind: PerceptualKind, device: torch.device, dtype: torch.dtype) -> Perceptual:

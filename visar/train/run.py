@@ -168,7 +168,8 @@ class Run:
 @contextlib.contextmanager
 def fast_math(enabled: bool) -> Iterator[None]:
     """TF32 products and autotuned convolutions inside the region; flags are put back after it."""
-    precision, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn
+    precision = torch.get_float32_matmul_precision()
+    cudnn: Any = torch.backends.cudnn
     before = (cudnn.allow_tf32, cudnn.benchmark)
     try:
         torch.set_float32_matmul_precision("high" if enabled else "highest")
