@@ -57,3 +57,14 @@ def test_import_has_no_side_effects(tmp_path):
         "assert not optional & set(sys.modules), optional & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_public_names():
+    import visar
+
+    assert sorted(visar.__all__) == sorted(visar._MODULES)
+    for name in visar.__all__:
+        assert getattr(visar, name).__name__ == name
+    assert set(visar.__all__) <= set(dir(visar))
+    with pytest.raises(AttributeError, match="nothing"):
+        visar.nothing  # noqa: B018

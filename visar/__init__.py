@@ -1,21 +1,55 @@
-"""visar: visual autoregressive image generation. Tokenizers, generators and samplers behind one small interface."""
+"""visar: visual autoregressive image generation. Tokenizers, generators and samplers behind one small interface.
 
-from visar.condition import Condition
-from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance
-from visar.noise import Noise, image_seeds
-from visar.output import SampleOutput, SampleStatistics, TokenLayout
-from visar.pipelines.image import ImageOutput, ImagePipeline
-from visar.pipelines.loading import load, load_tokenizer
-from visar.runtime import Runtime
-from visar.samplers.ancestral import sample_ancestral
-from visar.tokenizers.vq import VQTokenizer
+Names are imported when they are first used, so that `visar --help` and `import visar` do not wait for PyTorch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from visar.condition import Condition
+    from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+    from visar.generators.next_scale import NextScaleTransformer
+    from visar.generators.raster import RasterGPT
+    from visar.guidance import Guidance
+    from visar.noise import Noise, image_seeds
+    from visar.output import SampleOutput, SampleStatistics, TokenLayout
+    from visar.pipelines.image import ImageOutput, ImagePipeline
+    from visar.pipelines.loading import load, load_tokenizer
+    from visar.runtime import Runtime
+    from visar.samplers.ancestral import sample_ancestral
+    from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+    from visar.tokenizers.vq import VQTokenizer
+
+_MODULES = {
+    "Condition": "visar.condition",
+    "Guidance": "visar.guidance",
+    "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
+    "ImageOutput": "visar.pipelines.image",
+    "ImagePipeline": "visar.pipelines.image",
+    "MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq",
+    "NextScaleTransformer": "visar.generators.next_scale",
+    "Noise": "visar.noise",
+    "RasterGPT": "visar.generators.raster",
+    "Runtime": "visar.runtime",
+    "SampleOutput": "visar.output",
+    "SampleStatistics": "visar.output",
+    "TokenLayout": "visar.output",
+    "VQTokenizer": "visar.tokenizers.vq",
+    "image_seeds": "visar.noise",
+    "load": "visar.pipelines.loading",
+    "load_tokenizer": "visar.pipelines.loading",
+    "sample_ancestral": "visar.samplers.ancestral",
+}
 
 __all__ = [
     "Condition",
     "Guidance",
+    "HierarchicalMaskedTransformer",
     "ImageOutput",
     "ImagePipeline",
+    "MultiScaleVQTokenizer",
+    "NextScaleTransformer",
     "Noise",
     "RasterGPT",
     "Runtime",
@@ -28,3 +62,13 @@ __all__ = [
     "load_tokenizer",
     "sample_ancestral",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'visar' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
