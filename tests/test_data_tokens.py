@@ -1,5 +1,6 @@
 """Caches of token ids."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,12 @@ def test_file_made_from_something_else_is_refused(
     build_token_cache(**arguments)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=message):
         build_token_cache(**arguments | change)  # type: ignore[arg-type]
+
+
+def test_sets_that_differ_in_labels_share_ids(images: ImageSet) -> None:
+    fewer = replace(images, labels_NA=images.labels_NA[:, :0])
+    unmirrored = replace(images, mirror_allowed_N=torch.zeros(len(images), dtype=torch.bool))
+    assert fewer.picture_digest() == images.picture_digest() != unmirrored.picture_digest()
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

@@ -87,11 +87,17 @@ class ImageSet:
 
     def digest(self) -> str:
         """Hexadecimal sha256 over pixels, labels, splits and what may be mirrored."""
+        value = hashlib.sha256(self.picture_digest().encode())
+        for facts in (self.labels_NA.numpy(), self.split_N):
+            value.update(facts.tobytes())
+        return value.hexdigest()
+
+    def picture_digest(self) -> str:
+        """Hexadecimal sha256 over what token ids depend on: pixels and what may be mirrored."""
         value = hashlib.sha256()
         for first in range(0, len(self), 4096):
             value.update(np.ascontiguousarray(self.images[first : first + 4096]).tobytes())
-        for facts in (self.labels_NA.numpy(), self.split_N, self.mirror_allowed_N.numpy()):
-            value.update(facts.tobytes())
+        value.update(self.mirror_allowed_N.numpy().tobytes())
         return value.hexdigest()
 
 

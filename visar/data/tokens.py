@@ -101,7 +101,7 @@ def build_token_cache(
         raise ValueError(f"variants {variants}; it must be >= 1, and 1 without an augmentation")
     facts = {
         "tokenizer": weights_digest(tokenizer),
-        "images": image_set.digest(),
+        "images": image_set.picture_digest(),
         "variants": variants,
         "augmentation": None if augmentation is None else asdict(augmentation),
         "seed": seed,
