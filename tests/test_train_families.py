@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
 from visar.train.generator import position_weights, token_loss, train_generator
-from visar.train.tokenizer import train_tokenizer
+from visar.train.tokenizer import find_family, pyramid_of, train_tokenizer
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 MULTISCALE = dict(
@@ -51,6 +52,71 @@ def test_scales_are_trained_end_to_end(data, tmp_path):
         assert sum(found[-3:]) < 0.95 * sum(found[:3])
     pipeline = load(generator_out / "model", device="cpu", dtype="float32")
     assert pipeline(class_labels=["1"], seed=0, output_type="pt").images.shape == (1, 3, 8, 8)
+
+
+def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=4, **MULTISCALE))
+    common = dict(family="hmar", num_layers=2, model_options='{"num_refinement_layers": 1}', steps=12)
+    tokenizer = tmp_path / "tokenizer" / "model"
+    first = TINY.generator_options(data, tokenizer, tmp_path / "first", **common)
+    train_generator(first)
+    second = dict(common, phase="refinement", initial=tmp_path / "first" / "model")
+    train_generator(TINY.generator_options(data, tokenizer, tmp_path / "second", **second))
+    for out in (tmp_path / "first", tmp_path / "second"):
+        found = TINY.losses(out)
+        assert sum(found[-3:]) < 0.98 * sum(found[:3])
+    before, after = (
+        load(tmp_path / name / "model", device="cpu", dtype="float32").generator.state_dict()
+        for name in ("first", "second")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"mask_blocks", "mask_head_nm", "mask_head", "mask_embed"}
+    assert torch.equal(before["mask_head.weight"], before["ns_head.weight"])
+    with pytest.raises(ValueError, match="needs initial"):
+        train_generator(TINY.generator_options(data, tokenizer, tmp_path / "third", **dict(second, initial=None)))
+
+
+def test_a_decoder_alone_is_trained_and_ids_stay(data, tmp_path):
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "all", steps=6))
+    options = TINY.tokenizer_options(
+        data, tmp_path / "decoder", steps=12, decoder_only=True, initial=tmp_path / "all" / "model"
+    )
+    train_tokenizer(options)
+    before, after = (
+        load_tokenizer(tmp_path / name / "model", device="cpu", dtype="float32") for name in ("all", "decoder")
+    )
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    ids = before.encode(images)
+    assert torch.equal(ids, after.encode(images))
+    assert not torch.equal(before.decode(ids), after.decode(ids))
+    with pytest.raises(ValueError, match="decoder_only needs initial"):
+        train_tokenizer(TINY.tokenizer_options(data, tmp_path / "third", decoder_only=True))
+
+
+def test_kinds_presets_and_pyramids():
+    assert [find_family(kind, None)[1] for kind in (None, "vq", "multiscale")] == ["vq-4-64", "vq-4-64", "msvq-4-64"]
+    assert find_family(None, "var-vq16")[0].kind == "multiscale"
+    with pytest.raises(ValueError, match="choose vq-"):
+        find_family("vq", "msvq-4-64")
+    assert pyramid_of(16) == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    for side in (1, 2, 7, 8, 24, 32):
+        sizes = pyramid_of(side)
+        assert sizes[0] == 1 and sizes[-1] == side and list(sizes) == sorted(set(sizes))
+
+
+def test_codebook_use_is_drawn_scale_by_scale(data, tmp_path):
+    options = dict(json.loads(MULTISCALE["model_options"]), scales=[1, 4])
+    train_tokenizer(
+        TINY.tokenizer_options(
+            data, tmp_path, steps=4, validate_every=2, preset="var-vq16", model_options=json.dumps(options)
+        )
+    )
+    measured = [line for line in TINY.curves(tmp_path) if "validation/psnr" in line]
+    assert all(
+        1.0 <= line[f"validation/code_perplexity_{scale}"] <= 32 for line in measured for scale in ("1x1", "4x4")
+    )
+    with Image.open(tmp_path / "codebook-use.png") as picture:
+        assert len(picture.convert("RGB").getcolors(2**24) or []) > 4
 
 
 def test_losses_are_weighted_by_position():

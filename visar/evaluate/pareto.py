@@ -5,12 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
-
 from visar.files import atomic_write
-
-_MARGIN = (90, 60, 40, 70)  # left, top, right, bottom
-_INK, _FAINT, _LINE = (30, 30, 30), (220, 220, 220), (40, 90, 180)
+from visar.plots import BLUE, INK, Axes
 
 
 @dataclass(frozen=True)
@@ -56,39 +52,18 @@ def draw_pareto(
     wrong = [point for point in points if not point.cost > 0 or not math.isfinite(point.distance)]
     if not points or wrong:
         raise ValueError(f"{wrong[0] if wrong else 'no point'}: costs must be above 0 and distances finite")
-    image = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=15)
-    left, top, right, bottom = _MARGIN
-    low_x, high_x = _padded([math.log10(point.cost) for point in points])
-    low_y, high_y = _padded([point.distance for point in points])
-
-    def place(point: Point) -> tuple[float, float]:
-        x = (math.log10(point.cost) - low_x) / (high_x - low_x)
-        y = (point.distance - low_y) / (high_y - low_y)
-        return left + x * (size[0] - left - right), size[1] - bottom - y * (size[1] - top - bottom)
-
-    for step in range(5):
-        x, y = place(Point("", 10 ** (low_x + (high_x - low_x) * step / 4), low_y + (high_y - low_y) * step / 4))
-        draw.line([(x, top), (x, size[1] - bottom)], fill=_FAINT)
-        draw.line([(left, y), (size[0] - right, y)], fill=_FAINT)
-        draw.text((x, size[1] - bottom + 8), f"{10 ** (low_x + (high_x - low_x) * step / 4):.3g}", _INK, font, "mt")
-        draw.text((left - 8, y), f"{low_y + (high_y - low_y) * step / 4:.4g}", _INK, font, "rm")
-    draw.rectangle([left, top, size[0] - right, size[1] - bottom], outline=_INK)
-    draw.text((left + (size[0] - left - right) / 2, size[1] - 18), cost_name, _INK, font, "mb")
-    draw.text((left, top - 14), f"{distance_name} (lower is better)", _INK, font, "lb")
+    axes = Axes(
+        [point.cost for point in points],
+        [point.distance for point in points],
+        x_name=cost_name,
+        y_name=f"{distance_name} (lower is better)",
+        log_x=True,
+        size=size,
+    )
     best = frontier(points)
-    draw.line([place(point) for point in best], fill=_LINE, width=2)
+    axes.line([(point.cost, point.distance) for point in best])
     for point in points:
-        x, y = place(point)
-        draw.ellipse([x - 5, y - 5, x + 5, y + 5], fill=_LINE if point in best else _INK)
-        on_right = x > size[0] - right - 160
-        draw.text((x - 9 if on_right else x + 9, y - 9), point.label, _INK, font, "rb" if on_right else "lb")
+        axes.point(point.cost, point.distance, point.label, BLUE if point in best else INK)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        axes.image.save(temporary, format="PNG")
     return path
-
-
-def _padded(values: list[float]) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    pad = 0.12 * (high - low) or 0.5
-    return low - pad, high + pad

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from visar.files import load_weights, tensors_only
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
 from visar.vocabulary import Vocabulary
@@ -51,6 +52,7 @@ def build_generator(
     class_condition: bool,
     words: str,
     caption_width: int = 0,
+    family: str = "auto",
     model_options: dict[str, Any],
     seed: int,
 ) -> nn.Module:
@@ -63,6 +65,7 @@ def build_generator(
         class_condition: whether the first label column is read.
         words: "none", "sum" or "prefix".
         caption_width: of the text encoder whose features are read instead of all that; 0 = none.
+        family: "auto", or "hmar" for a hierarchical masked generator over scales.
         model_options: further constructor arguments.
         seed: of the weights.
 
@@ -84,13 +87,17 @@ def build_generator(
         attributes=tuple(attributes),
         word_vocab_size=0 if words == "none" else len(vocabulary.words),
     )
-    build: type[RasterGPT] | type[NextScaleTransformer]
+    if family not in ("auto", "hmar"):
+        raise ValueError(f"family {family!r}; choose auto or hmar")
+    if family == "hmar" and layout.kind != "scales":
+        raise ValueError(f"family hmar needs a tokenizer over scales; the ids of this one are a {layout.kind}")
+    build: type[RasterGPT] | type[NextScaleTransformer] | type[HierarchicalMaskedTransformer]
     if layout.kind == "scales":
         if words == "prefix":
             raise ValueError("words prefix is for raster generators; a next-scale generator takes sum or none")
         if caption_width:
             raise ValueError("text encoders are for raster generators; a next-scale generator takes words sum or none")
-        build = NextScaleTransformer
+        build = HierarchicalMaskedTransformer if family == "hmar" else NextScaleTransformer
         arguments |= dict(scales=layout.scales, mlp_ratio=hidden_width / width, dropout=dropout)
         arguments |= {name: tokenizer.config[name] for name in ("num_phi", "phi_ratio")}
     else:
@@ -106,7 +113,7 @@ def build_generator(
     except TypeError as error:
         raise ValueError(f"{build.__name__} does not take these model_options: {error}") from error
     model.reset_parameters(generator)
-    if build is NextScaleTransformer:
+    if layout.kind == "scales":
         model.set_tokenizer(tokenizer.quantizer)
     elif model.config["token_input"] == "codebook":
         model.set_codebook(tokenizer.codebook.detach().cpu())

@@ -16,6 +16,7 @@ from torch.nn import functional
 from visar.condition import Condition
 from visar.data.images import ImageSet, load_image_set
 from visar.data.tokens import TokenCache, build_token_cache
+from visar.generators.hierarchical_masked import random_mask, refinement_loss, scale_weights
 from visar.guidance import Guidance
 from visar.noise import Noise, image_seeds
 from visar.output import to_uint8
@@ -48,6 +49,10 @@ class TrainGenerator(RunOptions):
     """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
     augment: AugmentKind = "photographs"
     """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    family: Literal["auto", "hmar"] = "auto"
+    """auto: raster for ids on one grid, next-scale for ids over scales; hmar: hierarchical masked, over scales."""
+    phase: Literal["next_scale", "refinement"] = "next_scale"
+    """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
     width: int = 256
     """Of the transformer."""
     num_layers: int = 9
@@ -82,7 +87,7 @@ class TrainGenerator(RunOptions):
     class_balance: float = 0.5
     """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
     scale_weights: tuple[float, ...] = ()
-    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike."""
+    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
     weight_decay: float = 0.05
     """Of matrices."""
     sample_images: int = 48
@@ -156,11 +161,15 @@ class GeneratorTask(Task):
             class_condition=options.class_condition,
             words=options.words,
             caption_width=0 if encoder is None else encoder.width,
+            family=options.family,
             model_options=json_options(options.model_options),
             seed=step_seed(options.seed, 0, Draw.INITIAL),
         )
         if options.initial is not None:
             load_initial(model, options.initial)
+        self.refining = options.phase == "refinement"
+        if options.family == "hmar":
+            model.set_phase(options.phase)
         self.captions = null_text_TC = None
         if encoder is not None:
             self.captions = encode_image_captions(images, encoder, model.config["caption_length"], run.device)
@@ -168,6 +177,8 @@ class GeneratorTask(Task):
         part = run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
         self.parts = {"model": part}
         weight_L = position_weights(tokenizer.layout.scales, options.scale_weights)
+        if weight_L is None and options.family == "hmar":
+            weight_L = scale_weights(model.block_sizes)
         self.weight_L = None if weight_L is None else weight_L.to(run.device)
         self.loss = torch.compile(token_loss) if options.compile else token_loss
         first = 0 if options.class_condition else 1
@@ -207,7 +218,13 @@ class GeneratorTask(Task):
             ids_BL = self.ids_NKL[own_B, self.run.share(variant_B, part)].long()
             generator = random.generator(step, Draw.CONDITION, part=part)
             condition = self.dropout(self.condition(self.pictures, own_B), generator)
-            loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL, self.weight_L)
+            if self.refining:
+                generator = random.generator(step, Draw.MASK, part=part)
+                masked_BL = random_mask(self.parts["model"].module.block_sizes, generator)
+                logits_BLV = self.parts["model"].call(ids_BL, condition, masked_BL)
+                loss = refinement_loss(logits_BLV, ids_BL, masked_BL)
+            else:
+                loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL, self.weight_L)
             return loss, {"loss": loss}
 
         return self.run.descend(self.parts["model"], step, losses)
@@ -220,14 +237,20 @@ class GeneratorTask(Task):
         return {"nll": nll, "null_nll": null_nll, "train_nll": train_nll, "train_null_nll": train_null_nll}
 
     def _measure(self, model: Any, pictures: PictureSplit, ids_NL: Tensor, index_N: Tensor) -> tuple[float, float]:
+        """Mean loss with the conditions and with none: of all tokens, or of masked ones, the same in every call."""
         totals = torch.zeros(2, dtype=torch.float64, device=self.run.device)
+        masks = self.run.random.generator(0, Draw.MASK, shared=True)
         for index_B in index_N.split(2 * self.run.part_size):
             ids_BL = ids_NL[index_B].long()
             given = self.condition(pictures, index_B)
+            masked_BL = random_mask(model.block_sizes, masks) if self.refining else None
             for i, condition in enumerate((given, model.null_condition(given))):
                 with self.run.autocast():
-                    logits_BLV = model(ids_BL, condition)
-                totals[i] += token_loss(logits_BLV, ids_BL).double() * len(index_B)
+                    if masked_BL is None:
+                        loss = token_loss(model(ids_BL, condition), ids_BL)
+                    else:
+                        loss = refinement_loss(model(ids_BL, condition, masked_BL), ids_BL, masked_BL)
+                totals[i] += loss.double() * len(index_B)
         nll, null_nll = (totals / len(index_N)).tolist()
         return nll, null_nll
 
@@ -247,9 +270,12 @@ class GeneratorTask(Task):
         defaults: dict[str, Any] = {"guidance_scale": self.options.sample_guidance}
         if self.captions is not None:
             defaults["text_encoder"] = self.options.text_encoder
+        saved = in_dtype(model, self.options.save_dtype)
+        if self.options.family == "hmar" and not self.refining:
+            saved.begin_refinement()
         pipeline: Any = ImagePipeline(
             in_dtype(self.tokenizer, self.options.save_dtype),
-            in_dtype(model, self.options.save_dtype),
+            saved,
             vocabulary=self.vocabulary.to_dict(),
             defaults=defaults,
         )
@@ -274,6 +300,8 @@ def train_generator(options: TrainGenerator) -> TrainResult:
         if options.words != "none" or options.attributes:
             raise ValueError(f"text_encoder {options.text_encoder} excludes words and attributes")
         options = replace(options, class_condition=False)
+    if options.phase == "refinement" and (options.family != "hmar" or options.initial is None):
+        raise ValueError("phase refinement is for family hmar, and needs initial: the model of the first phase")
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)

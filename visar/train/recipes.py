@@ -42,6 +42,31 @@ _RASTER = TrainGenerator(
     save_every=1000,
 )
 
+# 507 ids over 8 scales. Coarse scales are kept in use by tail dropout (the tokenizer's) and by revival of codes from
+# the residuals of every scale alike.
+_MSVQ = replace(_VQ, out=Path("runs/emoji-msvq"), preset="msvq-4-64")
+
+_VAR = replace(
+    _RASTER,
+    out=Path("runs/emoji-var"),
+    tokenizer="emoji-msvq",
+    hidden_width=928,
+    words="sum",
+    word_dropout=0.25,
+    word_omission=0.1,
+    model_options='{"shared_adaln": true, "drop_path": 0.05}',
+)
+
+_HMAR = replace(
+    _VAR,
+    out=Path("runs/emoji-hmar"),
+    family="hmar",
+    width=192,
+    num_layers=7,
+    hidden_width=704,
+    model_options='{"num_refinement_layers": 4, "drop_path": 0.03}',
+)
+
 RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
     "emoji-vq": _VQ,
     "emoji-vq-4096": replace(_VQ, out=Path("runs/emoji-vq-4096"), preset="vq-4-64-4096"),
@@ -63,4 +88,21 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
         word_omission=0.15,
         model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
     ),
+    "emoji-raster-4096": replace(
+        _RASTER,
+        out=Path("runs/emoji-raster-4096"),
+        tokenizer="emoji-vq-4096",
+        words="sum",
+        word_dropout=0.25,
+        word_omission=0.1,
+        num_layers=8,
+        model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
+    ),
+    "emoji-msvq": _MSVQ,
+    "emoji-var": _VAR,
+    # takes over from emoji-var at finer scales (CoDe)
+    "emoji-var-small": replace(_VAR, out=Path("runs/emoji-var-small"), width=128, num_layers=6, hidden_width=512),
+    "emoji-hmar": _HMAR,
+    # needs initial, the model of the first phase
+    "emoji-hmar-refinement": replace(_HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", steps=4000),
 }

@@ -5,7 +5,7 @@ hinge losses); multi-scale: arXiv 2404.02905. Moving-average codebook and reviva
 visar/tokenizers/quantizer.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
+from visar.generators.next_scale import SCALES_256
 from visar.output import to_uint8
-from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer
+from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, ScaleUsage
 from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage
 from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from visar.train.building import in_dtype, json_options, load_initial
+from visar.train.curves import draw_codebook_use
 from visar.train.images import AugmentKind, PictureSplit, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
@@ -39,8 +41,10 @@ class TrainTokenizer(RunOptions):
     """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
     image_size: int | None = None
     """Side of the images in pixels; needed for images that may be of any size."""
-    preset: str = "vq-4-64"
-    """Architecture: a preset of the VQ or the multi-scale VQ tokenizer."""
+    kind: Literal["vq", "multiscale"] | None = None
+    """One grid of codes, or a pyramid of them for next-scale generators; the preset's when not given, else vq."""
+    preset: str | None = None
+    """Architecture; the smallest of the kind when not given: vq-4-64, msvq-4-64."""
     model_options: str = "{}"
     """Constructor arguments that differ from the preset's, as JSON, such as '{"base_channels": 48}'."""
     codebook_size: int | None = None
@@ -83,6 +87,8 @@ class TrainTokenizer(RunOptions):
     """Scale its loss by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
     adversarial_maximum: float = 10.0
     """Largest such ratio."""
+    decoder_only: bool = False
+    """Train the decoder alone, from `initial`: the ids of every picture stay what they are."""
     weight_decay: float = 0.0
     """Of matrices and convolutions."""
     augment: AugmentKind = "photographs"
@@ -95,28 +101,47 @@ class TrainTokenizer(RunOptions):
 class Family:
     """What training needs to know of a kind of tokenizer."""
 
+    kind: str
     build: Callable[..., nn.Module]
     presets: dict[str, dict]
+    default: str
     quantizer: str
     codebook_trainer: type[CodebookTrainer]
 
 
 FAMILIES = (
-    Family(VQTokenizer, VQ_PRESETS, "quantize", CodebookTrainer),
-    Family(MultiScaleVQTokenizer, MULTISCALE_VQ_PRESETS, "quantizer", MultiScaleCodebookTrainer),
+    Family("vq", VQTokenizer, VQ_PRESETS, "vq-4-64", "quantize", CodebookTrainer),
+    Family(
+        "multiscale",
+        MultiScaleVQTokenizer,
+        MULTISCALE_VQ_PRESETS,
+        "msvq-4-64",
+        "quantizer",
+        MultiScaleCodebookTrainer,
+    ),
 )
 
 
-def find_family(preset: str) -> Family:
-    """The kind of tokenizer that a preset is of.
+def find_family(kind: str | None, preset: str | None) -> tuple[Family, str]:
+    """The kind of tokenizer and the preset that options name.
 
     Raises:
-        ValueError: no such preset.
+        ValueError: no such preset, or none of that kind.
     """
-    for family in FAMILIES:
+    if preset is None:
+        family = next(family for family in FAMILIES if family.kind == (kind or "vq"))
+        return family, family.default
+    of_kind = [family for family in FAMILIES if kind in (None, family.kind)]
+    for family in of_kind:
         if preset in family.presets:
-            return family
-    raise ValueError(f"preset {preset!r}; choose {', '.join(name for family in FAMILIES for name in family.presets)}")
+            return family, preset
+    raise ValueError(f"preset {preset!r}; choose {', '.join(name for family in of_kind for name in family.presets)}")
+
+
+def pyramid_of(side: int) -> tuple[int, ...]:
+    """Sides of the scales for a latent of a side, coarse to fine: VAR's ten for 16 x 16, in proportion for others."""
+    sizes = {1, 2, 3, *(round(size * side / 16) for size in SCALES_256)}
+    return tuple(sorted(size for size in sizes if 1 <= size <= side))
 
 
 def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
@@ -125,18 +150,24 @@ def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
     Raises:
         ValueError: an unknown preset, or arguments that the architecture refuses.
     """
-    family = find_family(options.preset)
-    arguments = {**family.presets[options.preset], **json_options(options.model_options)}
+    family, preset = find_family(options.kind, options.preset)
+    arguments = {**family.presets[preset], **json_options(options.model_options)}
     if options.codebook_size is not None:
         arguments["codebook_size"] = options.codebook_size
     if family.build is VQTokenizer:
         arguments["image_size"] = image_size
+    elif "scales" not in json_options(options.model_options):
+        factor = 2 ** (len(arguments["channel_multipliers"]) - 1)
+        if image_size % factor:
+            raise ValueError(f"image size {image_size}; preset {preset} needs a multiple of {factor}")
+        if (side := image_size // factor) != dict(scales=SCALES_256, **arguments)["scales"][-1]:
+            arguments["scales"] = pyramid_of(side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(options.seed, 0, Draw.INITIAL))
         try:
             return family.build(**arguments)
         except TypeError as error:
-            raise ValueError(f"preset {options.preset} does not take these model_options: {error}") from error
+            raise ValueError(f"preset {preset} does not take these model_options: {error}") from error
 
 
 def usage_scalars(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
@@ -158,10 +189,13 @@ class TokenizerTask(Task):
         self.pictures = pictures = take_split(images, "train", options.augment, run.device)
         self.validation = validation = take_split(images, "val", "none", run.device)
         self.draws = IndexDraws(len(pictures), None, run.device)
-        family = find_family(options.preset)
+        family, _ = find_family(options.kind, options.preset)
         model = build_tokenizer(options, images.image_size).to(run.device)
         if options.initial is not None:
             load_initial(model, options.initial)
+        if options.decoder_only:
+            for name in ("encoder", "quant_conv", family.quantizer):
+                model.get_submodule(name).requires_grad_(False)
         if run.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
         self.codebook = family.codebook_trainer(
@@ -209,10 +243,12 @@ class TokenizerTask(Task):
         scalars = self.run.descend(self.parts["model"], step, losses)
         if adversarial:
             scalars |= self._train_discriminator(step, seen)
-        latent_BChw = torch.cat([output.latent_BChw.detach() for _, output in seen])
         ids_BN = torch.cat([output.ids_BN for _, output in seen])
-        self.codebook.step(latent_BChw, ids_BN)
         scalars |= usage_scalars(ids_BN, self.parts["model"].module.layout.vocab_size)
+        if options.decoder_only:
+            return scalars
+        latent_BChw = torch.cat([output.latent_BChw.detach() for _, output in seen])
+        self.codebook.step(latent_BChw, ids_BN)
         due = options.revive_every and (step + 1) % options.revive_every == 0
         if due and options.revive_below and step < options.revive_until * options.steps:
             self.codebook.revive(latent_BChw, random.generator(step, Draw.REVIVE))
@@ -263,21 +299,26 @@ class TokenizerTask(Task):
     # ------------------------------------------------------------------------------------------------- measurements
     def validate(self, model: Any) -> dict[str, float]:
         everything = torch.arange(len(self.validation), device=self.run.device)
-        usage = CodebookUsage(model.layout.vocab_size, self.run.device)
-        values = self._measure(model, self.validation, everything, usage)
+        layout = model.layout
+        usage = CodebookUsage(layout.vocab_size, self.run.device)
+        of_scales = ScaleUsage([height * width for height, width in layout.scales], layout.vocab_size, self.run.device)
+        values = self._measure(model, self.validation, everything, (usage, of_scales))
         values["codes_used"], values["code_perplexity"] = usage.fraction, usage.perplexity
-        trained = self._measure(model, self.pictures, self.train_subset, None)
+        if layout.kind == "scales":
+            for (height, width), perplexity in zip(layout.scales, of_scales.perplexity, strict=True):
+                values[f"code_perplexity_{height}x{width}"] = perplexity
+        trained = self._measure(model, self.pictures, self.train_subset, ())
         return values | {f"train_{name}": value for name, value in trained.items()}
 
     def _measure(
-        self, model: Any, pictures: PictureSplit, index_N: Tensor, usage: CodebookUsage | None
+        self, model: Any, pictures: PictureSplit, index_N: Tensor, usages: Sequence[CodebookUsage | ScaleUsage]
     ) -> dict[str, float]:
         ratios, distances = [], []
         for index_B in index_N.split(4 * self.run.part_size):
             image_BCHW = pictures.batch(index_B)
             with self.run.autocast():
                 output = model(image_BCHW)
-            if usage is not None:
+            for usage in usages:
                 usage.update(output.ids_BN)
             ratios.append(psnr(to_uint8(image_BCHW), to_uint8(output.image_BCHW)))
             if self.perceptual is not None:
@@ -311,7 +352,8 @@ class TokenizerTask(Task):
 
 
 def train_tokenizer(options: TrainTokenizer) -> TrainResult:
-    """Trains a tokenizer; see `TrainTokenizer`. Its model/ holds the averaged weights of the best validation PSNR.
+    """Trains a tokenizer; see `TrainTokenizer`. Its model/ holds the averaged weights of the best validation PSNR;
+    codebook-use.png shows how many codes every scale of a pyramid uses.
 
     Raises:
         ValueError: an option outside its range, data that cannot be read, or a folder that holds another run.
@@ -325,4 +367,9 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
         raise ValueError(
             f"adversarial_layers {options.adversarial_layers} are too many for images of {images.image_size} pixels"
         )
-    return run_task(run, TokenizerTask(run, options, images))
+    if options.decoder_only and options.initial is None:
+        raise ValueError("decoder_only needs initial, the tokenizer whose ids are to stay")
+    result = run_task(run, TokenizerTask(run, options, images))
+    if run.is_main:
+        draw_codebook_use(options.out)
+    return result

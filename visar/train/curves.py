@@ -1,0 +1,46 @@
+"""Curves of a run, drawn from its metrics.jsonl."""
+
+import json
+from pathlib import Path
+
+from visar.files import atomic_write
+from visar.plots import COLORS, Axes
+
+_USE = "validation/code_perplexity_"
+
+
+def draw_codebook_use(folder: Path) -> Path | None:
+    """Draws how many codes every scale uses (perplexity of their frequencies) against the step.
+
+    A scale whose line falls to 1 has collapsed: all its positions get the same code.
+
+    Args:
+        folder: of a run that trains a multi-scale tokenizer.
+
+    Returns: the picture, codebook-use.png in the folder; None where no validation has measured it.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    measured = [line for line in lines if any(name.startswith(_USE) for name in line)]
+    if not measured:
+        return None
+    curves = {
+        name.removeprefix(_USE): [(line["step"], max(line[name], 1.0)) for line in measured]
+        for name in measured[0]
+        if name.startswith(_USE)
+    }
+    points = [point for curve in curves.values() for point in curve]
+    axes = Axes(
+        [x for x, _ in points],
+        [y for _, y in points],
+        x_name="optimiser steps",
+        y_name="effective number of codes (perplexity) of every scale",
+        log_y=True,
+    )
+    for index, (scale, curve) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
+        axes.line(curve, color)
+        axes.point(*curve[-1], scale, color)
+    path = folder / "codebook-use.png"
+    with atomic_write(path) as temporary:
+        axes.image.save(temporary, format="PNG")
+    return path
