@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
 from visar.train.generator import position_weights, token_loss, train_generator
-from visar.train.tokenizer import find_family, pyramid_of, train_tokenizer
+from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 MULTISCALE = dict(
@@ -102,6 +102,14 @@ def test_kinds_presets_and_pyramids():
     for side in (1, 2, 7, 8, 24, 32):
         sizes = pyramid_of(side)
         assert sizes[0] == 1 and sizes[-1] == side and list(sizes) == sorted(set(sizes))
+
+
+def test_a_pyramid_fits_the_images(tmp_path):
+    options = TINY.tokenizer_options(tmp_path, tmp_path, kind="multiscale", model_options='{"base_channels": 32}')
+    found = [tuple(side for side, _ in build_tokenizer(options, size).layout.scales) for size in (64, 32)]
+    assert found == [(1, 2, 3, 4, 6, 8, 11, 16), (1, 2, 3, 4, 5, 6, 8)]
+    with pytest.raises(ValueError, match="needs a multiple of 4"):
+        build_tokenizer(options, 30)
 
 
 def test_codebook_use_is_drawn_scale_by_scale(data, tmp_path):

@@ -160,7 +160,7 @@ def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
         factor = 2 ** (len(arguments["channel_multipliers"]) - 1)
         if image_size % factor:
             raise ValueError(f"image size {image_size}; preset {preset} needs a multiple of {factor}")
-        if (side := image_size // factor) != dict(scales=SCALES_256, **arguments)["scales"][-1]:
+        if (side := image_size // factor) != arguments.get("scales", SCALES_256)[-1]:
             arguments["scales"] = pyramid_of(side)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(options.seed, 0, Draw.INITIAL))
