@@ -12,7 +12,7 @@ from visar.guidance import OFF, Guidance
 from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics
 from visar.runtime import EAGER, Runtime
-from visar.samplers.filtering import categorical, check_filters, filter_logits
+from visar.samplers.filtering import check_filters, sample_logits
 
 
 @torch.no_grad()
@@ -59,10 +59,11 @@ def sample_ancestral(
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
-        logits_BLV = filter_logits(model.predict(state), temperature=temperature, top_k=top_k, top_p=top_p)
+        logits_BLV = model.predict(state)
         position = state.length[:, None] + torch.arange(logits_BLV.shape[1], device=noise.device)
         uniform_BL = uniform_BN.gather(1, position.expand(condition.batch, -1))
-        model.append(state, categorical(logits_BLV, uniform_BL))
+        tokens_BL = sample_logits(logits_BLV, uniform_BL, temperature=temperature, top_k=top_k, top_p=top_p)
+        model.append(state, tokens_BL)
 
     done = 0
     for block, (size, kind) in enumerate(zip(sizes, model.block_kinds, strict=True)):

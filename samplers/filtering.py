@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from visar import kernels
+
 
 def check_filters(temperature: float, top_k: int, top_p: float) -> None:
     """Checks sampling settings.
@@ -87,3 +89,23 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
 def categorical(logits: Tensor, uniform: Tensor) -> Tensor:
     """Codes int64 [...] drawn from softmax(logits), float32 [..., V], -inf never; uniform [...] is in (0, 1)."""
     return draw(torch.softmax(logits, dim=-1), uniform)
+
+
+def sample_logits(
+    logits: Tensor, uniform: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
+) -> Tensor:
+    """Codes int64 [...] drawn from softmax(filter_logits(logits)), logits float32 [..., V], uniform [...] in (0, 1).
+
+    On a GPU one kernel does it; its sums are rounded in another order, so that a uniform number within rounding of the
+    border between two codes may fall to the other.
+    """
+    vocab_size = logits.shape[-1]
+    if logits.dtype != torch.float32 or vocab_size > kernels.MAX_CODES or not kernels.usable(logits):
+        return categorical(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
+    from visar.kernels.draw import draw_codes
+
+    with kernels.on(logits.device):
+        codes_M = draw_codes(
+            logits.reshape(-1, vocab_size).contiguous(), uniform.reshape(-1).contiguous(), temperature, top_k, top_p
+        )
+    return codes_M.view(uniform.shape)

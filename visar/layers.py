@@ -35,6 +35,32 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.dropout(self.w2(functional.silu(self.w1(x)) * self.w3(x)))
 
+    def join(self) -> None:
+        """Lays w1 and w3 side by side in memory, so that `gate_and_up` is one product.
+
+        Names, values and saved files stay as they are. Moving or casting the module parts them again.
+        """
+        if self._joined() is None and type(self.w1) is type(self.w3) is nn.Linear:
+            both_2FD = torch.cat([self.w1.weight.detach(), self.w3.weight.detach()])
+            self.w1.weight.data, self.w3.weight.data = both_2FD.chunk(2)
+
+    def _joined(self) -> Tensor | None:
+        """Both weights as one [2F, D], if they lie side by side."""
+        if not type(self.w1) is type(self.w3) is nn.Linear:
+            return None  # an adapter has taken the layer's place
+        gate, up = self.w1.weight, self.w3.weight
+        same = gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
+        if not (same and gate.is_contiguous() and up.storage_offset() - gate.storage_offset() == gate.numel()):
+            return None
+        return gate.detach().as_strided((2 * gate.shape[0], gate.shape[1]), gate.stride())
+
+    def gate_and_up(self, x: Tensor) -> Tensor:
+        """w1 x and w3 x side by side, [..., 2F]; not for training."""
+        both_2FD = self._joined()
+        if both_2FD is None:
+            return torch.cat([self.w1(x), self.w3(x)], dim=-1)
+        return functional.linear(x, both_2FD)
+
 
 def swiglu_hidden_width(width: int, multiple_of: int = 256) -> int:
     """Llama's hidden width: 2/3 of 4 D, rounded up to a multiple."""

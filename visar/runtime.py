@@ -18,15 +18,23 @@ import torch
 from torch import Tensor
 
 
+def places(model: Any) -> int:
+    """Where a model's weights are: another number once one of them was moved or cast."""
+    return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
+
+
 class Session:
     """Static tensors and captured steps of one model, batch and settings.
 
     Attributes:
         state: the generator's decoding state, kept for the next call; None at first.
+        weights: where the model's weights were when the first step ran; None before that.
     """
 
-    def __init__(self, capture: bool) -> None:
+    def __init__(self, capture: bool, model: Any = None) -> None:
         self.state: Any = None
+        self.weights: int | None = None
+        self._model = None if model is None else weakref.ref(model)
         self._capture = capture
         self._tensors: dict[str, Tensor] = {}
         self._seen: set[Hashable] = set()
@@ -41,8 +49,17 @@ class Session:
             self._tensors[name].copy_(value)
         return self._tensors[name]
 
+    def serves(self, model: Any) -> bool:
+        """Whether this session is the model's, and its weights still are where the steps read them.
+
+        They are looked at when the first step runs, because starting to decode may lay them out anew.
+        """
+        return self._model is not None and self._model() is model and self.weights == places(model)
+
     def run(self, step: Callable[[], None], kind: Hashable = "step") -> None:
         """Runs a step that reads and writes tensors of this session only; steps of one kind do the same work."""
+        if self.weights is None and self._model is not None:
+            self.weights = places(self._model())
         if not self._capture:
             step()
         elif kind in self._graphs:
@@ -70,7 +87,7 @@ class Runtime:
     def __init__(self, capture: bool = True, max_sessions: int = 4) -> None:
         self.capture = capture
         self.max_sessions = max_sessions
-        self._sessions: OrderedDict[Hashable, tuple[weakref.ref, Session]] = OrderedDict()
+        self._sessions: OrderedDict[Hashable, Session] = OrderedDict()
 
     def session(self, model: Any, device: torch.device, key: Hashable) -> Session:
         """The session of this model and key (batch, guided or not, every setting that changes a step's work).
@@ -79,12 +96,11 @@ class Runtime:
         """
         if not (self.capture and device.type == "cuda"):
             return Session(capture=False)
-        weights = hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
-        full_key = (id(model), weights, str(device), key)
-        reference, session = self._sessions.pop(full_key, (None, None))
-        if reference is None or reference() is not model or session is None:
-            session = Session(capture=True)
-        self._sessions[full_key] = (weakref.ref(model), session)
+        full_key = (id(model), str(device), key)
+        session = self._sessions.pop(full_key, None)
+        if session is None or not session.serves(model):
+            session = Session(capture=True, model=model)
+        self._sessions[full_key] = session
         while len(self._sessions) > self.max_sessions:
             self._sessions.popitem(last=False)
         return session

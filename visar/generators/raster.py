@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar import kernels
 from visar.cache import KVCache, visible, visible_tree
 from visar.condition import Condition
 from visar.guidance import OFF, Guidance, combine, double, repeat
@@ -172,6 +173,9 @@ class RasterGPT(ModelMixin, ConfigMixin):
     Raises:
         ValueError: no condition at all, or settings that exclude each other.
     """
+
+    fused: Literal["auto", "off"] = "auto"
+    """"auto" decodes by the kernels of visar/kernels where they can run, "off" by plain PyTorch, the reference."""
 
     _supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
@@ -421,6 +425,9 @@ class RasterGPT(ModelMixin, ConfigMixin):
             ValueError: see `check_condition`.
         """
         self.check_condition(condition)
+        if self._takes_kernels(self.output.weight):
+            for layer in self.layers:
+                layer.feed_forward.join()
         guided = guidance.active(self.num_tokens)
         rows = double(condition, self.null_condition(condition)) if guided else condition
         prefix_RPD, valid_RP = self.prefix(rows)
@@ -487,6 +494,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
         at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
         first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
         x = torch.cat([first[:, None], x[:, 1:]], dim=1)
+        if tree is None and self._takes_kernels(x):
+            return self._features_by_kernels(state, x)
         root = length + self.prefix_length - 1
         position = root + torch.arange(x.shape[1], device=x.device)
         place = position if tree is None else root + tree.depth_BL
@@ -505,6 +514,37 @@ class RasterGPT(ModelMixin, ConfigMixin):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
         return self.norm(x)
 
+    def _takes_kernels(self, tensor: Tensor) -> bool:
+        """Whether decoding runs by kernels: not in training, where dropout and gradients are needed."""
+        inference = not (self.training or (tensor.requires_grad and torch.is_grad_enabled()))
+        plain = torch.is_autocast_enabled(tensor.device.type) or tensor.dtype != self.norm.weight.dtype
+        return self.fused == "auto" and inference and not plain and kernels.usable(tensor)
+
+    def _features_by_kernels(self, state: RasterState, x_RLD: Tensor) -> Tensor:
+        """What `features` does from the first layer on; `x_RLD` is overwritten."""
+        from visar.kernels.attention import cached_attention
+        from visar.kernels.elementwise import add_rms_norm_, silu_multiply
+
+        rows, positions, _ = x_RLD.shape
+        residual_MD = x_RLD.flatten(0, 1)
+        place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
+        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)] + [self.norm]
+        rope, cache, following = self.rope(x_RLD.device), state.cache, iter(norms)
+        with kernels.on(x_RLD.device):
+
+            def normed(delta_MD: Tensor | None) -> Tensor:
+                norm = next(following)
+                return add_rms_norm_(residual_MD, delta_MD, norm.weight, norm.eps)
+
+            normed_MD = normed(None)
+            for i, layer in enumerate(self.layers):
+                qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, (rows, positions))
+                mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place)
+                normed_MD = normed(layer.attention.wo(mixed_RLD.flatten(0, 1)))
+                hidden_MF = silu_multiply(layer.feed_forward.gate_and_up(normed_MD))
+                normed_MD = normed(layer.feed_forward.w2(hidden_MF))
+        return normed_MD.unflatten(0, (rows, positions))
+
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
         return self.output(self.features(state, draft_BK))
@@ -514,6 +554,11 @@ class RasterGPT(ModelMixin, ConfigMixin):
         logits_RLV = self.output(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
+        if depth_BL is None and self._takes_kernels(logits_RLV):
+            from visar.kernels.elementwise import guide
+
+            with kernels.on(logits_RLV.device):
+                return guide(logits_RLV, state.scale_N, state.length)
         if depth_BL is None:
             depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
         return combine(logits_RLV, state.scale_N[state.length[:, None] + depth_BL][..., None])

@@ -1,0 +1,221 @@
+"""Rotary positions, cache write and attention of one decode step in one kernel a layer.
+
+The cache is read once, up to the current length, which is a tensor on the device: one captured launch serves every
+step. B images, R rows (2B when guided), L new positions, N heads, E head width, S slots.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
+_NOTHING = tl.constexpr(-1.0e30)
+
+
+@triton.jit
+def _rotated(base_ptr, offset, partner, inside, cos, sin, sign):
+    """Elements of a vector rotated in pairs (2i, 2i + 1), rounded to their own dtype, as float32."""
+    x = tl.load(base_ptr + offset, mask=inside, other=0.0)
+    other = tl.load(base_ptr + partner, mask=inside, other=0.0)
+    turned = x.to(tl.float32) * cos + sign * other.to(tl.float32) * sin
+    return turned.to(x.dtype)
+
+
+@triton.jit
+def _one_token(
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, out_ptr,
+    ahead, batch, slots, places, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr, BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    if RAGGED:
+        root = tl.load(length_ptr + row % batch).to(tl.int32) + ahead
+    else:
+        root = tl.load(length_ptr).to(tl.int32) + ahead
+    e = tl.arange(0, WIDTH_POW2)
+    real = e < WIDTH
+    turn = rope_ptr + tl.minimum(root, places - 1) * WIDTH + (e // 2) * 2
+    cos = tl.load(turn, mask=real, other=0.0)
+    sin = tl.load(turn + 1, mask=real, other=0.0)
+    sign = tl.where(e % 2 == 0, -1.0, 1.0)
+    new = qkv_ptr + row * (3 * HEADS * WIDTH) + head * WIDTH
+    query = _rotated(new, e, e ^ 1, real, cos, sin, sign).to(tl.float32) * scale
+    new_key = _rotated(new + HEADS * WIDTH, e, e ^ 1, real, cos, sin, sign)
+    new_value = tl.load(new + 2 * HEADS * WIDTH + e, mask=real, other=0.0)
+    line = (row.to(tl.int64) * HEADS + head) * slots * WIDTH
+    tl.store(keys_ptr + line + root * WIDTH + e, new_key, mask=real)
+    tl.store(values_ptr + line + root * WIDTH + e, new_value, mask=real)
+
+    # The new position comes from registers, the others from the cache.
+    top = tl.sum(query * new_key.to(tl.float32), axis=0)
+    total = tl.full([], 1.0, tl.float32)
+    out = new_value.to(tl.float32)
+    if MASKED:
+        seen = tl.load(valid_ptr + row * slots + root) != 0
+        top = tl.where(seen, top, _NOTHING)
+        total = tl.where(seen, 1.0, 0.0)
+        out = tl.where(seen, out, 0.0)
+    for start in tl.range(0, root, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        seen = slot < root
+        tile = line + slot[:, None] * WIDTH + e[None, :]
+        inside = seen[:, None] & real[None, :]
+        key = tl.load(keys_ptr + tile, mask=inside, other=0.0)
+        value = tl.load(values_ptr + tile, mask=inside, other=0.0)
+        if MASKED:
+            seen = seen & (tl.load(valid_ptr + row * slots + slot, mask=seen, other=0) != 0)
+        score = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=0))
+        weight = tl.exp(score - new_top)
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weight, axis=0)
+        out = out * shrink + tl.sum(value.to(tl.float32) * weight[:, None], axis=0)
+        top = new_top
+    out = out / tl.maximum(total, 1.0e-30)
+    tl.store(out_ptr + row * (HEADS * WIDTH) + head * WIDTH + e, out.to(new_value.dtype), mask=real)
+
+
+@triton.jit
+def _window(
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, out_ptr,
+    ahead, batch, slots, places, positions, scale,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    first = tl.program_id(2) * QUERIES
+    if RAGGED:
+        root = tl.load(length_ptr + row % batch).to(tl.int32) + ahead
+    else:
+        root = tl.load(length_ptr).to(tl.int32) + ahead
+    e = tl.arange(0, WIDTH_POW2)
+    real = e < WIDTH
+    sign = tl.where(e % 2 == 0, -1.0, 1.0)[None, :]
+    stride = 3 * HEADS * WIDTH
+    new = qkv_ptr + row * positions * stride + head * WIDTH
+    line = (row.to(tl.int64) * HEADS + head) * slots * WIDTH
+    valid = valid_ptr + row * slots
+
+    # This program's queries, and the keys and values of the same positions, which it writes to the cache.
+    place_Q = first + tl.arange(0, QUERIES)
+    inside = (place_Q < positions)[:, None] & real[None, :]
+    turn = rope_ptr + tl.minimum(root + place_Q, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
+    cos = tl.load(turn, mask=inside, other=0.0)
+    sin = tl.load(turn + 1, mask=inside, other=0.0)
+    offset = place_Q[:, None] * stride + e[None, :]
+    partner = place_Q[:, None] * stride + (e ^ 1)[None, :]
+    query = _rotated(new, offset, partner, inside, cos, sin, sign)
+    own_key = _rotated(new + HEADS * WIDTH, offset, partner, inside, cos, sin, sign)
+    own_value = tl.load(new + 2 * HEADS * WIDTH + offset, mask=inside, other=0.0)
+    target = line + (root + place_Q)[:, None] * WIDTH + e[None, :]
+    tl.store(keys_ptr + target, own_key, mask=inside)
+    tl.store(values_ptr + target, own_value, mask=inside)
+
+    top = tl.full([QUERIES], _NOTHING, tl.float32)
+    total = tl.zeros([QUERIES], tl.float32)
+    out = tl.zeros([QUERIES, WIDTH_POW2], tl.float32)
+    for start in tl.range(0, root, BLOCK):
+        slot = start + tl.arange(0, BLOCK)
+        seen = slot < root
+        tile = line + slot[:, None] * WIDTH + e[None, :]
+        inside_tile = seen[:, None] & real[None, :]
+        key = tl.load(keys_ptr + tile, mask=inside_tile, other=0.0)
+        value = tl.load(values_ptr + tile, mask=inside_tile, other=0.0)
+        if MASKED:
+            seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :], score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp(score - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weight, axis=1)
+        out = out * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        top = new_top
+
+    # The window's own positions are rotated anew rather than read from what other programs write.
+    for start in tl.range(0, tl.minimum(first + QUERIES, positions), BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        seen = place < positions
+        inside_tile = seen[:, None] & real[None, :]
+        turn = rope_ptr + tl.minimum(root + place, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
+        cos = tl.load(turn, mask=inside_tile, other=0.0)
+        sin = tl.load(turn + 1, mask=inside_tile, other=0.0)
+        offset = place[:, None] * stride + e[None, :]
+        partner = place[:, None] * stride + (e ^ 1)[None, :]
+        key = _rotated(new + HEADS * WIDTH, offset, partner, inside_tile, cos, sin, sign)
+        value = tl.load(new + 2 * HEADS * WIDTH + offset, mask=inside_tile, other=0.0)
+        if MASKED:
+            seen = seen & (tl.load(valid + root + place, mask=seen, other=0) != 0)
+        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+        score = tl.where(seen[None, :] & (place[None, :] <= place_Q[:, None]), score, float("-inf"))
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        weight = tl.exp(score - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(weight, axis=1)
+        out = out * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+        top = new_top
+
+    out = out / tl.maximum(total, 1.0e-30)[:, None]
+    result = out_ptr + (row * positions + place_Q)[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
+    tl.store(result, out.to(own_value.dtype), mask=inside)
+
+
+def cached_attention(
+    qkv_RLX: Tensor,
+    keys_RNSE: Tensor,
+    values_RNSE: Tensor,
+    rope_PE2: Tensor,
+    length: Tensor,
+    *,
+    ahead: int,
+    batch: int,
+    key_valid_RS: Tensor | None,
+) -> Tensor:
+    """Attention of L new positions of every row over the cache and, causally, over themselves; they enter the cache.
+
+    The plain counterpart is `visar.generators.raster.Attention` between its two matrix products.
+
+    Args:
+        qkv_RLX: [R, L, 3 N E], queries, keys and values side by side, heads inside; contiguous.
+        keys_RNSE, values_RNSE: one layer of the cache, contiguous; written at slots root ... root + L - 1.
+        rope_PE2: float32 [P, E / 2, 2], see visar/rope.py; places beyond the table take its last row.
+        length: int64 [1] or [B]; root = length + ahead is the slot and the place of the first new position.
+        ahead: prefix positions before the one that predicts token 0.
+        batch: B; row r belongs to image r mod B.
+        key_valid_RS: bool, False for slots that nobody sees; None if all are seen. A query that sees nothing gets 0.
+
+    Returns: [R, L, N E], before the output matrix.
+    """
+    rows, positions, _ = qkv_RLX.shape
+    heads, slots, width = keys_RNSE.shape[1:]
+    out_RLX = qkv_RLX.new_empty(rows, positions, heads * width)
+    masked = key_valid_RS is not None
+    # A mask is read as bytes; without one the pointer is never followed.
+    valid = key_valid_RS.view(torch.uint8) if key_valid_RS is not None else qkv_RLX
+    tensors = (qkv_RLX, keys_RNSE, values_RNSE, rope_PE2, length, valid, out_RLX, ahead, batch, slots)
+    width_pow2 = max(triton.next_power_of_2(width), 16)
+    shape = dict(HEADS=heads, WIDTH=width, WIDTH_POW2=width_pow2, RAGGED=length.shape[0] > 1, MASKED=masked)
+    scale = width**-0.5
+    if positions == 1:
+        block = min(max(2**14 // width_pow2, 16), 256, max(triton.next_power_of_2(slots), 16))
+        _one_token[(rows, heads)](
+            *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=8, num_stages=1
+        )  # fmt: skip
+        return out_RLX
+    queries = 16 if positions <= 16 else 32
+    _window[(rows, heads, triton.cdiv(positions, queries))](
+        *tensors,
+        rope_PE2.shape[0],
+        positions,
+        scale,
+        **shape,
+        QUERIES=queries,
+        BLOCK=32 if qkv_RLX.dtype == torch.float32 else 64,
+        num_warps=4,
+        num_stages=1 if qkv_RLX.dtype == torch.float32 else 2,
+    )
+    return out_RLX

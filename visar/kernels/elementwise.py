@@ -1,0 +1,110 @@
+"""Kernels between the matrix products: residual + RMS norm, SwiGLU's product, guidance. M rows, D width, F hidden."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_rms_norm(
+    residual_ptr, delta_ptr, weight_ptr, normed_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    x = tl.load(residual_ptr + row * width + column, mask=inside, other=0.0)
+    if ADD:
+        delta = tl.load(delta_ptr + row * width + column, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + delta.to(tl.float32)).to(x.dtype)
+        tl.store(residual_ptr + row * width + column, x, mask=inside)
+    wide = x.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + eps)
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0)
+    normed = (wide * scale).to(x.dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(normed_ptr + row * width + column, normed.to(x.dtype), mask=inside)
+
+
+def add_rms_norm_(residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+    """Adds `delta_MD` (None = nothing) to the residual in place and returns its RMS norm times the weight.
+
+    Statistics in float32, cast, then the weight: `visar.layers.RMSNorm`. All tensors contiguous and of one dtype.
+    """
+    rows, width = residual_MD.shape
+    normed_MD = torch.empty_like(residual_MD)
+    block = triton.next_power_of_2(width)
+    _add_rms_norm[(rows,)](
+        residual_MD,
+        residual_MD if delta_MD is None else delta_MD,
+        weight_D,
+        normed_MD,
+        width,
+        eps,
+        ADD=delta_MD is not None,
+        BLOCK=block,
+        num_warps=min(max(block // 256, 1), 8),
+    )
+    return normed_MD
+
+
+@triton.jit
+def _silu_multiply(both_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < hidden
+    gate = tl.load(both_ptr + row * 2 * hidden + column, mask=inside, other=0.0)
+    up = tl.load(both_ptr + row * 2 * hidden + hidden + column, mask=inside, other=0.0)
+    wide = gate.to(tl.float32)
+    activated = (wide * tl.sigmoid(wide)).to(gate.dtype)
+    tl.store(out_ptr + row * hidden + column, (activated.to(tl.float32) * up.to(tl.float32)).to(gate.dtype), inside)
+
+
+def silu_multiply(both_M2F: Tensor) -> Tensor:
+    """silu(first half) * second half, [M, 2F] -> [M, F]; contiguous."""
+    rows, hidden = both_M2F.shape[0], both_M2F.shape[1] // 2
+    out_MF = both_M2F.new_empty(rows, hidden)
+    block = min(triton.next_power_of_2(hidden), 1024)
+    _silu_multiply[(rows, triton.cdiv(hidden, block))](both_M2F, out_MF, hidden, BLOCK=block, num_warps=4)
+    return out_MF
+
+
+@triton.jit
+def _guide(
+    logits_ptr, scale_ptr, length_ptr, out_ptr, batch, positions, codes, RAGGED: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    code = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = code < codes
+    image = row // positions
+    length = tl.load(length_ptr + (image if RAGGED else 0))
+    scale = tl.load(scale_ptr + length + row % positions)
+    conditional = tl.load(logits_ptr + row * codes + code, mask=inside, other=0.0).to(tl.float32)
+    null_row = row + batch.to(tl.int64) * positions
+    null = tl.load(logits_ptr + null_row * codes + code, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * codes + code, null + (conditional - null) * scale, mask=inside)
+
+
+def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor) -> Tensor:
+    """Guided float32 logits [B, L, V] of a doubled batch [2B, L, V]; `visar.guidance.combine` with positions.
+
+    Args:
+        logits_RLV: contiguous.
+        scale_N: float32 strength of every position.
+        length: int64 [1] or [B]: position of slot 0.
+    """
+    rows, positions, codes = logits_RLV.shape
+    out_BLV = logits_RLV.new_empty(rows // 2, positions, codes, dtype=torch.float32)
+    block = min(triton.next_power_of_2(codes), 2048)
+    _guide[(rows // 2 * positions, triton.cdiv(codes, block))](
+        logits_RLV,
+        scale_N,
+        length,
+        out_BLV,
+        rows // 2,
+        positions,
+        codes,
+        RAGGED=length.shape[0] > 1,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out_BLV
