@@ -54,10 +54,10 @@ def _one_token(
     total = tl.full([], 1.0, tl.float32)
     out = new_value.to(tl.float32)
     if MASKED:
-        seen = tl.load(valid_ptr + row * slots + root) != 0
-        top = tl.where(seen, top, _NOTHING)
-        total = tl.where(seen, 1.0, 0.0)
-        out = tl.where(seen, out, 0.0)
+        seen_itself = tl.load(valid_ptr + row * slots + root) != 0
+        top = tl.where(seen_itself, top, _NOTHING)
+        total = tl.where(seen_itself, 1.0, 0.0)
+        out = tl.where(seen_itself, out, 0.0)
     for start in tl.range(0, root, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         seen = slot < root
@@ -79,6 +79,26 @@ def _one_token(
 
 
 @triton.jit
+def _turns(rope_ptr, place, e, inside, places, WIDTH: tl.constexpr):
+    """Cosines and sines of places, [places, E]."""
+    turn = rope_ptr + tl.minimum(place, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
+    return tl.load(turn, mask=inside, other=0.0), tl.load(turn + 1, mask=inside, other=0.0)
+
+
+@triton.jit
+def _absorb(query, key, value, seen, scale, top, total, out):
+    """Running softmax over one more tile of keys: its maximum, sum and weighted values."""
+    score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+    score = tl.where(seen, score, float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=1))
+    weight = tl.exp(score - new_top[:, None])
+    shrink = tl.exp(top - new_top)
+    total = total * shrink + tl.sum(weight, axis=1)
+    out = out * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
+    return new_top, total, out
+
+
+@triton.jit
 def _window(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, out_ptr,
     ahead, batch, slots, places, positions, scale,
@@ -96,72 +116,61 @@ def _window(
     real = e < WIDTH
     sign = tl.where(e % 2 == 0, -1.0, 1.0)[None, :]
     stride = 3 * HEADS * WIDTH
-    new = qkv_ptr + row * positions * stride + head * WIDTH
-    line = (row.to(tl.int64) * HEADS + head) * slots * WIDTH
+    new_query = qkv_ptr + row * positions * stride + head * WIDTH
+    new_key = new_query + HEADS * WIDTH
+    new_value = new_key + HEADS * WIDTH
+    line = (row * HEADS + head) * slots * WIDTH
     valid = valid_ptr + row * slots
 
     # This program's queries, and the keys and values of the same positions, which it writes to the cache.
     place_Q = first + tl.arange(0, QUERIES)
-    inside = (place_Q < positions)[:, None] & real[None, :]
-    turn = rope_ptr + tl.minimum(root + place_Q, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
-    cos = tl.load(turn, mask=inside, other=0.0)
-    sin = tl.load(turn + 1, mask=inside, other=0.0)
-    offset = place_Q[:, None] * stride + e[None, :]
-    partner = place_Q[:, None] * stride + (e ^ 1)[None, :]
-    query = _rotated(new, offset, partner, inside, cos, sin, sign)
-    own_key = _rotated(new + HEADS * WIDTH, offset, partner, inside, cos, sin, sign)
-    own_value = tl.load(new + 2 * HEADS * WIDTH + offset, mask=inside, other=0.0)
-    target = line + (root + place_Q)[:, None] * WIDTH + e[None, :]
-    tl.store(keys_ptr + target, own_key, mask=inside)
-    tl.store(values_ptr + target, own_value, mask=inside)
+    inside_QE = (place_Q < positions)[:, None] & real[None, :]
+    cos_QE, sin_QE = _turns(rope_ptr, root + place_Q, e, inside_QE, places, WIDTH)
+    offset_QE = place_Q[:, None] * stride + e[None, :]
+    partner_QE = place_Q[:, None] * stride + (e ^ 1)[None, :]
+    query_QE = _rotated(new_query, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
+    key_QE = _rotated(new_key, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
+    value_QE = tl.load(new_value + offset_QE, mask=inside_QE, other=0.0)
+    target_QE = line + (root + place_Q)[:, None] * WIDTH + e[None, :]
+    tl.store(keys_ptr + target_QE, key_QE, mask=inside_QE)
+    tl.store(values_ptr + target_QE, value_QE, mask=inside_QE)
 
-    top = tl.full([QUERIES], _NOTHING, tl.float32)
-    total = tl.zeros([QUERIES], tl.float32)
-    out = tl.zeros([QUERIES, WIDTH_POW2], tl.float32)
+    top_Q = tl.full([QUERIES], _NOTHING, tl.float32)
+    total_Q = tl.zeros([QUERIES], tl.float32)
+    out_QE = tl.zeros([QUERIES, WIDTH_POW2], tl.float32)
     for start in tl.range(0, root, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         seen = slot < root
         tile = line + slot[:, None] * WIDTH + e[None, :]
-        inside_tile = seen[:, None] & real[None, :]
-        key = tl.load(keys_ptr + tile, mask=inside_tile, other=0.0)
-        value = tl.load(values_ptr + tile, mask=inside_tile, other=0.0)
+        inside = seen[:, None] & real[None, :]
+        key = tl.load(keys_ptr + tile, mask=inside, other=0.0)
+        value = tl.load(values_ptr + tile, mask=inside, other=0.0)
         if MASKED:
             seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        score = tl.where(seen[None, :], score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp(score - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, axis=1)
-        out = out * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        top = new_top
+        top_Q, total_Q, out_QE = _absorb(query_QE, key, value, seen[None, :], scale, top_Q, total_Q, out_QE)
 
-    # The window's own positions are rotated anew rather than read from what other programs write.
-    for start in tl.range(0, tl.minimum(first + QUERIES, positions), BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        seen = place < positions
-        inside_tile = seen[:, None] & real[None, :]
-        turn = rope_ptr + tl.minimum(root + place, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
-        cos = tl.load(turn, mask=inside_tile, other=0.0)
-        sin = tl.load(turn + 1, mask=inside_tile, other=0.0)
-        offset = place[:, None] * stride + e[None, :]
-        partner = place[:, None] * stride + (e ^ 1)[None, :]
-        key = _rotated(new + HEADS * WIDTH, offset, partner, inside_tile, cos, sin, sign)
-        value = tl.load(new + 2 * HEADS * WIDTH + offset, mask=inside_tile, other=0.0)
+    # Earlier positions of the window are rotated anew rather than read from what other programs write.
+    for before in tl.range(0, first, QUERIES):
+        place_W = before + tl.arange(0, QUERIES)
+        inside_WE = (place_W < positions)[:, None] & real[None, :]
+        cos_WE, sin_WE = _turns(rope_ptr, root + place_W, e, inside_WE, places, WIDTH)
+        offset_WE = place_W[:, None] * stride + e[None, :]
+        partner_WE = place_W[:, None] * stride + (e ^ 1)[None, :]
+        key_WE = _rotated(new_key, offset_WE, partner_WE, inside_WE, cos_WE, sin_WE, sign)
+        value_WE = tl.load(new_value + offset_WE, mask=inside_WE, other=0.0)
+        seen_W = place_W < positions
         if MASKED:
-            seen = seen & (tl.load(valid + root + place, mask=seen, other=0) != 0)
-        score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-        score = tl.where(seen[None, :] & (place[None, :] <= place_Q[:, None]), score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        weight = tl.exp(score - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, axis=1)
-        out = out * shrink[:, None] + tl.dot(weight.to(value.dtype), value, input_precision="ieee")
-        top = new_top
+            seen_W = seen_W & (tl.load(valid + root + place_W, mask=seen_W, other=0) != 0)
+        top_Q, total_Q, out_QE = _absorb(query_QE, key_WE, value_WE, seen_W[None, :], scale, top_Q, total_Q, out_QE)
 
-    out = out / tl.maximum(total, 1.0e-30)[:, None]
+    own_Q = place_Q < positions
+    if MASKED:
+        own_Q = own_Q & (tl.load(valid + root + place_Q, mask=own_Q, other=0) != 0)
+    causal_QQ = own_Q[None, :] & (place_Q[None, :] <= place_Q[:, None])
+    top_Q, total_Q, out_QE = _absorb(query_QE, key_QE, value_QE, causal_QQ, scale, top_Q, total_Q, out_QE)
+    out_QE = out_QE / tl.maximum(total_Q, 1.0e-30)[:, None]
     result = out_ptr + (row * positions + place_Q)[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
-    tl.store(result, out.to(own_value.dtype), mask=inside)
+    tl.store(result, out_QE.to(value_QE.dtype), mask=inside_QE)
 
 
 def cached_attention(
@@ -206,7 +215,8 @@ def cached_attention(
             *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=8, num_stages=1
         )  # fmt: skip
         return out_RLX
-    queries = 16 if positions <= 16 else 32
+    float32 = qkv_RLX.dtype == torch.float32
+    queries = 32 if positions > 16 and width_pow2 <= 64 and not float32 else 16
     _window[(rows, heads, triton.cdiv(positions, queries))](
         *tensors,
         rope_PE2.shape[0],
@@ -214,8 +224,8 @@ def cached_attention(
         scale,
         **shape,
         QUERIES=queries,
-        BLOCK=32 if qkv_RLX.dtype == torch.float32 else 64,
-        num_warps=4,
-        num_stages=1 if qkv_RLX.dtype == torch.float32 else 2,
+        BLOCK=32 if float32 else 64,
+        num_warps=8 if float32 else 4,
+        num_stages=1 if float32 else 2,
     )
     return out_RLX

@@ -79,7 +79,7 @@ def _guide(
     length = tl.load(length_ptr + (image if RAGGED else 0))
     scale = tl.load(scale_ptr + length + row % positions)
     conditional = tl.load(logits_ptr + row * codes + code, mask=inside, other=0.0).to(tl.float32)
-    null_row = row + batch.to(tl.int64) * positions
+    null_row = row + batch * positions
     null = tl.load(logits_ptr + null_row * codes + code, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * codes + code, null + (conditional - null) * scale, mask=inside)
 
