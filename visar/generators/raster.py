@@ -425,7 +425,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
             ValueError: see `check_condition`.
         """
         self.check_condition(condition)
-        if self._takes_kernels(self.output.weight):
+        if self._takes_kernels():
             for layer in self.layers:
                 layer.feed_forward.join()
         guided = guidance.active(self.num_tokens)
@@ -485,18 +485,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
         Commits nothing. `tree` instead of `draft_BK`: one vector for the root and one a node.
         """
-        length = state.length[:, None]
-        previous = state.tokens.gather(1, (length - 1).clamp(min=0).expand(state.batch, 1))
-        if tree is not None:
-            draft_BK = tree.tokens_BM
-        tokens_BL = previous if draft_BK is None else torch.cat([previous, draft_BK], dim=1)
-        x = repeat(self.embed(tokens_BL), state.parts)
-        at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
-        first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
-        x = torch.cat([first[:, None], x[:, 1:]], dim=1)
-        if tree is None and self._takes_kernels(x):
-            return self._features_by_kernels(state, x)
-        root = length + self.prefix_length - 1
+        if tree is None and self._takes_kernels():
+            return self._features_by_kernels(state, draft_BK)
+        x = self._inputs(state, draft_BK if tree is None else tree.tokens_BM)
+        root = state.length[:, None] + self.prefix_length - 1
         position = root + torch.arange(x.shape[1], device=x.device)
         place = position if tree is None else root + tree.depth_BL
         if state.cache.ragged:
@@ -514,36 +506,48 @@ class RasterGPT(ModelMixin, ConfigMixin):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
         return self.norm(x)
 
-    def _takes_kernels(self, tensor: Tensor) -> bool:
+    def _inputs(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
+        """Input embeddings [R, K + 1, D] of the last committed position and of the drafted tokens."""
+        length = state.length[:, None]
+        previous = state.tokens.gather(1, (length - 1).clamp(min=0).expand(state.batch, 1))
+        tokens_BL = previous if draft_BK is None else torch.cat([previous, draft_BK], dim=1)
+        x = repeat(self.embed(tokens_BL), state.parts)
+        at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
+        first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
+        return torch.cat([first[:, None], x[:, 1:]], dim=1)
+
+    def _takes_kernels(self) -> bool:
         """Whether decoding runs by kernels: not in training, where dropout and gradients are needed."""
-        inference = not (self.training or (tensor.requires_grad and torch.is_grad_enabled()))
-        plain = torch.is_autocast_enabled(tensor.device.type) or tensor.dtype != self.norm.weight.dtype
-        return self.fused == "auto" and inference and not plain and kernels.usable(tensor)
+        weight = self.output.weight
+        inference = not (self.training or (weight.requires_grad and torch.is_grad_enabled()))
+        mixed = torch.is_autocast_enabled(weight.device.type) or weight.dtype != self.norm.weight.dtype
+        return self.fused == "auto" and inference and not mixed and kernels.usable(weight)
 
-    def _features_by_kernels(self, state: RasterState, x_RLD: Tensor) -> Tensor:
-        """What `features` does from the first layer on; `x_RLD` is overwritten."""
+    def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
+        """What `features` does without a tree, in 8 launches a layer."""
         from visar.kernels.attention import cached_attention
-        from visar.kernels.elementwise import add_rms_norm_, silu_multiply
+        from visar.kernels.elementwise import add_rms_norm_, first_inputs, silu_multiply
 
-        rows, positions, _ = x_RLD.shape
-        residual_MD = x_RLD.flatten(0, 1)
         place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)] + [self.norm]
-        rope, cache, following = self.rope(x_RLD.device), state.cache, iter(norms)
-        with kernels.on(x_RLD.device):
-
-            def normed(delta_MD: Tensor | None) -> Tensor:
-                norm = next(following)
-                return add_rms_norm_(residual_MD, delta_MD, norm.weight, norm.eps)
-
-            normed_MD = normed(None)
+        rope, cache = self.rope(state.tokens.device), state.cache
+        with kernels.on(state.tokens.device):
+            if self.config["token_input"] == "table":
+                table = self.tok_embeddings.weight
+                x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD)
+            else:
+                x_RLD = self._inputs(state, draft_BK)
+            shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
+            normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
             for i, layer in enumerate(self.layers):
-                qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, (rows, positions))
+                after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
+                qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, shape)
                 mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place)
-                normed_MD = normed(layer.attention.wo(mixed_RLD.flatten(0, 1)))
-                hidden_MF = silu_multiply(layer.feed_forward.gate_and_up(normed_MD))
-                normed_MD = normed(layer.feed_forward.w2(hidden_MF))
-        return normed_MD.unflatten(0, (rows, positions))
+                delta_MD = layer.attention.wo(mixed_RLD.flatten(0, 1))
+                normed_MD = add_rms_norm_(residual_MD, delta_MD, after_attention.weight, after_attention.eps)
+                delta_MD = layer.feed_forward.w2(silu_multiply(layer.feed_forward.gate_and_up(normed_MD)))
+                normed_MD = add_rms_norm_(residual_MD, delta_MD, after_feed_forward.weight, after_feed_forward.eps)
+        return normed_MD.unflatten(0, shape)
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
@@ -554,7 +558,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         logits_RLV = self.output(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
-        if depth_BL is None and self._takes_kernels(logits_RLV):
+        if depth_BL is None and self._takes_kernels():
             from visar.kernels.elementwise import guide
 
             with kernels.on(logits_RLV.device):

@@ -48,6 +48,63 @@ def add_rms_norm_(residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor
 
 
 @triton.jit
+def _first_inputs(
+    tokens_ptr, draft_ptr, length_ptr, table_ptr, prefix_ptr, out_ptr,
+    batch, positions, token_stride, draft_stride, width, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    row = line // positions
+    slot = line % positions
+    image = row % batch
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    length = tl.load(length_ptr + (image if RAGGED else 0))
+    previous = tl.load(tokens_ptr + image * token_stride + tl.maximum(length - 1, 0))
+    drafted = tl.load(draft_ptr + image * draft_stride + slot - 1, mask=slot > 0, other=0)
+    token = tl.where(slot > 0, drafted, previous)
+    begins = (slot == 0) & (length == 0)
+    known = tl.load(table_ptr + token * width + column, mask=inside & (begins == 0), other=0.0)
+    prefix = tl.load(prefix_ptr + row * width + column, mask=inside & begins, other=0.0)
+    tl.store(out_ptr + line * width + column, tl.where(begins, prefix, known), mask=inside)
+
+
+def first_inputs(
+    tokens_BT: Tensor, draft_BK: Tensor | None, length: Tensor, table_VD: Tensor, prefix_last_RD: Tensor
+) -> Tensor:
+    """Input embeddings [R, K + 1, D]: the last committed token (at length 0 the prefix's last vector), and the drafts.
+
+    Args:
+        tokens_BT: int64 committed ids, contiguous.
+        draft_BK: int64 drafted ids, or None.
+        length: int64 [1] or [B] of committed tokens.
+        table_VD: embedding of every id.
+        prefix_last_RD: of every row; row r belongs to image r mod B.
+    """
+    (batch, slots), (rows, width) = tokens_BT.shape, prefix_last_RD.shape
+    drafts = 0 if draft_BK is None else draft_BK.shape[1]
+    draft = tokens_BT if draft_BK is None or not drafts else draft_BK.contiguous()
+    out_RLD = prefix_last_RD.new_empty(rows, drafts + 1, width)
+    block = triton.next_power_of_2(width)
+    _first_inputs[(rows * (drafts + 1),)](
+        tokens_BT,
+        draft,
+        length,
+        table_VD,
+        prefix_last_RD,
+        out_RLD,
+        batch,
+        drafts + 1,
+        slots,
+        draft.shape[1],
+        width,
+        RAGGED=length.shape[0] > 1,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out_RLD
+
+
+@triton.jit
 def _silu_multiply(both_ptr, out_ptr, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
