@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from visar.guidance import Guidance, combine
 from visar.layers import RMSNorm, SwiGLU
 from visar.noise import Noise, image_seeds
 from visar.rope import rope_table, rotate
-from visar.runtime import Runtime
+from visar.runtime import Runtime, Session
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import categorical, filter_logits, sample_logits
 from visar.samplers.jacobi import sample_jacobi
@@ -328,6 +331,65 @@ def test_model_with_joined_weights_is_saved_and_loaded(tmp_path):
     assert all(torch.equal(stored[name], expected[name]) for name in expected)
     again = RasterGPT.from_pretrained(tmp_path)
     assert all(torch.equal(value, expected[name]) for name, value in again.state_dict().items())
+
+
+def test_session_serves_a_model_until_its_weights_move():
+    """Weights joined by `start`, before the first step, do not cost a session; a cast does."""
+    model, _ = make()
+    session = Session(capture=False, model=model)
+    assert not session.serves(model)
+    for layer in model.layers:
+        layer.feed_forward.join()
+    session.run(lambda: None)
+    assert session.serves(model) and not session.serves(make()[0])
+    model.layers[0].feed_forward.join()
+    assert session.serves(model)
+    assert not session.serves(model.double())
+
+
+# ------------------------------------------------------------------------------------------------------ compilation
+VARIANTS = """
+import itertools
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from visar.kernels import attention, draw, elementwise
+
+def check(kernel, constants, options, half):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            ids = name in ("length_ptr", "tokens_ptr", "draft_ptr") or (kernel is draw._draw and name == "out_ptr")
+            wide = name in ("rope_ptr", "scale_ptr", "uniform_ptr") or kernel is draw._draw
+            wide = wide or (kernel is elementwise._guide and name == "out_ptr")
+            mask = name == "valid_ptr" and constants["MASKED"]
+            types[name] = "*i64" if ids else "*u8" if mask else "*fp32" if wide else "*" + half
+        else:
+            types[name] = "fp32" if name in ("eps", "scale", "temperature", "top_p") else "i32"
+    source = ASTSource(kernel, types, constants)
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+check(elementwise._add_rms_norm, dict(ADD=True, BLOCK=2048), dict(num_warps=8), "bf16")
+check(elementwise._silu_multiply, dict(BLOCK=1024), {}, "bf16")
+check(elementwise._guide, dict(RAGGED=True, BLOCK=2048), {}, "bf16")
+check(elementwise._first_inputs, dict(RAGGED=False, BLOCK=2048, batch=1, positions=1), {}, "bf16")
+check(draw._draw, dict(ROWS=128, COLUMNS=128, TOP_K=True, TOP_P=True), dict(num_warps=32), "bf16")
+for half, masked in (("bf16", True), ("fp32", False)):
+    shape = dict(HEADS=20, WIDTH=64, WIDTH_POW2=64, RAGGED=masked, MASKED=masked)
+    check(attention._one_token, dict(shape, BLOCK=256), dict(num_warps=8), half)
+    check(attention._window, dict(shape, QUERIES=16, BLOCK=32), {}, half)
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """The interpreter accepts more than the compiler does; Triton compiles for a Hopper GPU on any Linux machine."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", VARIANTS], cwd=root, env=environment, check=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- GPU

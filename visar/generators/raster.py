@@ -8,7 +8,7 @@ width, V codes, C code width, S cache slots.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -426,7 +426,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         """
         self.check_condition(condition)
         if self._takes_kernels():
-            for layer in self.layers:
+            for layer in cast(list[Block], list(self.layers)):
                 layer.feed_forward.join()
         guided = guidance.active(self.num_tokens)
         rows = double(condition, self.null_condition(condition)) if guided else condition
@@ -529,7 +529,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
         from visar.kernels.elementwise import add_rms_norm_, first_inputs, silu_multiply
 
         place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
-        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)] + [self.norm]
+        layers = cast(list[Block], list(self.layers))
+        norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [self.norm]
         rope, cache = self.rope(state.tokens.device), state.cache
         with kernels.on(state.tokens.device):
             if self.config["token_input"] == "table":
@@ -539,7 +540,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
                 x_RLD = self._inputs(state, draft_BK)
             shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
             normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(layers):
                 after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
                 qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, shape)
                 mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place)

@@ -4,6 +4,7 @@ The cache is read once, up to the current length, which is a tensor on the devic
 step. B images, R rows (2B when guided), L new positions, N heads, E head width, S slots.
 """
 
+# pyright: reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -4,6 +4,7 @@ Thresholds are found by bisection on the value: floats and the integers that sha
 32 halvings end at the exact threshold of a sort, ties included.
 """
 
+# pyright: reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl

@@ -1,5 +1,6 @@
 """Kernels between the matrix products: residual + RMS norm, SwiGLU's product, guidance. M rows, D width, F hidden."""
 
+# pyright: reportIndexIssue=false
 import torch
 import triton
 import triton.language as tl
