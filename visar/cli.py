@@ -259,9 +259,14 @@ def _stats() -> Command:
 
 
 def _bench() -> Command:
-    from visar.benchmark import Bench, bench
+    from visar.bench.options import Bench
 
-    return Bench, lambda options: bench(options, print)
+    def run(options: Bench, sampler_options: dict[str, Any]) -> None:
+        from visar.bench.run import bench
+
+        bench(options, sampler_options, lambda line: print(line, flush=True))
+
+    return Bench, run
 
 
 def _train_tokenizer() -> Command:
@@ -293,7 +298,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
     "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
     "convert": ("make a folder that loads without a network from another project's weights", _convert),
-    "bench": ("time decoding on this machine", _bench),
+    "bench": ("time decoding on this machine, or against another program", _bench),
     "train tokenizer": ("train a tokenizer on images (--recipe NAME: as an embedded model)", _train_tokenizer),
     "train generator": (
         "train a generator on a tokenizer's ids (--recipe NAME: as an embedded model)",
@@ -399,7 +404,7 @@ def parse(arguments: list[str]) -> Callable[[], object]:
     options_class, run = COMMANDS[name][1]()
     settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
     extra: tuple = ()
-    if name in ("sample", "eval") and not {"-h", "--help"} & set(rest):
+    if name in ("sample", "eval", "bench") and not {"-h", "--help"} & set(rest):
         rest, sampler_options = take_sampler_options(name, rest)
         extra = (sampler_options,)
     if name.startswith("train "):

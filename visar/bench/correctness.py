@@ -1,0 +1,102 @@
+"""Checks that come before any time: a fast wrong model is not timed."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from visar.bench.subjects import Subject, conditions, dtype_of, random_ids
+from visar.guidance import OFF, Guidance
+from visar.noise import Noise, image_seeds
+from visar.runtime import EAGER, Runtime
+from visar.samplers.ancestral import sample_ancestral
+
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+HIGHEST = 5e-2
+FORCED_TOKENS = 8
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """|ours - reference| / |reference|, Euclidean over all entries; infinite where ours is not finite."""
+    error = float((ours.float() - reference).norm() / reference.norm())
+    return error if error == error else float("inf")
+
+
+@torch.no_grad()
+def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tuple[float, float]:
+    """Relative errors of the logits against one float32 pass with the same weights and tokens.
+
+    Returns: of decoding block by block through the cache (raster models: the first 8 tokens; others: all blocks), and
+        of one teacher-forced pass, both in the model's own dtype. The second is what the dtype alone costs.
+    """
+    generator = subject.generator
+    tokens_BN, condition = random_ids(subject, batch, device), conditions(generator, batch, device)
+    reference_model = nn.Module.float(copy.deepcopy(generator))
+    reference_BNV = reference_model(tokens_BN, condition)
+    del reference_model
+    forced_BNV = generator(tokens_BN, condition)
+    state = generator.start(condition, OFF)
+    parts, done = [], 0
+    raster = max(generator.block_sizes) == 1
+    for block, size in enumerate(generator.block_sizes):
+        if raster and done == FORCED_TOKENS:
+            break
+        state.block = block
+        parts.append(generator.predict(state))
+        generator.append(state, tokens_BN[:, done : done + size])
+        done += size
+    decoded = relative_error(torch.cat(parts, dim=1), reference_BNV[:, :done])
+    return decoded, relative_error(forced_BNV[:, :done], reference_BNV[:, :done])
+
+
+def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
+    """Error of decoding, and a line that says it.
+
+    Allowed is 2e-2 (float32: 1e-4), or in 16 bits half as much again as the dtype alone costs in one teacher-forced
+    pass of this depth, but never more than 5e-2.
+
+    Raises:
+        ValueError: the error is larger: nothing is timed.
+    """
+    decoded, forced = logits_errors(subject, device)
+    dtype = dtype_of(subject.generator)
+    limit = LIMITS[dtype]
+    if dtype != torch.float32:
+        limit = min(max(limit, 1.5 * forced), HIGHEST)
+    name = str(dtype).removeprefix("torch.")
+    line = f"logits of decoding in {name} against float32: relative error {decoded:.1e} (one pass {forced:.1e})"
+    if not decoded <= limit:
+        raise ValueError(f"{subject.name}: {line}; allowed is {limit:.1e}: wrong results are not timed")
+    return decoded, line
+
+
+def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale: float) -> bool:
+    """Whether captured and eager decoding give the same ids for the same seeds, at float32.
+
+    In bfloat16 they need not: the library behind a matrix product may choose another algorithm under capture.
+    """
+    model = nn.Module.float(copy.deepcopy(generator))
+    settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
+    condition = conditions(model, batch, device)
+    runtime = Runtime()
+    captured = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
+    again = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
+    eager = sample_ancestral(model, condition, runtime=EAGER, **settings).tokens
+    return bool(torch.equal(captured, eager) and torch.equal(again, eager))
+
+
+def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
+    """Whether two images made together have the ids that each has alone, at float32."""
+    model = nn.Module.float(copy.deepcopy(generator))
+    condition, noise = conditions(model, 2, device), Noise(image_seeds(7, 2), device)
+    guidance = Guidance(guidance_scale)
+    together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens
+    rows = (slice(0, 1), slice(1, 2))
+    alone = [
+        sample_ancestral(
+            model, condition.rows(row), noise=Noise(image_seeds(7, 2)[row], device), guidance=guidance
+        ).tokens
+        for row in rows
+    ]
+    return bool(torch.equal(together, torch.cat(alone)))

@@ -1,0 +1,175 @@
+"""Times of one model at one batch size: tokens, decoding, and both."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from visar.bench.options import Bench
+from visar.bench.subjects import Subject, conditions, floor_seconds, random_ids
+from visar.bench.timing import Timing, seconds_of, timed
+from visar.guidance import Guidance
+from visar.noise import image_seeds
+from visar.output import SampleOutput, SampleStatistics
+from visar.pipelines.image import ImagePipeline
+from visar.runtime import EAGER, Runtime, Session
+from visar.tokenizers.vq import VQTokenizer
+
+# Samplers whose loop never waits for the device: for them the host's own time can be told.
+WITHOUT_LOOK = ("ancestral", "next_scale")
+
+
+class _Stop(Exception):
+    """Ends a call after the steps that are timed."""
+
+
+@dataclass
+class Caller:
+    """Calls a sampler the way a pipeline does.
+
+    Attributes:
+        subject, batch, options, sampler_options: what is called.
+        capture: whether steps are captured.
+        stop_after: tokens after which a call ends; 0 = all.
+        host_s: seconds from the beginning of the latest call until its last step was enqueued.
+        statistics: of the latest whole call.
+    """
+
+    subject: Subject
+    batch: int
+    options: Bench
+    sampler_options: dict[str, Any]
+    capture: bool
+    stop_after: int = 0
+    host_s: float = 0.0
+    statistics: SampleStatistics = field(default_factory=SampleStatistics)
+
+    def __post_init__(self) -> None:
+        self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
+        self.pipeline.runtime = Runtime() if self.capture else EAGER
+        device = next(self.subject.generator.parameters()).device
+        self._condition = conditions(self.subject.generator, self.batch, device)
+
+    @torch.no_grad()
+    def tokens(self) -> SampleOutput | None:
+        """One batch of tokens; None when it was stopped early."""
+        begun = time.perf_counter()
+
+        def callback(done: int, _: Tensor) -> None:
+            self.host_s = time.perf_counter() - begun
+            if self.stop_after and done >= self.stop_after:
+                raise _Stop
+
+        try:
+            out = self.pipeline.sample_tokens(
+                self._condition,
+                image_seeds(0, self.batch),
+                sampler=self.options.sampler,
+                sampler_options=self.sampler_options,
+                guidance=Guidance(self.options.guidance_scale),
+                temperature=1.0,
+                top_k=self.options.top_k,
+                top_p=self.options.top_p,
+                callback=callback,
+            )
+        except _Stop:
+            return None
+        self.statistics = out.statistics
+        return out
+
+    @torch.no_grad()
+    def images(self) -> Tensor:
+        """One batch of images."""
+        out = self.tokens()
+        assert out is not None
+        return self.pipeline.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+
+
+def eager_stop(options: Bench, generator: Any, path: str) -> int:
+    """Tokens after which a timed eager call ends; 0 = all. Only steps that all do the same work are left out."""
+    same = len(set(generator.block_kinds)) == 1
+    short = path == "eager" and options.sampler == "ancestral" and same and options.eager_steps < generator.num_tokens
+    return options.eager_steps if short else 0
+
+
+@torch.no_grad()
+def decode_call(subject: Subject, batch: int, path: str, device: torch.device) -> Callable[[], object]:
+    """Decoding of a batch: from ids, as a pipeline does it, or captured, from code vectors."""
+    ids_BN = random_ids(subject, batch, device)
+    tokenizer = subject.tokenizer
+    if path == "eager":
+        return torch.no_grad()(lambda: tokenizer.decode(ids_BN))
+    latent_BChw = (
+        tokenizer.lookup(ids_BN, "channels_first")
+        if isinstance(tokenizer, VQTokenizer)
+        else tokenizer.quantizer.running_maps(ids_BN)[-1]
+    )
+    session = Session(capture=True)
+    return torch.no_grad()(lambda: session.run(lambda: tokenizer.decode_latents(latent_BChw)))
+
+
+def decode_row(subject: Subject, options: Bench, batch: int, path: str, device: torch.device) -> dict[str, Any]:
+    """Times of decoding alone."""
+    call = decode_call(subject, batch, path, device)
+    first_s, second_s = seconds_of(call, device), seconds_of(call, device)
+    seconds_of(call, device)
+    decoding = timed(call, device, options.runs)
+    return {
+        "first_call_s": first_s,
+        "second_call_s": second_s,
+        **decoding.row("decode"),
+        "ms_per_image": decoding.median / batch * 1e3,
+        "images_per_s": batch / decoding.median,
+    }
+
+
+def sampling_row(
+    subject: Subject,
+    options: Bench,
+    sampler_options: dict[str, Any],
+    batch: int,
+    path: str,
+    device: torch.device,
+    machine: dict[str, float],
+) -> dict[str, Any]:
+    """Times of tokens, of decoding, and of both together; see docs/benchmarks.md for the columns."""
+    generator = subject.generator
+    stop = eager_stop(options, generator, path)
+    caller = Caller(subject, batch, options, sampler_options, capture=path == "captured", stop_after=stop)
+    first_s, second_s = seconds_of(caller.tokens, device), seconds_of(caller.tokens, device)
+    times, host = [], []
+    for _ in range(options.runs):
+        times.append(seconds_of(caller.tokens, device))
+        host.append(caller.host_s)
+    timed_steps = stop or sum(caller.statistics.forward_passes.values())
+    steps = generator.num_tokens if stop else timed_steps
+    tokens = Timing(tuple(seconds * steps / timed_steps for seconds in times))
+    row: dict[str, Any] = {
+        "first_call_s": first_s,
+        "second_call_s": second_s,
+        "steps": steps,
+        "tokens_per_step": 1.0 if stop else caller.statistics.mean_tokens_per_pass,
+        **tokens.row("tokens"),
+        "ms_per_step": tokens.median / steps * 1e3,
+    }
+    if options.sampler in WITHOUT_LOOK:
+        row["host_us_per_step"] = Timing(tuple(host)).median / timed_steps * 1e6
+    ids_BN = random_ids(subject, batch, device)
+    decoder = torch.no_grad()(lambda: caller.pipeline.decode(ids_BN))
+    seconds_of(decoder, device)
+    row |= timed(decoder, device, options.runs).row("decode")
+    total = tokens
+    if not stop:
+        seconds_of(caller.images, device)
+        total = timed(caller.images, device, options.runs)
+        row |= total.row("together")
+    row |= {"ms_per_image": total.median / batch * 1e3, "images_per_s": batch / total.median}
+    raster = callable(getattr(generator, "verify", None))
+    if machine and (raster or options.sampler in WITHOUT_LOOK):
+        rows = batch * (2 if options.guidance_scale != 1.0 else 1)
+        row["floor_ms"] = floor_seconds(generator, rows, machine) / len(generator.block_sizes) * 1e3
+        row["of_floor"] = row["floor_ms"] / row["ms_per_step"]
+    return row

@@ -1,0 +1,61 @@
+"""Options of `visar bench`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+PathName = Literal["eager", "captured"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """Times decoding on this machine, after checking that it is right: tokens, images, windows, or against a peer.
+
+    Presets have random weights of the released shapes: anybody can repeat a figure, and none says anything about
+    quality. Without a GPU a preset is replaced by a tiny model of its family and only checked, not timed.
+    docs/benchmarks.md explains every column, and the file that --compare needs.
+    """
+
+    model: str | None = None
+    """An embedded or official name, or a folder; instead of --preset."""
+    preset: str | None = None
+    """A released shape with random weights: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, -d36, hmar-d16,
+    -d20, -d24, -d30, or vq-16 (decoding alone)."""
+    batch: tuple[int, ...] = (1, 8)
+    """Images at a time."""
+    sampler: str = "ancestral"
+    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE."""
+    grid: int | None = None
+    """Tokens a side, for llamagen-* and vq-16; 16 when not given."""
+    guidance_scale: float = 2.0
+    """1.0 = off; otherwise the batch is doubled."""
+    top_k: int = 0
+    """0 = off."""
+    top_p: float = 1.0
+    """1.0 = off."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights and the cache."""
+    paths: tuple[PathName, ...] = ("eager", "captured")
+    """Ways to run a step; captured needs a GPU."""
+    runs: int = 3
+    """Timed calls, after two that warm up and capture."""
+    eager_steps: int = 64
+    """Steps of a timed eager call of a raster model (captured ones are timed whole): eager steps of one model take
+    the same time each."""
+    window: tuple[int, ...] = ()
+    """Times a verification pass of so many slots instead, such as 1 4 8 16 32 64 96; raster models only."""
+    profile: bool = False
+    """Lists the operations that take the most time instead."""
+    compare: Path | None = None
+    """Folder with visar_peer.py: `def load(preset, batch, dtype, guidance_scale, top_k)` returns a function that makes
+    one batch. It runs in a process of its own, in turns with ours. A line PRODUCT = "tokens" or "images" (the
+    default) says what a call makes."""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    """cuda or cpu."""
+    out: Annotated[Path | None, tyro.conf.arg(aliases=("--json",))] = None
+    """Adds the rows to this file, one JSON object a line."""
+    baseline: Path | None = None
+    """Rows written before: exit status 1 if a median is worse by more than 3 % and twice the spread."""

@@ -1,0 +1,243 @@
+"""What is timed: released shapes with random weights, or a model of the user's own."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from visar.condition import Condition
+from visar.generators.hierarchical_masked import HIERARCHICAL_MASKED_PRESETS, HierarchicalMaskedTransformer
+from visar.generators.next_scale import NEXT_SCALE_PRESETS, NextScaleTransformer
+from visar.generators.raster import RASTER_PRESETS, RasterGPT
+from visar.pipelines.loading import load
+from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
+from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Released shapes of a generator and of the tokenizer that decodes its ids.
+
+    Attributes:
+        generator: class, or None for decoding alone.
+        config: its constructor's arguments.
+        tokenizer: class.
+        tokenizer_config: its constructor's arguments.
+    """
+
+    generator: type | None
+    config: dict[str, Any]
+    tokenizer: type
+    tokenizer_config: dict[str, Any]
+
+
+def _scales(config: dict[str, Any]) -> dict[str, Any]:
+    return {"scales": config["scales"]} if "scales" in config else {}
+
+
+_VQ, _MSVQ = VQ_PRESETS["vq-16"], MULTISCALE_VQ_PRESETS["var-vq16"]
+PRESETS: dict[str, Preset] = {
+    **{name: Preset(RasterGPT, config, VQTokenizer, _VQ) for name, config in RASTER_PRESETS.items()},
+    **{
+        name: Preset(NextScaleTransformer, config, MultiScaleVQTokenizer, {**_MSVQ, **_scales(config)})
+        for name, config in NEXT_SCALE_PRESETS.items()
+    },
+    **{
+        name: Preset(HierarchicalMaskedTransformer, config, MultiScaleVQTokenizer, _MSVQ)
+        for name, config in HIERARCHICAL_MASKED_PRESETS.items()
+    },
+    "vq-16": Preset(None, {}, VQTokenizer, _VQ),
+}
+
+# What stands for a family where there is no GPU: correctness can be checked, speed cannot.
+_TINY_GENERATOR: dict[type, dict[str, Any]] = {
+    RasterGPT: dict(vocab_size=128, grid=(4, 4), width=64, num_layers=2, num_heads=2, hidden_width=96, num_classes=4),
+    NextScaleTransformer: dict(
+        vocab_size=128, codebook_width=8, scales=(1, 2, 4), width=64, num_layers=2, num_heads=2, num_classes=4
+    ),
+    HierarchicalMaskedTransformer: dict(
+        vocab_size=128,
+        codebook_width=8,
+        scales=(1, 2, 4),
+        width=64,
+        num_layers=3,
+        num_heads=2,
+        num_refinement_layers=1,
+        num_classes=4,
+    ),
+}
+_TINY_TOKENIZER: dict[type, dict[str, Any]] = {
+    VQTokenizer: dict(
+        image_size=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=16,
+        codebook_size=128,
+    ),
+    MultiScaleVQTokenizer: dict(
+        codebook_size=128, codebook_dim=8, scales=(1, 2, 4), base_channels=32, channel_multipliers=(1, 1),
+        num_res_blocks=1,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model on its device.
+
+    Attributes:
+        name: of the preset, embedded model or folder.
+        generator: None for decoding alone.
+        tokenizer: decodes.
+        build_s: seconds to build or load it.
+    """
+
+    name: str
+    generator: Any
+    tokenizer: Any
+    build_s: float
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of an image."""
+        return self.tokenizer.layout.num_tokens
+
+    @property
+    def vocab_size(self) -> int:
+        """Codes that both know."""
+        return self.tokenizer.layout.vocab_size
+
+
+def find_preset(name: str, grid: int | None = None) -> Preset:
+    """The preset of that name, on another grid if asked for.
+
+    Raises:
+        ValueError: no preset of that name, or a grid for a model whose scales are part of its shape.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
+    preset = PRESETS[name]
+    if grid is None:
+        return preset
+    if preset.tokenizer is not VQTokenizer or grid < 1:
+        raise ValueError(f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, vq-16), and >= 1")
+    return dataclasses.replace(
+        preset,
+        config={**preset.config, "grid": (grid, grid)} if preset.generator is not None else {},
+        tokenizer_config={**preset.tokenizer_config, "image_size": 16 * grid},
+    )
+
+
+def tiny(preset: Preset) -> Preset:
+    """The smallest model of the preset's family."""
+    return Preset(
+        preset.generator,
+        {} if preset.generator is None else _TINY_GENERATOR[preset.generator],
+        preset.tokenizer,
+        _TINY_TOKENIZER[preset.tokenizer],
+    )
+
+
+@torch.no_grad()
+def fill(model: nn.Module) -> None:
+    """Random weights that keep activations of one size at any depth and make every part count.
+
+    Released starts have zero heads and near-zero gates, with which nothing that is wrong would show.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None and "ada_lin" in name:
+                nn.init.normal_(module.bias, std=0.3)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight)
+
+
+def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype) -> Subject:
+    """A preset with random weights, the same ones at every call on one kind of device."""
+    begun = time.perf_counter()
+    torch.manual_seed(0)
+    with device:
+        tokenizer = preset.tokenizer(**preset.tokenizer_config).eval()
+        generator = None if preset.generator is None else preset.generator(**preset.config).eval()
+    if generator is not None:
+        fill(generator)
+        nn.Module.to(generator, dtype)  # diffusers' own `to` warns about float32 modules that do not exist
+    nn.Module.to(tokenizer, dtype)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return Subject(name, generator, tokenizer, time.perf_counter() - begun)
+
+
+def load_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+    """An embedded or official model, or a folder; errors as of `visar.load`."""
+    begun = time.perf_counter()
+    pipeline = load(name, device=device, dtype=dtype)
+    return Subject(name, pipeline.generator, pipeline.tokenizer, time.perf_counter() - begun)
+
+
+def conditions(generator: Any, batch: int, device: torch.device) -> Condition:
+    """Some condition that the generator takes, for `batch` images."""
+    config = generator.config
+    if config.get("caption_width"):
+        shape = (batch, config["caption_length"], config["caption_width"])
+        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        return Condition(text_BTC=torch.ones(shape, device=device), text_mask_BT=mask)
+    sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
+    labels = torch.zeros(batch, len(sizes), dtype=torch.int64, device=device) if sizes else None
+    words = torch.ones(batch, 1, dtype=torch.int64, device=device) if config["word_vocab_size"] else None
+    return Condition(labels_BA=labels, words_BT=words)
+
+
+def random_ids(subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
+    """Ids int64 [B, N], the same ones at every call."""
+    generator = torch.Generator().manual_seed(batch)
+    ids = torch.randint(subject.vocab_size, (batch, subject.num_tokens), generator=generator)
+    return ids.to(device)
+
+
+# ------------------------------------------------------------------------------------------------------------ floor
+def read_once_per_block(generator: Any) -> list[nn.Linear]:
+    """Linear layers whose weights every block of an ancestral call reads: all but those of conditions, and, in models
+    with two ends, but those of the refinement."""
+    apart = ("ada_lin", "cls_embedding", "mask_")
+    return [
+        module
+        for name, module in generator.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in apart)
+    ]
+
+
+def dtype_of(generator: Any) -> torch.dtype:
+    """Of its products; some models keep other parts in float32."""
+    return read_once_per_block(generator)[0].weight.dtype
+
+
+def cache_bytes_per_token(generator: Any) -> int:
+    """Keys and values of one token of one row; 0 for a model that keeps none."""
+    if isinstance(generator, HierarchicalMaskedTransformer):
+        return 0
+    return 2 * generator.config["num_layers"] * generator.config["width"] * dtype_of(generator).itemsize
+
+
+def floor_seconds(generator: Any, rows: int, machine: dict[str, float]) -> float:
+    """Least time of all blocks of an ancestral call: for every block the larger of what its bytes and what its
+    products need, at the speeds that were measured.
+
+    Bytes: weights once, and keys and values of what came before, of every row. Products: 2 operations a weight and
+    position, and those of attention.
+    """
+    weights = read_once_per_block(generator)
+    weight_bytes = sum(module.weight.nbytes for module in weights)
+    parameters = sum(module.weight.numel() for module in weights)
+    layers, width = generator.config["num_layers"], generator.config["width"]
+    per_token, markov = cache_bytes_per_token(generator), cache_bytes_per_token(generator) == 0
+    seen = getattr(generator, "prefix_length", 0)
+    total = 0.0
+    for size in generator.block_sizes:
+        keys = size if markov else seen + size
+        moved = weight_bytes + rows * keys * per_token
+        operations = rows * size * (2 * parameters + 4 * layers * width * keys)
+        total += max(moved / (machine["copy_gb_s"] * 1e9), operations / (machine["matmul_tflop_s"] * 1e12))
+        seen += size
+    return total
