@@ -34,6 +34,11 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
             code always stays; 1.0 = off.
     """
+    if (top_k or top_p < 1.0) and not logits.requires_grad and _fits_kernels(logits):
+        from visar.kernels.draw import filter_codes
+
+        with kernels.on(logits.device):
+            return filter_codes(logits.flatten(0, -2).contiguous(), temperature, top_k, top_p).view(logits.shape)
     if temperature != 1.0:
         logits = logits / temperature
     top_k = min(top_k, logits.shape[-1])
@@ -47,6 +52,12 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         cut = ordered.masked_fill(before > top_p, float("inf")).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < cut, float("-inf"))
     return logits
+
+
+def _fits_kernels(logits: Tensor) -> bool:
+    """Whether the kernels of visar/kernels/draw.py take these logits."""
+    fits = logits.dtype == torch.float32 and logits.dim() > 1 and logits.shape[-1] <= kernels.MAX_CODES
+    return fits and kernels.usable(logits)
 
 
 _BLOCK = 128
@@ -99,13 +110,11 @@ def sample_logits(
     On a GPU one kernel does it; its sums are rounded in another order, so that a uniform number within rounding of the
     border between two codes may fall to the other.
     """
-    vocab_size = logits.shape[-1]
-    if logits.dtype != torch.float32 or vocab_size > kernels.MAX_CODES or not kernels.usable(logits):
+    if not _fits_kernels(logits):
         return categorical(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
     from visar.kernels.draw import draw_codes
 
     with kernels.on(logits.device):
-        codes_M = draw_codes(
-            logits.reshape(-1, vocab_size).contiguous(), uniform.reshape(-1).contiguous(), temperature, top_k, top_p
-        )
+        uniform_M = uniform.reshape(-1).contiguous()
+        codes_M = draw_codes(logits.flatten(0, -2).contiguous(), uniform_M, temperature, top_k, top_p)
     return codes_M.view(uniform.shape)
