@@ -408,7 +408,7 @@ def released(dtype, seed=0, **sizes) -> RasterGPT:
     model = RasterGPT(**sizes, num_classes=10).eval()
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.04)
+            nn.init.normal_(parameter, std=0.02)
     return nn.Module.to(model, "cuda", dtype)
 
 

@@ -525,30 +525,19 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
         """What `features` does without a tree, in 8 launches a layer."""
-        from visar.kernels.attention import cached_attention
-        from visar.kernels.elementwise import add_rms_norm_, first_inputs, silu_multiply
+        from visar.kernels.decoder import decode_layers
+        from visar.kernels.elementwise import first_inputs
 
-        place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
         layers = cast(list[Block], list(self.layers))
-        norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [self.norm]
-        rope, cache = self.rope(state.tokens.device), state.cache
+        rope, place = self.rope(state.tokens.device), dict(ahead=self.prefix_length - 1, batch=state.batch)
         with kernels.on(state.tokens.device):
             if self.config["token_input"] == "table":
                 table = self.tok_embeddings.weight
                 x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD)
             else:
                 x_RLD = self._inputs(state, draft_BK)
-            shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
-            normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
-            for i, layer in enumerate(layers):
-                after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
-                qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, shape)
-                mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place)
-                delta_MD = layer.attention.wo(mixed_RLD.flatten(0, 1))
-                normed_MD = add_rms_norm_(residual_MD, delta_MD, after_attention.weight, after_attention.eps)
-                delta_MD = layer.feed_forward.w2(silu_multiply(layer.feed_forward.gate_and_up(normed_MD)))
-                normed_MD = add_rms_norm_(residual_MD, delta_MD, after_feed_forward.weight, after_feed_forward.eps)
-        return normed_MD.unflatten(0, shape)
+            mask = state.key_valid_RS
+            return decode_layers(layers, self.norm, x_RLD, state.cache, rope, state.length, key_valid_RS=mask, **place)
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
