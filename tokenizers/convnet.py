@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar.kernels import usable
+
 NORM_GROUPS = 32
 
 
@@ -31,6 +33,11 @@ def check_widths(base_channels: int, channel_multipliers: Sequence[int]) -> None
                 f"width {width} (base_channels {base_channels} x multiplier {multiplier}); "
                 f"allowed: positive multiples of {NORM_GROUPS}"
             )
+
+
+def mark(weight: Tensor) -> tuple[int, int]:
+    """Two numbers of which one changes when a tensor is moved, cast or changed in place."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -238,6 +245,7 @@ class Decoder(_Checkpointable):
     """Features [B, in_channels, h, w] to image [B, out_channels, f * h, f * w], not clamped; the encoder mirrored.
 
     Arguments as of the encoder (channel_multipliers fine to coarse too); every level has one residual block more.
+    In inference on a GPU the fused form of visar/tokenizers/fast_convnet.py takes its place.
 
     Raises:
         ValueError: a width is not a multiple of 32.
@@ -275,6 +283,11 @@ class Decoder(_Checkpointable):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latent_BChw: Tensor) -> Tensor:
+        if usable(latent_BChw):
+            from visar.tokenizers import fast_convnet
+
+            if fast_convnet.applies(self, latent_BChw):
+                return fast_convnet.decode(self, latent_BChw)
         x = self.run(self.mid, self.conv_in(latent_BChw))
         for level in self.conv_blocks:
             x = self.run(level, x)

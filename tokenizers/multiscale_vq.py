@@ -140,6 +140,20 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         """Ids int64 [B, N], coarse to fine, raster order inside a scale, of images in [-1, 1]."""
         return self.quantizer.encode(self.encode_latents(image_BCHW))[0]
 
+    def latents(self, tokens_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Accumulated map float32 [B, C, h, w], what `decode_latents` takes, of ids int64 [B, N].
+
+        Args:
+            tokens_BN: of a whole number of leading scales.
+            grid: None, or the finest scale: the pyramid fixes it.
+
+        Raises:
+            ValueError: not a whole number of scales, or another grid.
+        """
+        if grid is not None and tuple(grid) != self.quantizer.scales[-1]:
+            raise ValueError(f"grid {tuple(grid)}; this tokenizer's is {self.quantizer.scales[-1]}")
+        return self.quantizer.running_maps(tokens_BN)[-1]
+
     def decode_latents(self, latent_BChw: Tensor) -> Tensor:
         """Images [B, 3, H, W], not clamped, of an accumulated map."""
         return self.decoder(self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
@@ -152,7 +166,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: not a whole number of scales.
         """
-        return self.decode_latents(self.quantizer.running_maps(tokens_BN)[-1])
+        return self.decode_latents(self.latents(tokens_BN))
 
     def split(self, tokens_BN: Tensor) -> list[Tensor]:
         """Ids of every scale, int64 [B, h, w] each; of a whole number of leading scales."""

@@ -132,6 +132,11 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """Float32 [V, C], the vectors as looked up (of unit length if `normalize_codes`)."""
         return self.quantize.codebook
 
+    @property
+    def downsampling(self) -> int:
+        """Pixels of an image along one side of a position of the grid."""
+        return self.factor
+
     def _grid_of(self, height: int, width: int) -> tuple[int, int]:
         for side in (height, width):
             if side <= 0 or side % self.factor:
@@ -200,6 +205,10 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         codes_BhwC = codes_BNC.unflatten(1, self._grid_for(ids_BN.shape[1], grid))
         return codes_BhwC if layout == "channels_last" else codes_BhwC.permute(0, 3, 1, 2)
 
+    def latents(self, ids_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """What `decode_latents` takes, float32 [B, codebook_dim, h, w]; arguments and errors as of `lookup`."""
+        return self.lookup(ids_BN, "channels_first", grid)
+
     def decode_latents(self, latent_BChw: Tensor) -> Tensor:
         """Code vectors [B, codebook_dim, h, w] (any vectors, not only codes) to images; not clamped."""
         return self.decoder(self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
@@ -209,7 +218,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
         Waits for the device once, to check the ids; `decode_latents` does not.
         """
-        return self.decode_latents(self.lookup(ids_BN, "channels_first", grid))
+        return self.decode_latents(self.latents(ids_BN, grid))
 
     # --------------------------------------------------------------------------------------------------- training
     def forward(self, image_BCHW: Tensor) -> VQOutput:

@@ -6,7 +6,7 @@ B images, R rows (2B when guided), L positions, D width, N heads, E head width, 
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from visar.cache import KVCache
 from visar.condition import Condition
+from visar.kernels import on, usable
 from visar.scale_attention import Method, Pattern, scale_attention
 
 PADDING_WORD, NULL_WORD = 0, 1
@@ -96,7 +97,8 @@ class ConditionVector(nn.Module):
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's view of the cache during one call: positions [1, L] to write, and how many slots are then in use."""
+    """One layer's view of the cache during one call: positions [1, L] to write, the last L of the `bound` slots that
+    are then in use."""
 
     cache: KVCache
     layer: int
@@ -105,6 +107,10 @@ class LayerCache:
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.update(self.layer, key, value, self.position, self.bound)
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        """The layer's buffers of keys and values, [R, N, T, E]."""
+        return self.cache.keys[self.layer], self.cache.values[self.layer]
 
 
 class ScaleSelfAttention(nn.Module):
@@ -143,6 +149,27 @@ class ScaleSelfAttention(nn.Module):
         out = scale_attention(query, key, value, sizes, pattern, softmax_scale=self.softmax_scale, method=method)
         return self.proj(out.transpose(1, 2).flatten(2))
 
+    def fused(
+        self, x_RLD: Tensor, sizes: tuple[int, ...], pattern: Pattern, cache: LayerCache | None, method: Method
+    ) -> Tensor:
+        """`forward` with one kernel for biases, unit lengths, scales and the cache: inference on a GPU."""
+        from visar.kernels_scale import split_heads
+
+        rows, length, width = x_RLD.shape
+        qkv = functional.linear(x_RLD, self.mat_qkv.weight)
+        if cache is None:
+            key, value = x_RLD.new_empty(2, rows, self.num_heads, length, width // self.num_heads).unbind(0)
+            begin = 0
+        else:
+            key, value = cache.slots()
+            begin = cache.bound - length
+        log_scale = self.scale_mul_1H11 if self.qk_norm else None
+        query = split_heads(qkv, self.q_bias, self.v_bias, log_scale, key, value, begin)
+        if cache is not None:
+            key, value = key[:, :, : cache.bound], value[:, :, : cache.bound]
+        out = scale_attention(query, key, value, sizes, pattern, softmax_scale=self.softmax_scale, method=method)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
 
 class FeedForward(nn.Module):
     """fc2(gelu_tanh(fc1 x))."""
@@ -154,6 +181,14 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate="tanh"))
+
+    def fused(self, x_RLD: Tensor) -> Tensor:
+        """`forward`, on a GPU with the activation inside the first product: inference only."""
+        if not x_RLD.is_cuda:
+            return self(x_RLD)
+        # cuBLASLt's epilogue: bias and the tanh form of gelu on the float32 sums.
+        hidden_MF = torch._addmm_activation(self.fc1.bias, x_RLD.flatten(0, 1), self.fc1.weight.t(), use_gelu=True)
+        return self.fc2(hidden_MF).view_as(x_RLD)
 
 
 class AdaLNBlock(nn.Module):
@@ -239,6 +274,64 @@ class AdaLNOutputNorm(nn.Module):
         scale, shift = modulation_R2D[:, :, None].unbind(1)
         normed = functional.layer_norm(x_RLD.float(), x_RLD.shape[-1:], eps=self.eps)
         return (normed * (1 + scale.float()) + shift.float()).to(x_RLD.dtype)
+
+
+def fusible(x_RLD: Tensor, weight: Tensor) -> bool:
+    """Whether `run_blocks` takes fused kernels: inference, no autocast, and kernels that run here."""
+    return (
+        not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and not torch.is_autocast_enabled(x_RLD.device.type)
+        and x_RLD.dtype == weight.dtype
+        and usable(x_RLD)
+    )
+
+
+def run_blocks(
+    blocks: Sequence[AdaLNBlock],
+    modulations_MR6D: Sequence[Tensor] | Tensor,
+    x_RLD: Tensor,
+    norm: AdaLNOutputNorm,
+    norm_modulation_R2D: Tensor,
+    sizes: tuple[int, ...],
+    pattern: Pattern,
+    *,
+    caches: Sequence[LayerCache] | None = None,
+    method: Method = "auto",
+) -> Tensor:
+    """Blocks one after the other and the norm before the head, [R, L, D].
+
+    In inference on a GPU every norm is one kernel together with the gated residual before it; elsewhere, and in
+    training, the modules' own forwards run. Both agree to rounding.
+
+    Args:
+        blocks: M blocks.
+        modulations_MR6D: of every block.
+        x_RLD: input.
+        norm, norm_modulation_R2D: what follows the last block.
+        sizes, pattern, method: see `scale_attention`.
+        caches: of every block; None for models that see these positions only.
+    """
+    views: Sequence[LayerCache | None] = [None] * len(blocks) if caches is None else caches
+    if not blocks or norm.training or not fusible(x_RLD, blocks[0].attn.q_bias):
+        for block, modulation, view in zip(blocks, modulations_MR6D, views, strict=True):
+            x_RLD = block(x_RLD, modulation, sizes, pattern, cache=view, method=method)
+        return norm(x_RLD, norm_modulation_R2D)
+    from visar.kernels_scale import modulated_norm
+
+    with on(x_RLD.device):
+        x, (scale, shift) = x_RLD.contiguous(), modulations_MR6D[0][:, 2::2].unbind(1)
+        x, normed = modulated_norm(x, scale, shift, blocks[0].eps)
+        for index, (block, modulation, view) in enumerate(zip(blocks, modulations_MR6D, views, strict=True)):
+            gate_1, gate_2, _, scale, _, shift = modulation.unbind(1)
+            branch = block.attn.fused(normed, sizes, pattern, view, method)
+            x, normed = modulated_norm(x, scale, shift, block.eps, branch_RLD=branch, gate_RD=gate_1)
+            branch = block.ffn.fused(normed)
+            if index + 1 < len(blocks):
+                (scale, shift), eps = modulations_MR6D[index + 1][:, 2::2].unbind(1), blocks[index + 1].eps
+            else:
+                (scale, shift), eps = norm_modulation_R2D.unbind(1), norm.eps
+            x, normed = modulated_norm(x, scale, shift, eps, branch_RLD=branch, gate_RD=gate_2)
+        return normed
 
 
 def reset_blocks(

@@ -6,7 +6,7 @@ words are this project's.
 B images, R rows (2B when guided), L positions of a call, N all positions, D width, V codes, C code width.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from visar.cache import KVCache
 from visar.condition import Condition
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.scale_attention import Method
-from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks
+from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks, run_blocks
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -151,9 +151,23 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         condition_RD = self.condition_vector(condition)
         x = self.input_dropout(self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1))
         modulations = self.modulate(condition_RD)
-        for block, modulation in zip(self.blocks, modulations["blocks"], strict=True):
-            x = block(x, modulation, self.block_sizes, "causal", method=self.attention_method)
-        return self.head(self.head_nm(x, modulations["head"][0])).float()
+        return self.head(self._run(x, modulations, self.block_sizes)).float()
+
+    def _run(
+        self, x: Tensor, modulations: dict[str, Tensor], sizes: tuple[int, ...], caches: list[LayerCache] | None = None
+    ) -> Tensor:
+        """What the head reads, [R, L, D]."""
+        return run_blocks(
+            cast(Sequence[AdaLNBlock], self.blocks),
+            modulations["blocks"],
+            x,
+            self.head_nm,
+            modulations["head"][0],
+            sizes,
+            "causal",
+            caches=caches,
+            method=self.attention_method,
+        )
 
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Modulations of all blocks [depth, R, 6, D] and of the output norm [1, R, 2, D]."""
@@ -189,9 +203,6 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         inputs_BLC = state.inputs_BNC[:, max(begin, self.block_sizes[0]) : end]
         x = self.embed(state.condition_RD, inputs_BLC, first, scale)
         position = torch.arange(begin, end, device=x.device)[None]
-        sizes = self.block_sizes[first : scale + 1]
-        for index, block in enumerate(self.blocks):
-            view = LayerCache(state.cache, index, position, end)
-            x = block(x, state.modulations["blocks"][index], sizes, "causal", cache=view, method=self.attention_method)
-        x = x[:, -self.block_sizes[scale] :]
-        return self.head(self.head_nm(x, state.modulations["head"][0]))
+        caches = [LayerCache(state.cache, index, position, end) for index in range(len(self.blocks))]
+        x = self._run(x, state.modulations, self.block_sizes[first : scale + 1], caches)
+        return self.head(x[:, -self.block_sizes[scale] :])

@@ -1,0 +1,121 @@
+"""Decoding of a whole batch: through CUDA graphs where launches would set the pace, and in tiles for large images.
+
+B images, C channels, H W image pixels, h w latent grid.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from visar.runtime import EAGER, Runtime
+from visar.tokenizers.convnet import mark
+from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from visar.tokenizers.vq import VQTokenizer
+
+# Output pixels of a call (32 images of 256 x 256) from which on a GPU needs longer than its host does to launch the
+# work: a graph would gain nothing there, and it keeps its memory.
+_LARGEST_CAPTURE = 32 * 256 * 256
+
+
+@torch.no_grad()
+def decode_tokens(
+    tokenizer: VQTokenizer | MultiScaleVQTokenizer,
+    tokens: Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    tile: int | None = None,
+    overlap: int = 4,
+    runtime: Runtime = EAGER,
+) -> Tensor:
+    """Images [B, C, H, W], about [-1, 1], not clamped, of token ids or code vectors.
+
+    In tiles it is lossy: norms and attention of the decoder look at the whole image, so tiles see other statistics.
+    Neighbouring tiles are blended linearly over their overlap.
+
+    Args:
+        tokenizer: decodes.
+        tokens: ids int64 [B, N], or float [B, C, h, w] as `decode_latents` takes it.
+        grid: (h, w) of ids that are not of the tokenizer's own size; None = as `latents` of the tokenizer says.
+        tile: side of a tile in positions of the latent grid; None = whole images, as for images that are no larger.
+        overlap: positions that neighbouring tiles share.
+        runtime: eager, or CUDA graphs (one for every shape; large batches always run eagerly).
+
+    Raises:
+        ValueError: ids that do not fit, a tile < 1, or an overlap that is not in 0 ... tile - 1.
+    """
+    if tile is not None and tile < 1:
+        raise ValueError(f"tile {tile}; it must be >= 1, or None for whole images")
+    if tile is not None and not 0 <= overlap < tile:
+        raise ValueError(f"overlap {overlap}; it must be in 0 ... tile - 1 = {tile - 1}")
+    latent_BChw = tokens if tokens.is_floating_point() else tokenizer.latents(tokens, grid)
+    if tile is None or max(latent_BChw.shape[2:]) <= tile:
+        return _decode(tokenizer, latent_BChw, runtime)
+    return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime)
+
+
+def _decode(tokenizer: VQTokenizer | MultiScaleVQTokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tensor:
+    batch, _, height, width = latent_BChw.shape
+    if batch * height * width * tokenizer.downsampling**2 > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
+        return tokenizer.decode_latents(latent_BChw)
+    # Kernels of convolutions may be read from copies: another graph after every change of a weight.
+    marks = hash(tuple(mark(weight) for weight in tokenizer.parameters()))
+    key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks)
+    session = runtime.session(tokenizer, latent_BChw.device, key)
+    held_BChw = session.hold("latent", latent_BChw)
+
+    def step() -> None:
+        session.state = session.hold("image", tokenizer.decode_latents(held_BChw))
+
+    session.run(step)
+    return session.state.clone()
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """First positions of tiles that cover a side; the last ends where the side does."""
+    last = max(length - tile, 0)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _ramp(first: int, size: int, length: int, overlap: int, factor: int, device: torch.device) -> Tensor:
+    """float32 [size * factor]: weights of a tile's pixels, rising over the overlap except at the image's edges."""
+    pixel = torch.arange(size * factor, device=device) + 0.5
+    weight = torch.ones_like(pixel)
+    if first > 0 and overlap:
+        weight = weight.minimum(pixel / (overlap * factor))
+    if first + size < length and overlap:
+        weight = weight.minimum((size * factor - pixel) / (overlap * factor))
+    return weight
+
+
+def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[int, int]]:
+    for top in _starts(height, tile, overlap):
+        for left in _starts(width, tile, overlap):
+            yield top, left
+
+
+def _decode_tiles(
+    tokenizer: VQTokenizer | MultiScaleVQTokenizer, latent_BChw: Tensor, tile: int, overlap: int, runtime: Runtime
+) -> Tensor:
+    batch, _, height, width = latent_BChw.shape
+    device, factor = latent_BChw.device, tokenizer.downsampling
+    rows, columns = min(tile, height), min(tile, width)
+    total = weight_sum = None
+    for top, left in _tiles(height, width, tile, overlap):
+        part = latent_BChw[:, :, top : top + rows, left : left + columns].contiguous()
+        image = _decode(tokenizer, part, runtime).float()
+        if total is None or weight_sum is None:
+            total = image.new_zeros(batch, image.shape[1], height * factor, width * factor)
+            weight_sum = image.new_zeros(height * factor, width * factor)
+        weight_HW = (
+            _ramp(top, rows, height, overlap, factor, device)[:, None]
+            * _ramp(left, columns, width, overlap, factor, device)[None, :]
+        )
+        window = (
+            slice(top * factor, (top + rows) * factor),
+            slice(left * factor, (left + columns) * factor),
+        )
+        total[:, :, *window] += image * weight_HW
+        weight_sum[*window] += weight_HW
+    assert total is not None and weight_sum is not None
+    return (total / weight_sum).to(tokenizer.dtype)
