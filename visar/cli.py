@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -40,17 +40,20 @@ class Sample:
     """0 = off."""
     top_p: float | None = None
     """In (0, 1]; 1.0 = off."""
-    batch_size: int = 64
-    """Most images at a time."""
+    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
+    """Most images at a time; auto finds how many fit into memory."""
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
     """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    offload: bool = False
+    """Keep tokenizer and text encoder on the CPU except for their part: slower, and less memory of a GPU."""
 
 
 def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     """Runs `visar sample`."""
     from visar import load
+    from visar.memory import OutOfMemory
 
     single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     attributes = {}
@@ -60,22 +63,27 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
             raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
         attributes[name] = value
     _check_writable(options.out if single else options.out / "seeds.txt")
-    pipeline = load(options.model, device=options.device, dtype=options.dtype)
+    pipeline = load(options.model, device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
-    result = pipeline(
-        class_labels=None if options.class_name is None else _number_or_name(options.class_name),
-        prompt=options.prompt,
-        num_images=options.num_images,
-        attributes=attributes or None,
-        sampler=options.sampler,
-        sampler_options=sampler_options,
-        guidance_scale=options.guidance_scale,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        batch_size=options.batch_size,
-    )
+    try:
+        result = pipeline(
+            class_labels=None if options.class_name is None else _number_or_name(options.class_name),
+            prompt=options.prompt,
+            num_images=options.num_images,
+            attributes=attributes or None,
+            sampler=options.sampler,
+            sampler_options=sampler_options,
+            guidance_scale=options.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    except OutOfMemory as error:
+        if error.done is not None:
+            _write_images(error.done, options.out, single)
+        raise
     _write_images(result, options.out, single)
     passes = sum(result.statistics.forward_passes.values())
     count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"

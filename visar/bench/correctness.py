@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.bench.subjects import Subject, conditions, dtype_of, random_ids
+from visar.bench.subjects import Subject, dtype_of, random_ids
 from visar.guidance import OFF, Guidance
+from visar.memory import any_condition
 from visar.noise import Noise, image_seeds
 from visar.runtime import EAGER, Runtime
 from visar.samplers.ancestral import sample_ancestral
@@ -31,7 +32,7 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
         of one teacher-forced pass, both in the model's own dtype. The second is what the dtype alone costs.
     """
     generator = subject.generator
-    tokens_BN, condition = random_ids(subject, batch, device), conditions(generator, batch, device)
+    tokens_BN, condition = random_ids(subject, batch, device), any_condition(generator, batch, device)
     reference_model = nn.Module.float(copy.deepcopy(generator))
     reference_BNV = reference_model(tokens_BN, condition)
     del reference_model
@@ -71,6 +72,25 @@ def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
     return decoded, line
 
 
+@torch.no_grad()
+def check_images(subject: Subject, device: torch.device) -> str:
+    """A line with the error of decoded images against a float32 copy of the tokenizer.
+
+    Raises:
+        ValueError: it is above 1e-1 (16 bits alone cost about 4e-2 with random weights) or 2e-2 in float32
+            (TF32 convolutions).
+    """
+    ids_BN = random_ids(subject, 2, device)
+    reference_BCHW = nn.Module.float(copy.deepcopy(subject.tokenizer)).decode(ids_BN)
+    dtype = next(subject.tokenizer.decoder.parameters()).dtype
+    error = relative_error(subject.tokenizer.decode(ids_BN), reference_BCHW)
+    limit = 2e-2 if dtype == torch.float32 else 1e-1
+    line = f"decoded images in {str(dtype).removeprefix('torch.')} against float32: relative error {error:.1e}"
+    if not error <= limit:
+        raise ValueError(f"{subject.name}: {line}; allowed is {limit:.1e}: wrong results are not timed")
+    return line
+
+
 def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale: float) -> bool:
     """Whether captured and eager decoding give the same ids for the same seeds, at float32.
 
@@ -78,7 +98,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
     """
     model = nn.Module.float(copy.deepcopy(generator))
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
-    condition = conditions(model, batch, device)
+    condition = any_condition(model, batch, device)
     runtime = Runtime()
     captured = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
     again = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
@@ -89,7 +109,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
     """Whether two images made together have the ids that each has alone, at float32."""
     model = nn.Module.float(copy.deepcopy(generator))
-    condition, noise = conditions(model, 2, device), Noise(image_seeds(7, 2), device)
+    condition, noise = any_condition(model, 2, device), Noise(image_seeds(7, 2), device)
     guidance = Guidance(guidance_scale)
     together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens
     rows = (slice(0, 1), slice(1, 2))

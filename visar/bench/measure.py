@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from visar.bench.options import Bench
-from visar.bench.subjects import Subject, conditions, floor_seconds, random_ids
+from visar.bench.subjects import Subject, floor_seconds, random_ids
 from visar.bench.timing import Timing, seconds_of, timed
 from visar.guidance import Guidance
+from visar.memory import any_condition
 from visar.noise import image_seeds
 from visar.output import SampleOutput, SampleStatistics
 from visar.pipelines.image import ImagePipeline
@@ -51,7 +52,7 @@ class Caller:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
         device = next(self.subject.generator.parameters()).device
-        self._condition = conditions(self.subject.generator, self.batch, device)
+        self._condition = any_condition(self.subject.generator, self.batch, device)
 
     @torch.no_grad()
     def tokens(self) -> SampleOutput | None:

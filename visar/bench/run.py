@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from visar.bench.correctness import batches_agree, check_logits, paths_agree
+from visar.bench.correctness import batches_agree, check_images, check_logits, paths_agree
 from visar.bench.measure import Caller, decode_call, decode_row, eager_stop, sampling_row
 from visar.bench.options import Bench
 from visar.bench.peer import Peer, in_turns
@@ -115,22 +115,20 @@ def _check_results(subject: Subject, options: Bench, device: torch.device, repor
     Raises:
         ValueError: they are not.
     """
+    report(check_images(subject, device))
     if subject.generator is None:
         return
     _, line = check_logits(subject, device)
     report(line)
-    size = sum(parameter.numel() for parameter in subject.generator.parameters())
     if device.type != "cuda":
-        agree, what = batches_agree(subject.generator, device, options.guidance_scale), "an image's ids in a batch"
-        line = f"{what} equal those of it alone (float32): {agree}"
-    elif size <= AGREEMENT_LIMIT:
+        line = "an image's ids in a batch equal those of it alone (float32)"
+        agree = batches_agree(subject.generator, device, options.guidance_scale)
+        if not agree:
+            raise ValueError(f"{subject.name}: {line}: {agree}: wrong results are not timed")
+        report(f"{line}: {agree}")
+    elif sum(parameter.numel() for parameter in subject.generator.parameters()) <= AGREEMENT_LIMIT:
         agree = paths_agree(subject.generator, 2, device, options.guidance_scale)
-        line = f"captured ids equal eager ids (float32): {agree}"
-    else:
-        return
-    report(line)
-    if not agree:
-        raise ValueError(f"{subject.name}: {line}: wrong results are not timed")
+        report(f"captured ids equal eager ids (float32): {agree}")
 
 
 def _try_sampler(

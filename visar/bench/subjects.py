@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.condition import Condition
 from visar.generators.hierarchical_masked import HIERARCHICAL_MASKED_PRESETS, HierarchicalMaskedTransformer
 from visar.generators.next_scale import NEXT_SCALE_PRESETS, NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
@@ -174,19 +173,6 @@ def load_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject
     begun = time.perf_counter()
     pipeline = load(name, device=device, dtype=dtype)
     return Subject(name, pipeline.generator, pipeline.tokenizer, time.perf_counter() - begun)
-
-
-def conditions(generator: Any, batch: int, device: torch.device) -> Condition:
-    """Some condition that the generator takes, for `batch` images."""
-    config = generator.config
-    if config.get("caption_width"):
-        shape = (batch, config["caption_length"], config["caption_width"])
-        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        return Condition(text_BTC=torch.ones(shape, device=device), text_mask_BT=mask)
-    sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
-    labels = torch.zeros(batch, len(sizes), dtype=torch.int64, device=device) if sizes else None
-    words = torch.ones(batch, 1, dtype=torch.int64, device=device) if config["word_vocab_size"] else None
-    return Condition(labels_BA=labels, words_BT=words)
 
 
 def random_ids(subject: Subject, batch: int, device: torch.device) -> torch.Tensor:

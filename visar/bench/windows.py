@@ -6,9 +6,10 @@ from typing import Any
 import torch
 
 from visar.bench.options import Bench
-from visar.bench.subjects import Subject, conditions
+from visar.bench.subjects import Subject
 from visar.bench.timing import Timing, seconds_of
 from visar.guidance import Guidance
+from visar.memory import any_condition
 from visar.runtime import Session
 from visar.samplers.filtering import draw, sample_logits
 from visar.samplers.verify import token_law
@@ -41,7 +42,7 @@ def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> C
 
     def make(session: Session) -> Callable[[], None]:
         ragged: dict[str, Any] = dict(ragged=True, window=window - 1) if window else {}
-        state = model.start(conditions(model, batch, device), Guidance(options.guidance_scale), **ragged)
+        state = model.start(any_condition(model, batch, device), Guidance(options.guidance_scale), **ragged)
         state.length.fill_(half)
         state.block = half
         slots = max(window, 1)

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import tyro
@@ -50,8 +50,8 @@ class Eval:
     """Folder for metrics.json, card.md and the state of the run."""
     num_samples: int = 10_000
     """Pictures; published ImageNet figures use 50,000."""
-    batch_size: int = 64
-    """Pictures at a time."""
+    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
+    """Pictures at a time; auto finds how many fit into memory."""
     seed: int = 0
     """Image i has seed + i."""
     labels: LabelPolicy | Literal["auto"] = "auto"
@@ -150,10 +150,11 @@ def _is_pictures(model: str) -> bool:
 def _score_pictures(options: Eval, score: ScoreOptions, device: torch.device, progress: Progress | None) -> Report:
     extractor = score.load_extractor(device)
     images = open_images(options.model, options.resize, options.image_size)
+    batch_size = 64 if isinstance(options.batch_size, str) else options.batch_size
     reference = load_reference(
         score.reference,
         extractor,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         resize=options.resize,
         image_size=options.image_size,
     )
@@ -162,7 +163,7 @@ def _score_pictures(options: Eval, score: ScoreOptions, device: torch.device, pr
         reference,
         extractor,
         options.out,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         train_NHWC=None if score.train is None else stacked(open_images(score.train)),
         held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
         progress=progress,
@@ -184,14 +185,25 @@ def _score_model(
     elif options.guidance_schedule != "constant":
         raise ValueError("--guidance-schedule linear needs --guidance-scale")
     prompts = () if options.prompts is None else read_prompts(options.prompts)
+    pipeline = load(options.model, device=world.device, dtype=options.dtype)
+    batch_size = options.batch_size
+    if isinstance(batch_size, str):
+        batch_size = pipeline.find_batch_size(
+            options.num_samples,
+            sampler=options.sampler,
+            sampler_options=sampler_options,
+            guidance_scale=guidance,
+            top_k=options.top_k,
+            top_p=options.top_p,
+        )
     return evaluate_pipeline(
-        load(options.model, device=world.device, dtype=options.dtype),
+        pipeline,
         Sampling(options.sampler, sampler_options, guidance, options.temperature, options.top_k, options.top_p),
         score,
         RunOptions(
             out=options.out,
             num_samples=options.num_samples,
-            batch_size=options.batch_size,
+            batch_size=batch_size,
             seed=options.seed,
             labels=options.labels,
             keep_images=options.keep_images,

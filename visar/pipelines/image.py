@@ -1,19 +1,30 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.condition import Condition
 from visar.guidance import Guidance
+from visar.memory import (
+    LARGEST_CPU_BATCH,
+    OutOfMemory,
+    any_condition,
+    borrowed,
+    estimated_batch,
+    free_bytes,
+    largest_batch,
+    memory_need,
+)
 from visar.noise import Noise, Use, image_seeds
 from visar.output import SampleOutput, SampleStatistics, to_uint8
 from visar.runtime import Runtime
@@ -22,6 +33,8 @@ from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.vocabulary import Vocabulary
 
 OUTPUT_TYPES = ("pil", "pt", "np")
+# Part of a GPU's free memory that a measured batch may take: captured steps and fragments need some more.
+USABLE = 0.9
 NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
@@ -56,6 +69,10 @@ class ImagePipeline(DiffusionPipeline):
             guidance_scale or guidance (a dict of the fields of `Guidance`). Also text_encoder, for models with
             `caption_width`: what `load_text_encoder` takes; it is loaded at the first prompt.
 
+    Attributes:
+        offload: whether tokenizer and text encoder wait on the CPU and are moved to the generator's device for their
+            part only; see `enable_offload`.
+
     Raises:
         ValueError: unknown default settings.
     """
@@ -78,7 +95,89 @@ class ImagePipeline(DiffusionPipeline):
         self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
         self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
         self.runtime = Runtime()
+        self.offload = False
         self._text_encoder: TextEncoder | None = None
+
+    # ---------------------------------------------------------------------------------------------------- the memory
+    def enable_offload(self) -> None:
+        """Moves tokenizer and text encoder to the CPU, from where they are fetched for their part only.
+
+        Results stay the same; every batch takes the time of moving the tokenizer to the GPU and back.
+        """
+        self.offload = True
+        nn.Module.to(self.tokenizer, "cpu")
+        if self._text_encoder is not None:
+            nn.Module.to(self._text_encoder.model, "cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are made."""
+        return self.generator.device if self.offload else super().device
+
+    def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def find_batch_size(self, most: int, *, limit_bytes: int | None = None, **settings: Any) -> int:
+        """The largest power of two <= most that fits into memory.
+
+        On a GPU, batches of 1 and 2 are run and measured (raster models: three steps and the decoder), then the batch
+        that should fit; graphs and caches of earlier calls are freed. On a CPU the need is computed from shapes, and
+        no more than 64 images are made at a time.
+
+        Args:
+            most: bound, such as the number of images.
+            limit_bytes: memory beside the weights; None is 90 % of a GPU's free memory, or half of a CPU's.
+            settings: of `sampling_settings`, and sampler_options.
+
+        Raises:
+            ValueError: most < 1, or not even one image fits.
+        """
+        device = self._execution_device
+        chosen = self.sampling_settings(**{k: v for k, v in settings.items() if k != "sampler_options"})
+        chosen["sampler_options"] = settings.get("sampler_options")
+        if device.type != "cuda":
+            guided = chosen["guidance"].active(len(self.generator.block_sizes))
+            limit = free_bytes(device) if limit_bytes is None else limit_bytes
+            most = min(most, LARGEST_CPU_BATCH)
+            return largest_batch(lambda b: memory_need(self.generator, self.tokenizer, b, guided).batch, limit, most)
+        self.runtime.clear()
+        torch.cuda.empty_cache()
+        limit = int(USABLE * free_bytes(device)) if limit_bytes is None else limit_bytes
+        try:
+            return largest_batch(lambda batch: self._measured_bytes(batch, chosen, device), limit, most)
+        finally:
+            self.runtime.clear()
+            torch.cuda.empty_cache()
+
+    def _measured_bytes(self, batch: int, settings: dict[str, Any], device: torch.device) -> int:
+        """Peak of a batch on a GPU beside what was there before."""
+        self.runtime.clear()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        alike = len(set(self.generator.block_kinds)) == 1
+
+        def callback(done: int, ids: Tensor) -> None:
+            if alike and done >= 3:
+                raise _Enough
+
+        with contextlib.suppress(_Enough):
+            condition = any_condition(self.generator, batch, device)
+            self.sample_tokens(condition, image_seeds(0, batch), callback=callback, **settings)
+        num_tokens = sum(self.generator.block_sizes)
+        self.decode(torch.zeros(batch, num_tokens, dtype=torch.int64, device=device))
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
+    def _out_of_memory(self, batch: int, guidance: Guidance, done: ImageOutput | None) -> OutOfMemory:
+        self.runtime.clear()
+        device = self._execution_device
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        guided = guidance.active(len(self.generator.block_sizes))
+        need: Callable[[int], int] = lambda b: memory_need(self.generator, self.tokenizer, b, guided).batch  # noqa: E731
+        return OutOfMemory(batch, estimated_batch(need, free_bytes(device), batch), done)
 
     # ------------------------------------------------------------------------------------------------- the steps
     def prepare_seeds(
@@ -165,9 +264,10 @@ class ImagePipeline(DiffusionPipeline):
             prompts = self.vocabulary.draw_texts(Noise(seeds).uniform(Use.CONDITION, 0))
         device = self._execution_device
         if self._text_encoder is None:
-            self._text_encoder = load_text_encoder(name, device)
+            self._text_encoder = load_text_encoder(name, "cpu" if self.offload else device)
         length = self.generator.config["caption_length"]
-        return encode_captions(prompts, self._text_encoder, length=length, device=device), list(prompts)
+        with self._fetched(self._text_encoder.model):
+            return encode_captions(prompts, self._text_encoder, length=length, device=device), list(prompts)
 
     def _numbered_classes(
         self, seeds: list[int], class_labels: Sequence[int | str] | None, attributes: dict[str, str] | None
@@ -234,7 +334,7 @@ class ImagePipeline(DiffusionPipeline):
         if missing:
             raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
         if "codebook" in entry.settings():
-            options.setdefault("codebook", self.tokenizer.codebook)
+            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
         return entry.load()(
             self.generator,
             condition.to(self._execution_device),
@@ -250,7 +350,8 @@ class ImagePipeline(DiffusionPipeline):
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
-        decoded = self.tokenizer.decode_latents(tokens) if tokens.dim() == 4 else self.tokenizer.decode(tokens)
+        with self._fetched(self.tokenizer):
+            decoded = self.tokenizer.decode_latents(tokens) if tokens.dim() == 4 else self.tokenizer.decode(tokens)
         return decoded.float().clamp(-1.0, 1.0)
 
     # -------------------------------------------------------------------------------------------------- the call
@@ -272,7 +373,7 @@ class ImagePipeline(DiffusionPipeline):
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        batch_size: int | None = None,
+        batch_size: int | Literal["auto"] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None = None,
     ) -> ImageOutput:
@@ -293,19 +394,22 @@ class ImagePipeline(DiffusionPipeline):
             seed: image i of the call has seed + i; an image depends on its own seed and condition only.
             seeds: one an image, instead of seed.
             generator: torch generator(s) to draw the seeds from, instead of seed.
-            batch_size: most images at a time; None is all.
+            batch_size: most images at a time; None is all; "auto" finds the most that fit, see `find_batch_size`.
             output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
             callback_on_step_end: called as f(pipeline, n, n, {"tokens": ids so far}) after every block (every few
                 passes of speculative samplers); n + 1 tokens are there.
 
         Raises:
             ValueError: bad values; the message names the value and the allowed ones.
+            OutOfMemory: a batch does not fit; what was made before is in its attribute `done`.
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
         if num_images < 1 or int(num_images) != num_images:
             raise ValueError(f"num_images {num_images}; it must be a whole number >= 1")
-        if batch_size is not None and batch_size < 1:
+        if isinstance(batch_size, str) and batch_size != "auto":
+            raise ValueError(f'batch_size {batch_size!r}; a number >= 1, "auto" or None')
+        if isinstance(batch_size, int) and batch_size < 1:
             raise ValueError(f"batch_size {batch_size}; it must be >= 1")
         if class_labels is not None and prompt is not None:
             raise ValueError("give class_labels or prompt, not both")
@@ -322,8 +426,23 @@ class ImagePipeline(DiffusionPipeline):
             sampler=sampler, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
         settings["sampler_options"] = sampler_options
-        size = batch_size or count
+        size = count if batch_size is None else batch_size
+        if isinstance(size, str):
+            guidance = settings["guidance"]
+            others = {name: value for name, value in settings.items() if name != "guidance"}
+            size = self.find_batch_size(count, guidance_scale=guidance, **others)
         tokens, images, statistics = [], [], SampleStatistics()
+
+        def finished() -> ImageOutput:
+            made = sum(len(part) for part in tokens)
+            return ImageOutput(
+                images=_finish(torch.cat(images), output_type),
+                statistics=statistics,
+                tokens=torch.cat(tokens),
+                seeds=image_seed_list[:made],
+                descriptions=descriptions[:made],
+            )
+
         num_tokens = sum(self.generator.block_sizes)
         # Typed as a decorator in some versions of diffusers, which it is not.
         progress_bar: Any = self.progress_bar
@@ -336,19 +455,25 @@ class ImagePipeline(DiffusionPipeline):
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
 
-                out = self.sample_tokens(condition.rows(part), image_seed_list[part], callback=callback, **settings)
+                try:
+                    out = self.sample_tokens(
+                        condition.rows(part), image_seed_list[part], callback=callback, **settings
+                    )
+                    pictures = self.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+                except torch.OutOfMemoryError:
+                    out = None
+                if out is None:  # outside of the handler, which keeps the failed call's tensors alive
+                    most = min(size, count - first)
+                    raise self._out_of_memory(most, settings["guidance"], finished() if tokens else None)
                 tokens.append(out.tokens)
-                images.append(self.decode(out.tokens if out.latent_BChw is None else out.latent_BChw))
+                images.append(pictures)
                 statistics = statistics + out.statistics
         self.maybe_free_model_hooks()
-        image_BCHW = torch.cat(images)
-        return ImageOutput(
-            images=_finish(image_BCHW, output_type),
-            statistics=statistics,
-            tokens=torch.cat(tokens),
-            seeds=image_seed_list,
-            descriptions=descriptions,
-        )
+        return finished()
+
+
+class _Enough(Exception):
+    """Ends a call that is only measured."""
 
 
 def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:

@@ -21,7 +21,11 @@ TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQToke
 
 
 def load(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    offload: bool = False,
 ) -> ImagePipeline:
     """A pipeline ready to sample.
 
@@ -30,6 +34,7 @@ def load(
             are fetched from the Hugging Face hub at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
+        offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
 
     Raises:
         ValueError: unknown name (with the nearest ones), unknown device or dtype, or files that are damaged or do
@@ -49,8 +54,10 @@ def load(
         pipeline = _from_folder(folder)
     else:
         raise hub.unknown_model(str(name))
-    for model in (pipeline.tokenizer, pipeline.generator):
-        _place(model, target, kind)
+    if offload:
+        pipeline.enable_offload()
+    _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)
+    _place(pipeline.generator, target, kind)
     return pipeline
 
 
