@@ -1,4 +1,4 @@
-"""The layers of a raster transformer on new positions: matrix products by the library, four kernels of ours a layer."""
+"""The layers of a raster transformer on new positions: products by the library, four kernels of ours a layer."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
