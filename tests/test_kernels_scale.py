@@ -2,6 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,6 +100,35 @@ def test_split_heads(device, dtype, heads, width, rows, length, begin, qk_norm):
     assert error(cache[1, :, :, new], value.to(dtype)) < limit(dtype)
     for rest in (slice(0, begin), slice(begin + length, None)):
         assert torch.equal(cache[:, :, :, rest], before[:, :, :, rest])
+
+
+VARIANTS = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from visar import kernels_scale
+
+def check(kernel, half, **constants):
+    types = {}
+    for name in kernel.arg_names:
+        number = "fp32" if name == "eps" else "i32"
+        types[name] = "constexpr" if name in constants else "*" + half if name.endswith("_ptr") else number
+    triton.compile(ASTSource(kernel, types, constants), target=GPUTarget("cuda", 90, 32))
+
+for half, flag in (("bf16", True), ("fp32", False)):
+    check(kernels_scale._modulated_norm, half, ADD=flag, BLOCK=2048)
+    check(kernels_scale._split_heads, half, NORM=flag, HEADS=30, WIDTH=64, BLOCK_N=32, BLOCK_E=64)
+    check(kernels_scale._split_heads, half, NORM=flag, HEADS=3, WIDTH=20, BLOCK_N=4, BLOCK_E=32)
+"""
+
+
+def test_kernels_compile_for_a_gpu_that_is_not_here():
+    """The interpreter accepts more than the compiler does."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parent.parent
+    subprocess.run([sys.executable, "-c", VARIANTS], cwd=root, env=environment, check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ models

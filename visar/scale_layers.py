@@ -280,9 +280,9 @@ def fusible(x_RLD: Tensor, weight: Tensor) -> bool:
     """Whether `run_blocks` takes fused kernels: inference, no autocast, and kernels that run here."""
     return (
         not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        and not torch.is_autocast_enabled(x_RLD.device.type)
         and x_RLD.dtype == weight.dtype
         and usable(x_RLD)
+        and not torch.is_autocast_enabled(x_RLD.device.type)
     )
 
 
