@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.bench.correctness import check_images, check_logits, logits_errors
 from visar.bench.options import Bench
@@ -15,7 +15,7 @@ from visar.bench.rows import compare_with_baseline, read_rows
 from visar.bench.run import bench
 from visar.bench.subjects import PRESETS, Subject, build, find_preset, floor_seconds, tiny
 from visar.checkpoints.common import empty
-from visar.cli import main
+from visar.cli import main, parse
 from visar.condition import Condition
 from visar.generators.raster import RasterGPT, RasterState
 from visar.memory import OutOfMemory, estimated_batch, largest_batch, memory_need
@@ -377,3 +377,41 @@ def test_offloading_changes_nothing(folder: Path) -> None:
     assert offloaded.offload and not plain.offload
     images = [pipe(class_labels=1, num_images=2, seed=5, output_type="pt").images for pipe in (plain, offloaded)]
     assert torch.equal(*images)
+
+
+# ------------------------------------------------------------------------------------------------- docs/benchmarks.md
+DOCS = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+COMMANDS = [line.strip() for line in DOCS.splitlines() if line.startswith("    visar bench")]
+TABLE = [[cell.strip() for cell in line.split("|")[1:-1]] for line in DOCS.splitlines()]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_page_parse(line: str) -> None:
+    assert callable(parse(line.split()[1:]))
+
+
+def test_the_memory_table_is_what_is_computed() -> None:
+    rows = {row[0]: row[1:] for row in TABLE if len(row) == 7 and row[0] in PRESETS}
+    assert set(rows) == {name for name, preset in PRESETS.items() if preset.generator is not None}
+    for name, (weights, cache, *totals, batch) in rows.items():
+        preset = PRESETS[name]
+        assert preset.generator is not None
+        generator = nn.Module.to(empty(preset.generator, preset.config), torch.bfloat16)
+        tokenizer = nn.Module.to(empty(preset.tokenizer, preset.tokenizer_config), torch.bfloat16)
+        needs = {size: memory_need(generator, tokenizer, size, guided=True) for size in (1, 8, 64)}
+        assert float(weights) == pytest.approx(needs[1].weights / 2**30, abs=0.006)
+        assert float(cache) == pytest.approx(needs[1].cache / 2**20, abs=0.6)
+        for total, need in zip(totals, needs.values(), strict=True):
+            assert float(total) == pytest.approx(need.total / 2**30, abs=0.006)
+        fits = [2**i for i in range(14) if memory_need(generator, tokenizer, 2**i, True).total <= 11 * 2**30]
+        assert int(batch) == max(fits)
+
+
+def test_the_page_explains_every_column(folder: Path) -> None:
+    options = Bench(
+        model=str(folder), batch=(1,), dtype="float32", device="cpu", runs=1, paths=("eager",), eager_steps=16
+    )
+    (row,) = bench(options, {}, lambda line: None)
+    times = [name for name in row if isinstance(row[name], float) and not name.endswith("_spread")]
+    assert "together_ms" in times
+    assert [name for name in times if f"`{name}`" not in DOCS and name not in ("guidance_scale", "top_p")] == []

@@ -31,37 +31,31 @@ def check_windows(subject: Subject, windows: tuple[int, ...]) -> None:
         raise ValueError(f"window {wrong[0]}; {subject.name} is timed at half of its sequence: 1 ... {most}")
 
 
-def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> Callable[[Any], Callable[[], None]]:
-    """Makes, from a session, one pass at half of the sequence that leaves the state as it was.
+def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> Callable[[], None]:
+    """One pass at half of the sequence that leaves the state as it was.
 
     window: slots of a `verify` pass, with a draw for every one of them; 0 is a step of ancestral sampling.
     """
     model, device = subject.generator, next(subject.generator.parameters()).device
-    half = model.num_tokens // 2
-    filters = (1.0, options.top_k, options.top_p)
+    half, slots = model.num_tokens // 2, max(window, 1)
+    ragged: dict[str, Any] = dict(ragged=True, window=window - 1) if window else {}
+    state = model.start(any_condition(model, batch, device), Guidance(options.guidance_scale), **ragged)
+    state.length.fill_(half)
+    state.block = half
+    draft_BK = torch.zeros(batch, slots - 1, dtype=torch.int64, device=device)
+    uniform_BL = torch.full((batch, slots), 0.5, device=device)
+    none_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    filters: dict[str, Any] = dict(temperature=1.0, top_k=options.top_k, top_p=options.top_p)
 
-    def make(session: Session) -> Callable[[], None]:
-        ragged: dict[str, Any] = dict(ragged=True, window=window - 1) if window else {}
-        state = model.start(any_condition(model, batch, device), Guidance(options.guidance_scale), **ragged)
-        state.length.fill_(half)
-        state.block = half
-        slots = max(window, 1)
-        draft_BK = torch.zeros(batch, slots - 1, dtype=torch.int64, device=device)
-        uniform_BL = torch.full((batch, slots), 0.5, device=device)
-        none_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    def verify() -> None:
+        p_BLV = token_law(model.verify(state, draft_BK), **filters)
+        model.commit(state, draw(p_BLV, uniform_BL), none_B)
 
-        def verify() -> None:
-            p_BLV = token_law(model.verify(state, draft_BK), *filters)
-            model.commit(state, draw(p_BLV, uniform_BL), none_B)
+    def step() -> None:
+        model.append(state, sample_logits(model.predict(state), uniform_BL, **filters))
+        state.length.sub_(1)
 
-        def step() -> None:
-            settings: dict[str, Any] = dict(temperature=1.0, top_k=options.top_k, top_p=options.top_p)
-            model.append(state, sample_logits(model.predict(state), uniform_BL, **settings))
-            state.length.sub_(1)
-
-        return verify if window else step
-
-    return make
+    return verify if window else step
 
 
 @torch.no_grad()
@@ -70,7 +64,7 @@ def time_pass(
 ) -> Timing:
     """Seconds of one pass; see `pass_at_half`."""
     session = Session(capture=capture)
-    step = pass_at_half(subject, options, batch, window)(session)
+    step = pass_at_half(subject, options, batch, window)
     repeats = REPLAYS if device.type == "cuda" else 1
 
     def many() -> None:

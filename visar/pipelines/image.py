@@ -27,13 +27,16 @@ from visar.memory import (
 )
 from visar.noise import Noise, Use, image_seeds
 from visar.output import SampleOutput, SampleStatistics, to_uint8
-from visar.runtime import Runtime
+from visar.runtime import EAGER, Runtime
+from visar.samplers.drafters import Drafter
 from visar.samplers.index import find_sampler
+from visar.samplers.settings import read_setting
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
+from visar.tokenizers.decoding import decode_tokens
 from visar.vocabulary import Vocabulary
 
 OUTPUT_TYPES = ("pil", "pt", "np")
-# Part of a GPU's free memory that a measured batch may take: captured steps and fragments need some more.
+# Part of a GPU's free memory that a measured batch may take.
 USABLE = 0.9
 NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -97,6 +100,7 @@ class ImagePipeline(DiffusionPipeline):
         self.runtime = Runtime()
         self.offload = False
         self._text_encoder: TextEncoder | None = None
+        self._drafters: dict[tuple, Drafter] = {}
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
@@ -151,11 +155,11 @@ class ImagePipeline(DiffusionPipeline):
             torch.cuda.empty_cache()
 
     def _measured_bytes(self, batch: int, settings: dict[str, Any], device: torch.device) -> int:
-        """Peak of a batch on a GPU beside what was there before."""
+        """Most that torch takes from a GPU for a batch, captured steps and decoder included."""
         self.runtime.clear()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        before = torch.cuda.memory_reserved(device)
         alike = len(set(self.generator.block_kinds)) == 1
 
         def callback(done: int, ids: Tensor) -> None:
@@ -166,9 +170,11 @@ class ImagePipeline(DiffusionPipeline):
             condition = any_condition(self.generator, batch, device)
             self.sample_tokens(condition, image_seeds(0, batch), callback=callback, **settings)
         num_tokens = sum(self.generator.block_sizes)
-        self.decode(torch.zeros(batch, num_tokens, dtype=torch.int64, device=device))
+        ids_BN = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+        for _ in range(2):  # as it is, then captured
+            self.decode(ids_BN)
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return torch.cuda.max_memory_reserved(device) - before
 
     def _out_of_memory(self, batch: int, guidance: Guidance, done: ImageOutput | None) -> OutOfMemory:
         self.runtime.clear()
@@ -321,6 +327,8 @@ class ImagePipeline(DiffusionPipeline):
     ) -> SampleOutput:
         """Tokens of a batch; see the sampler's own docstring for its options.
 
+        Options may be text, as on the command line; a drafter is then what `load_drafter` takes.
+
         Raises:
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
@@ -330,6 +338,11 @@ class ImagePipeline(DiffusionPipeline):
         if unknown:
             allowed = ", ".join(entry.settings()) or "none"
             raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
+        for name, value in options.items():
+            if isinstance(value, str):
+                options[name] = read_setting(sampler, name, value)
+        if isinstance(options.get("drafter"), str):
+            options["drafter"] = self._drafter(options["drafter"])
         missing = [need for need in entry.needs if not callable(getattr(self.generator, need, None))]
         if missing:
             raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
@@ -348,10 +361,20 @@ class ImagePipeline(DiffusionPipeline):
             **options,
         )
 
+    def _drafter(self, name: str) -> Drafter:
+        """A drafter by name or folder, loaded once, and anew where the generator was moved or cast."""
+        from visar.pipelines.drafters import load_drafter  # which imports this module
+
+        key = (name, self.generator.device, self.generator.dtype)
+        if key not in self._drafters:
+            self._drafters[key] = load_drafter(name, self.generator)
+        return self._drafters[key]
+
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
         with self._fetched(self.tokenizer):
-            decoded = self.tokenizer.decode_latents(tokens) if tokens.dim() == 4 else self.tokenizer.decode(tokens)
+            # A graph reads weights where they were: of no use to a tokenizer that moves.
+            decoded = decode_tokens(self.tokenizer, tokens, runtime=EAGER if self.offload else self.runtime)
         return decoded.float().clamp(-1.0, 1.0)
 
     # -------------------------------------------------------------------------------------------------- the call
@@ -431,7 +454,9 @@ class ImagePipeline(DiffusionPipeline):
             guidance = settings["guidance"]
             others = {name: value for name, value in settings.items() if name != "guidance"}
             size = self.find_batch_size(count, guidance_scale=guidance, **others)
-        tokens, images, statistics = [], [], SampleStatistics()
+        tokens: list[Tensor] = []
+        images: list[Tensor] = []
+        statistics = SampleStatistics()
 
         def finished() -> ImageOutput:
             made = sum(len(part) for part in tokens)

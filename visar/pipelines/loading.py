@@ -46,6 +46,8 @@ def load(
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
             raise ValueError(f"{name} is a tokenizer: use visar.load_tokenizer({str(name)!r})")
+        if facts["kind"] == "drafter":
+            raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
         tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
         pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
     elif str(name) in hub.OFFICIAL:
@@ -86,7 +88,12 @@ def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Model
     return model.eval()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -99,13 +106,13 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> ModelMixin:
-    class_name = _read_json(folder / "config.json").get("_class_name")
+    class_name = read_json(folder / "config.json").get("_class_name")
     if class_name not in TOKENIZERS:
         raise ValueError(f"{folder} holds a {class_name}; known tokenizers: {', '.join(TOKENIZERS)}")
-    return _component(TOKENIZERS[class_name], class_name, folder)
+    return load_component(TOKENIZERS[class_name], class_name, folder)
 
 
-def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
+def load_component(module: str, class_name: str, folder: Path) -> ModelMixin:
     """A model on the CPU, in the dtype that its file is stored in.
 
     Not by `from_pretrained`: what that does about dtypes differs between versions of diffusers, it needs accelerate
@@ -121,7 +128,7 @@ def _component(module: str, class_name: str, folder: Path) -> ModelMixin:
         model_class = getattr(importlib.import_module(module), class_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"{folder} needs {class_name} of {module}, which this version of visar lacks") from error
-    config = {key: value for key, value in _read_json(folder / "config.json").items() if not key.startswith("_")}
+    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
     try:
         model = empty(model_class, config)
     except TypeError as error:
@@ -134,7 +141,7 @@ def _weights(folder: Path) -> State:
     index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
     names = {SAFETENSORS_WEIGHTS_NAME}
     if index.is_file():
-        names = {Path(name).name for name in _read_json(index)["weight_map"].values()}
+        names = {Path(name).name for name in read_json(index)["weight_map"].values()}
     state: State = {}
     for name in sorted(names):
         try:
@@ -173,7 +180,7 @@ def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
             * (folder / "config.json").is_file()
         )
         raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if index.get("_class_name") != ImagePipeline.__name__:
         raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
     for name in ("tokenizer", "generator"):
@@ -181,7 +188,7 @@ def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
             continue
         match index.get(name):
             case [str(module), str(class_name)]:
-                components[name] = _component(module, class_name, folder / name)
+                components[name] = load_component(module, class_name, folder / name)
             case other:
                 raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
     return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
