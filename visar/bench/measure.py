@@ -96,7 +96,7 @@ def eager_stop(options: Bench, generator: Any, path: str) -> int:
     return options.eager_steps if short else 0
 
 
-def decode_call(subject: Subject, batch: int, path: str, device: torch.device) -> Callable[[], object]:
+def decode_call(subject: Subject, batch: int, path: str, device: torch.device) -> Callable[[], Tensor]:
     """Decoding of a batch of ids, eagerly or captured; large batches run eagerly either way, see `decode_tokens`."""
     ids_BN, runtime = random_ids(subject, batch, device), Runtime() if path == "captured" else EAGER
     return lambda: decode_tokens(subject.tokenizer, ids_BN, runtime=runtime)

@@ -111,6 +111,7 @@ class Peer:
 def in_turns(ours: Callable[[], float], theirs: Callable[[], float], runs: int) -> tuple[Timing, Timing]:
     """Times of both, taken A B A B after two calls each that are not counted."""
     for _ in range(2):
-        ours(), theirs()
+        ours()
+        theirs()
     pairs = [(ours(), theirs()) for _ in range(runs)]
     return Timing(tuple(pair[0] for pair in pairs)), Timing(tuple(pair[1] for pair in pairs))
