@@ -40,6 +40,8 @@ class Sample:
     """0 = off."""
     top_p: float | None = None
     """In (0, 1]; 1.0 = off."""
+    previews: bool = False
+    """Also write the pictures after every scale, one row an image, beside `out`; for models over scales."""
     batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
     """Most images at a time; auto finds how many fit into memory."""
     device: str | None = None
@@ -53,15 +55,13 @@ class Sample:
 def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     """Runs `visar sample`."""
     from visar import load
+    from visar.files import atomic_write
     from visar.memory import OutOfMemory
+    from visar.pictures import grid
+    from visar.pipelines.editing import named_values, scale_previews
 
     single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
-    attributes = {}
-    for pair in options.attribute:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
-        attributes[name] = value
+    attributes = named_values(options.attribute)
     _check_writable(options.out if single else options.out / "seeds.txt")
     pipeline = load(options.model, device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
@@ -70,7 +70,7 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
             class_labels=None if options.class_name is None else _number_or_name(options.class_name),
             prompt=options.prompt,
             num_images=options.num_images,
-            attributes=attributes or None,
+            attributes=attributes,
             sampler=options.sampler,
             sampler_options=sampler_options,
             guidance_scale=options.guidance_scale,
@@ -85,6 +85,10 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
             _write_images(error.done, options.out, single)
         raise
     _write_images(result, options.out, single)
+    if options.previews:
+        rows = scale_previews(pipeline, result.tokens)
+        with atomic_write(options.out.with_name(f"{options.out.stem}-scales.png")) as path:
+            grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
     passes = sum(result.statistics.forward_passes.values())
     count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
     print(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
@@ -210,6 +214,23 @@ def data_clips(options: DataClips) -> None:
     print(build_clips(options.out))
 
 
+@dataclasses.dataclass(frozen=True)
+class DataFashion:
+    """Builds the Fashion-MNIST image set: 70,000 grey pictures of 10 classes of clothes, 32 x 32."""
+
+    source: Path
+    """Folder with the four idx files (.gz or not) of Debian's dataset-fashion-mnist or torchvision, or a .deb file."""
+    out: Path
+    """File to write, fashion.zip."""
+
+
+def data_fashion(options: DataFashion) -> None:
+    """Runs `visar data fashion-mnist`."""
+    from visar.data.fashion_mnist import build_fashion
+
+    print(build_fashion(options.source, options.out))
+
+
 # ------------------------------------------------------------------------------- commands whose options are elsewhere
 Command = tuple[type, Callable[..., object]]
 
@@ -242,6 +263,12 @@ def _progress() -> Callable[[str, int, int], None]:
     return progress
 
 
+def _edit() -> Command:
+    from visar.pipelines.editing import Edit, edit
+
+    return Edit, lambda options: print(edit(options))
+
+
 def _eval() -> Command:
     from visar.evaluate.commands import Eval, evaluate
 
@@ -258,6 +285,12 @@ def _compare() -> Command:
     from visar.evaluate.commands import Compare, compare
 
     return Compare, lambda options: compare(options, _table, _progress())
+
+
+def _acceptance() -> Command:
+    from visar.evaluate.acceptance import Acceptance, acceptance
+
+    return Acceptance, lambda options: acceptance(options, _table, _progress())
 
 
 def _stats() -> Command:
@@ -289,6 +322,12 @@ def _train_generator() -> Command:
     return TrainGenerator, lambda options: _print_trained(train_generator(options))
 
 
+def _train_drafter() -> Command:
+    from visar.train.drafter import TrainDrafter, train_drafter
+
+    return TrainDrafter, lambda options: _print_trained(train_drafter(options))
+
+
 def _print_trained(result: Any) -> None:
     if _first_process():
         state = "finished" if result.finished else "stopped"
@@ -299,11 +338,13 @@ def _print_trained(result: Any) -> None:
 # Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", lambda: (Sample, sample)),
+    "edit": ("draw a part of a picture anew with a model over scales", _edit),
     "models": ("list models, their classes and attributes", lambda: (Models, models)),
     "samplers": ("list samplers, exact and lossy, and their settings", lambda: (Samplers, samplers)),
     "eval": ("score a model's images, or pictures made elsewhere", _eval),
     "eval --compare": ("the same seeds through several samplers or models, or finished evaluations", _compare),
     "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
+    "acceptance": ("what speculative samplers accept, and how much faster than ancestral sampling", _acceptance),
     "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
     "convert": ("make a folder that loads without a network from another project's weights", _convert),
     "bench": ("time decoding on this machine, or against another program", _bench),
@@ -312,8 +353,10 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
         "train a generator on a tokenizer's ids (--recipe NAME: as an embedded model)",
         _train_generator,
     ),
+    "train drafter": ("train a drafter for speculative sampling with a raster model", _train_drafter),
     "data emoji": ("build the emoji image set", lambda: (DataEmoji, data_emoji)),
     "data clips": ("build the set of animated emoji", lambda: (DataClips, data_clips)),
+    "data fashion-mnist": ("build the Fashion-MNIST image set", lambda: (DataFashion, data_fashion)),
 }
 
 
@@ -354,13 +397,14 @@ def _take(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
     return rest, value
 
 
-def take_sampler_options(command: str, arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
+def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Takes --sampler.NAME VALUE pairs out of the arguments and reads them by the sampler's own annotations.
 
     Raises:
         ValueError: no such sampler, a setting that it does not have, or one that it needs is not given.
     """
     from visar.samplers.index import find_sampler
+    from visar.samplers.settings import read_setting
 
     own = [word.partition("=")[0] for word in arguments if word.startswith("--sampler.")]
     sampler = _take(arguments, "--sampler")[1]
@@ -372,15 +416,9 @@ def take_sampler_options(command: str, arguments: list[str]) -> tuple[list[str],
     values = {}
     for flag in own:
         name = flag.removeprefix("--sampler.").replace("-", "_")
-        if name not in settings:
-            allowed = ", ".join(settings) or "none"
-            raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {allowed}")
         arguments, value = _take(arguments, flag)
-        if value is None:
-            continue  # given twice: taken already
-        holder = dataclasses.make_dataclass("Setting", [(name, settings[name].annotation)])
-        chosen: Any = tyro.cli(holder, args=[f"--{name.replace('_', '-')}", value], prog=f"visar {command}")
-        values[name] = getattr(chosen, name)
+        if value is not None:  # else given twice: taken already
+            values[name] = read_setting(sampler, name, value)
     missing = [name for name, value in settings.items() if value.default is value.empty and name not in values]
     if missing:
         raise ValueError(f"sampler {sampler} needs {' and '.join(f'--sampler.{name}' for name in missing)}")
@@ -393,12 +431,14 @@ def _recipe(command: str, options_class: type, name: str) -> Any:
     Raises:
         ValueError: no recipe of that name for this command.
     """
+    from visar.train.drafter import DRAFTER_RECIPES
     from visar.train.recipes import RECIPES
 
-    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, options_class)]
+    recipes: dict[str, Any] = {**RECIPES, **DRAFTER_RECIPES}
+    fitting = [key for key, recipe in recipes.items() if isinstance(recipe, options_class)]
     if name not in fitting:
         raise ValueError(f"unknown recipe {name!r} for visar {command}; choose one of {', '.join(fitting)}")
-    return RECIPES[name]
+    return recipes[name]
 
 
 def parse(arguments: list[str]) -> Callable[[], object]:
@@ -413,7 +453,7 @@ def parse(arguments: list[str]) -> Callable[[], object]:
     settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
     extra: tuple = ()
     if name in ("sample", "eval", "bench") and not {"-h", "--help"} & set(rest):
-        rest, sampler_options = take_sampler_options(name, rest)
+        rest, sampler_options = take_sampler_options(rest)
         extra = (sampler_options,)
     if name.startswith("train "):
         settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."

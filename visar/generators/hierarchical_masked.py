@@ -21,7 +21,7 @@ from visar.generators.next_scale import SCALES_256
 from visar.guidance import combine
 from visar.multiscale import ScaleGenerator, ScaleState
 from visar.scale_attention import Method
-from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, reset_blocks
+from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, reset_blocks, run_blocks
 
 Phase = Literal["next_scale", "refinement"]
 
@@ -174,12 +174,11 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         self, x: Tensor, modulations: dict[str, Tensor], sizes: tuple[int, ...], end: Literal["ns", "mask"]
     ) -> Tensor:
         """Logits [R, L, V] through the shared blocks and one of the two ends."""
-        last = self.ns_blocks if end == "ns" else self.mask_blocks
-        for name, blocks in (("base", self.base_blocks), (end, last)):
-            for index, block in enumerate(blocks):
-                x = block(x, modulations[name][index], sizes, "diagonal", method=self.attention_method)
+        blocks = [*self.base_blocks, *(self.ns_blocks if end == "ns" else self.mask_blocks)]
+        each = [modulation for name in ("base", end) if name in modulations for modulation in modulations[name]]
         norm, head = (self.ns_head_nm, self.ns_head) if end == "ns" else (self.mask_head_nm, self.mask_head)
-        return head(norm(x, modulations[f"{end}_head"][0]))
+        method = self.attention_method
+        return head(run_blocks(blocks, each, x, norm, modulations[f"{end}_head"][0], sizes, "diagonal", method=method))
 
     def _masked_codes(self, codes_BLC: Tensor, masked_BL: Tensor) -> Tensor:
         """What current tokens add to their positions' input [B, L, D]: a map of their codes, or the mask embedding."""

@@ -1,0 +1,118 @@
+"""Edits of pictures and previews of scales, by a tiny pipeline over scales and by the command."""
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+
+from visar.cli import main
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.generators.next_scale import NextScaleTransformer
+from visar.pipelines.editing import edit_images, scale_previews
+from visar.pipelines.image import ImagePipeline
+from visar.pipelines.loading import load
+from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+
+
+def make(model_class=NextScaleTransformer, **settings) -> ImagePipeline:
+    torch.manual_seed(0)
+    scales = (1, 2, 4, 8)
+    tokenizer = MultiScaleVQTokenizer(
+        codebook_size=32, codebook_dim=8, scales=scales, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1
+    ).eval()
+    generator = model_class(
+        vocab_size=32, codebook_width=8, scales=scales, width=32, num_layers=2, num_heads=2, num_classes=3, **settings
+    ).eval()
+    generator.reset_parameters(torch.Generator().manual_seed(0))
+    generator.set_tokenizer(tokenizer.quantizer)
+    return ImagePipeline(tokenizer, generator)
+
+
+def pictures(count: int, side: int = 16) -> list[PIL.Image.Image]:
+    draws = np.random.default_rng(0)
+    return [PIL.Image.fromarray(draws.integers(0, 255, (side, side, 3), np.uint8)) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> ImagePipeline:
+    return make()
+
+
+def test_what_is_kept_keeps_its_tokens(pipeline):
+    given = pictures(2)
+    out = edit_images(pipeline, given, box=(0, 0, 0.5, 1), class_labels=[0, 2], seed=3)
+    assert [image.size for image in out.images] == [(16, 16)] * 2 and out.seeds == [3, 4]
+    tensor = torch.from_numpy(np.stack([np.asarray(each) for each in given])).permute(0, 3, 1, 2) / 127.5 - 1
+    finest = pipeline.tokenizer.split(pipeline.tokenizer.encode(tensor))[-1]
+    made = pipeline.tokenizer.split(out.tokens)[-1]
+    assert torch.equal(made[:, 4:], finest[:, 4:]) and not torch.equal(made[:, :4], finest[:, :4])
+    other_way = edit_images(pipeline, given, box=(0, 0, 0.5, 1), keep="inside", class_labels=[0, 2], seed=3)
+    made = pipeline.tokenizer.split(other_way.tokens)[-1]
+    assert torch.equal(made[:, :4], finest[:, :4]) and not torch.equal(made[:, 4:], finest[:, 4:])
+
+
+def test_a_mask_says_what_a_box_says(pipeline):
+    mask = torch.ones(1, 16, 16, dtype=torch.bool)
+    mask[:, :8] = False
+    by_mask, by_box = (
+        edit_images(pipeline, pictures(1), unconditional=True, **where)
+        for where in (dict(mask=mask), dict(box=(0, 0, 0.5, 1)))
+    )
+    assert torch.equal(by_mask.tokens, by_box.tokens)
+
+
+def test_transparency_is_white_and_sizes_are_fitted(pipeline):
+    clear = PIL.Image.new("RGBA", (40, 30), (10, 200, 30, 0))
+    white = PIL.Image.new("RGB", (16, 16), "white")
+    first, second = (edit_images(pipeline, [each], box=(0, 0, 1, 0.5), class_labels=[1]) for each in (clear, white))
+    assert torch.equal(first.tokens, second.tokens)
+
+
+def test_previews_end_with_the_picture(pipeline):
+    out = pipeline(class_labels=[1, 2], seed=0)
+    rows = scale_previews(pipeline, out.tokens)
+    assert [len(row) for row in rows] == [4, 4]
+    for row, image in zip(rows, out.images, strict=True):
+        assert np.array_equal(np.asarray(row[-1]), np.asarray(image))
+        assert not np.array_equal(np.asarray(row[0]), np.asarray(image))
+    assert [len(row) for row in scale_previews(pipeline, out.tokens[:, :5])] == [2, 2]
+    with pytest.raises(ValueError, match="whole number of scales"):
+        scale_previews(pipeline, out.tokens[:, :4])
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (dict(), "give a box or a mask"),
+        (dict(box=(0.5, 0, 0.5, 1)), "top, left, bottom, right"),
+        (dict(box=(0, 0, 1, 0.5), strategy="refine"), "needs a model with masked passes"),
+        (dict(box=(0, 0, 1, 0.5), unconditional=True, class_labels=[0]), "unconditional excludes"),
+        (dict(box=(0, 0, 1, 0.5), class_labels=[7]), "class 7"),
+    ],
+)
+def test_what_cannot_be_edited(pipeline, settings, message):
+    with pytest.raises(ValueError, match=message):
+        edit_images(pipeline, pictures(1), **settings)
+
+
+def test_raster_models_have_no_scales_to_edit():
+    with pytest.raises(ValueError, match="a model over scales is needed"):
+        edit_images(load("emoji-raster", device="cpu"), pictures(1), box=(0, 0, 1, 0.5))
+
+
+def test_the_command_edits_a_file(tmp_path, capsys):
+    make(HierarchicalMaskedTransformer, num_refinement_layers=1).save_pretrained(tmp_path / "model")
+    pictures(1, 20)[0].save(tmp_path / "given.png")
+    common = ["edit", str(tmp_path / "model"), str(tmp_path / "given.png"), "--out", str(tmp_path / "out.png")]
+    choices = ["--strategy", "refine", "--class", "2", "--num-images", "3", "--device", "cpu"]
+    assert main([*common, *choices]) == 0
+    assert "seed 2: class 2" in capsys.readouterr().out
+    with PIL.Image.open(tmp_path / "out.png") as sheet:
+        assert sheet.size == (4 * 18 + 2, 20)
+    (tmp_path / "text.png").write_text("no picture")
+    assert main(["edit", str(tmp_path / "model"), str(tmp_path / "text.png"), "--device", "cpu"]) == 1
+    assert "is not a picture" in capsys.readouterr().err
+    sampled = ["sample", str(tmp_path / "model"), "--num-images", "2", "--previews", "--device", "cpu"]
+    assert main([*sampled, "--out", str(tmp_path / "made.png")]) == 0
+    with PIL.Image.open(tmp_path / "made-scales.png") as sheet:
+        assert sheet.size == (4 * 18 + 2, 2 * 18 + 2)

@@ -1,0 +1,224 @@
+"""Pictures edited by a next-scale pipeline, and previews of its scales."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import PIL.Image
+import torch
+import tyro
+from torch import Tensor
+
+from visar.data.images import as_float
+from visar.files import atomic_write
+from visar.output import to_uint8
+from visar.pictures import grid
+from visar.pipelines.image import ImageOutput, ImagePipeline
+from visar.pipelines.loading import load
+from visar.samplers.editing import Strategy, box_mask, grid_mask
+
+Box = tuple[float, float, float, float]
+
+
+def check_over_scales(pipeline: ImagePipeline) -> None:
+    """Checks that a pipeline's tokens form a pyramid.
+
+    Raises:
+        ValueError: they do not.
+    """
+    layout = pipeline.tokenizer.layout
+    if layout.kind != "scales":
+        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {layout.kind}")
+
+
+def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
+    """Pictures as float [B, 3, side, side] in [-1, 1]; transparent parts become white, other sizes are resized."""
+    arrays = []
+    for picture in pictures:
+        canvas = PIL.Image.new("RGBA", picture.size, "white")
+        canvas.alpha_composite(picture.convert("RGBA"))
+        flat = canvas.convert("RGB")
+        if flat.size != (side, side):
+            flat = flat.resize((side, side), PIL.Image.Resampling.LANCZOS)
+        arrays.append(np.asarray(flat))
+    return as_float(torch.from_numpy(np.stack(arrays)))
+
+
+@torch.no_grad()
+def edit_images(
+    pipeline: ImagePipeline,
+    pictures: Sequence[PIL.Image.Image],
+    *,
+    box: Box | None = None,
+    mask: Tensor | None = None,
+    keep: Literal["outside", "inside"] = "outside",
+    strategy: Strategy = "codes",
+    class_labels: Sequence[int | str] | None = None,
+    attributes: dict[str, str] | None = None,
+    unconditional: bool = False,
+    seed: int = 0,
+    **settings: Any,
+) -> ImageOutput:
+    """Draws a part of pictures anew: inpainting, outpainting or a class edit. Lossy, see `sample_edit`.
+
+    Args:
+        pipeline: over scales.
+        pictures: of any size; they are resized to the model's.
+        box: top, left, bottom, right as fractions in 0 ... 1.
+        mask: bool [B or 1, H, W] in the model's pixels, True where the picture stays; instead of box.
+        keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
+        strategy: "codes", "map", or "refine" for a hierarchical masked model; see `sample_edit`.
+        class_labels: one a picture, by name or number, to edit towards; None draws it from the training law.
+        attributes: further labels by name.
+        unconditional: give the model nothing instead, so that the rest of the picture alone decides.
+        seed: picture i has seed + i.
+        settings: of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
+            sampler_options.
+
+    Returns: as of the pipeline.
+
+    Raises:
+        ValueError: a model without scales, both or neither of box and mask, or bad values.
+    """
+    check_over_scales(pipeline)
+    if (box is None) == (mask is None):
+        raise ValueError("give a box or a mask, one of them")
+    if unconditional and (class_labels is not None or attributes):
+        raise ValueError("unconditional excludes class_labels and attributes")
+    tokenizer, device = pipeline.tokenizer, pipeline.device
+    seeds = pipeline.prepare_seeds(len(pictures), seed)
+    finest = tokenizer.layout.scales[-1]
+    images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
+    kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(torch.as_tensor(mask), finest)
+    condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
+    if unconditional:
+        condition, descriptions = pipeline.generator.null_condition(condition), [""] * len(pictures)
+    options = {
+        **settings.pop("sampler_options", {}),
+        "given_tokens": tokenizer.encode(images),
+        "keep": kept.to(device),
+        "strategy": strategy,
+    }
+    chosen = {**pipeline.sampling_settings(**settings), "sampler": "edit", "sampler_options": options}
+    out = pipeline.sample_tokens(condition, seeds, **chosen)
+    decoded = to_uint8(pipeline.decode(out.latent_BChw if out.latent_BChw is not None else out.tokens))
+    made = [PIL.Image.fromarray(each) for each in decoded.permute(0, 2, 3, 1).cpu().numpy()]
+    return ImageOutput(
+        images=made, statistics=out.statistics, tokens=out.tokens, seeds=seeds, descriptions=descriptions
+    )
+
+
+@torch.no_grad()
+def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.Image.Image]]:
+    """Pictures after every scale: one list a row of ids int64 [B, N], coarse to fine.
+
+    Raises:
+        ValueError: a model without scales, or ids that are no whole number of scales.
+    """
+    check_over_scales(pipeline)
+    sizes = [height * width for height, width in pipeline.tokenizer.layout.scales]
+    pipeline.tokenizer.split(tokens_BN)
+    ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
+    columns = [
+        to_uint8(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))).permute(0, 2, 3, 1).cpu().numpy()
+        for end in ends
+    ]
+    return [[PIL.Image.fromarray(column[row]) for column in columns] for row in range(tokens_BN.shape[0])]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """Draws a part of a picture anew with a model over scales: inpainting, outpainting or a class edit."""
+
+    model: tyro.conf.Positional[str]
+    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    picture: tyro.conf.Positional[Path]
+    """A picture file; it is resized to the model's size."""
+    box: Box = (0.25, 0.25, 0.75, 0.75)
+    """Top, left, bottom, right as fractions of the picture."""
+    keep: Literal["outside", "inside"] = "outside"
+    """What stays: outside of the box to inpaint or edit it, inside to outpaint."""
+    strategy: Strategy = "codes"
+    """codes (VAR), map (CoDe), or refine (hierarchical masked models)."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """Class to edit towards, by name or number; drawn from the training law when not given."""
+    attribute: tuple[str, ...] = ()
+    """Further labels as name=value."""
+    unconditional: bool = False
+    """Give the model nothing: the rest of the picture alone decides."""
+    num_images: int = 4
+    """Results."""
+    seed: int = 0
+    """Result i has seed + i."""
+    guidance_scale: float | None = None
+    """1.0 = off; the model's own default when not given, as for the next three."""
+    temperature: float | None = None
+    """> 0; 1.0 = off."""
+    top_k: int | None = None
+    """0 = off."""
+    top_p: float | None = None
+    """In (0, 1]; 1.0 = off."""
+    out: Path = Path("edited.png")
+    """A picture: the given one, then the results."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one."""
+    dtype: str | None = None
+    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+
+
+def edit(options: Edit) -> str:
+    """Runs `visar edit`; returns what to print.
+
+    Raises:
+        ValueError: a file that is no picture, or a value out of range.
+    """
+    if options.num_images < 1:
+        raise ValueError(f"num_images {options.num_images}; it must be >= 1")
+    try:
+        with PIL.Image.open(options.picture) as file:
+            given = file.convert("RGBA")
+    except (PIL.UnidentifiedImageError, FileNotFoundError) as error:
+        raise ValueError(f"{options.picture} is not a picture: {error}") from error
+    pipeline = load(options.model, device=options.device, dtype=options.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    name = options.class_name
+    label = None if name is None else int(name) if name.isdecimal() else name
+    result = edit_images(
+        pipeline,
+        [given] * options.num_images,
+        box=options.box,
+        keep=options.keep,
+        strategy=options.strategy,
+        class_labels=None if label is None else [label] * options.num_images,
+        attributes=named_values(options.attribute),
+        unconditional=options.unconditional,
+        seed=options.seed,
+        guidance_scale=options.guidance_scale,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+    )
+    shown = given.resize(result.images[0].size, PIL.Image.Resampling.LANCZOS)
+    canvas = PIL.Image.new("RGBA", shown.size, "white")
+    canvas.alpha_composite(shown)
+    with atomic_write(options.out) as path:
+        grid([canvas.convert("RGB"), *result.images], columns=1 + options.num_images).save(path, format="PNG")
+    lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
+    return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])
+
+
+def named_values(pairs: Sequence[str]) -> dict[str, str] | None:
+    """Labels by name from texts such as "style=noto"; None for none.
+
+    Raises:
+        ValueError: a text without "=".
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
+        found[name] = value
+    return found or None
