@@ -8,6 +8,8 @@ B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, 
 T slots of a cache, M nodes.
 """
 
+import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,17 +29,32 @@ from visar.samplers.verify import Generator, row_at, token_law
 from visar.tree import DraftTree
 
 
+def target_digest(model: Generator) -> str:
+    """Tells a target from others: 16 hexadecimal digits of the sha256 of some rows of its output head.
+
+    The rows are rounded to bfloat16 first, so that it does not matter whether they were loaded in that or in float32.
+    """
+    rows = model.output.weight[:64].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
 def check_features(drafter: Generator, model: Generator) -> None:
-    """Checks that a drafter can read a target's hidden vectors.
+    """Checks that a drafter can read a target's hidden vectors, and was trained on this one's if it says so.
 
     Raises:
-        ValueError: the target has none to show, or of another width.
+        ValueError: the target has none to show, or of another width, or it is not the drafter's.
     """
     if not callable(getattr(model, "features", None)):
         raise ValueError(f"this drafter reads hidden vectors, which {type(model).__name__} does not show")
     check_fit(drafter, model)
     if drafter.config["width"] != model.config["width"]:
         raise ValueError(f"the drafter's width is {drafter.config['width']}, the generator's {model.config['width']}")
+    digest = drafter.config["target_digest"]
+    if digest and digest != target_digest(model):
+        raise ValueError(
+            f"the drafter was trained for {drafter.config['target'] or 'another generator'} (weights {digest}); the "
+            f"weights of this generator are {target_digest(model)}"
+        )
 
 
 def law_or_uniform(law_BV: Tensor, known_B: Tensor) -> Tensor:
@@ -57,6 +74,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
         width: D, the target's.
         num_heads, hidden_width: of the layer.
         prefix_length: positions before the first image token, for the rotary table.
+        target, target_digest: name and `target_digest` of the generator it was trained for; "" = not said.
 
     Differs from the paper: the prefix is not fed; h_0 carries the condition.
     """
@@ -70,6 +88,8 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
         num_heads: int = 20,
         hidden_width: int = 3584,
         prefix_length: int = 1,
+        target: str = "",
+        target_digest: str = "",
     ) -> None:
         super().__init__()
         self.fc = nn.Linear(2 * width, width)
@@ -79,6 +99,15 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
         self._rope = rope_table(
             "2d", prefix_length=prefix_length, grid=(grid[0], grid[1]), head_width=width // num_heads
         )[prefix_length:]
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Weights to train from: N(0, 0.02), and predictions near the vectors that are given."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02, generator=generator)
+        nn.init.zeros_(self.fc.bias)
+        with torch.no_grad():
+            self.fc.weight[:, self.config["width"] :] += torch.eye(self.config["width"])
 
     def rope(self, device: torch.device) -> Tensor:
         """Rotary table [N, E / 2, 2] of the image tokens."""
@@ -240,16 +269,31 @@ class SpatialHeads(ModelMixin, ConfigMixin):
     Args:
         vocab_size, grid, width: the target's.
         num_right: largest k, the most drafts of a pass. Medusa: 5.
+        target, target_digest: see FeatureDrafter.
     """
 
     @register_to_config
     def __init__(
-        self, vocab_size: int = 16384, grid: tuple[int, int] = (16, 16), width: int = 1280, num_right: int = 5
+        self,
+        vocab_size: int = 16384,
+        grid: tuple[int, int] = (16, 16),
+        width: int = 1280,
+        num_right: int = 5,
+        target: str = "",
+        target_digest: str = "",
     ) -> None:
         super().__init__()
         self.right = nn.ModuleList(nn.Linear(width, width) for _ in range(num_right))
         self.below_in = nn.Linear(width, width)
         self.below_out = nn.Linear(width, width, bias=False)
+        for layer in (*self.right, self.below_out):
+            nn.init.zeros_(layer.weight)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Weights to train from: all heads give back the vector that they are given."""
+        nn.init.normal_(self.below_in.weight, std=0.02, generator=generator)
+        for layer in (*self.right, self.below_in):
+            nn.init.zeros_(layer.bias)
         for layer in (*self.right, self.below_out):
             nn.init.zeros_(layer.weight)
 
@@ -274,7 +318,20 @@ class SpatialHeads(ModelMixin, ConfigMixin):
         return HeadsDrafting(self, session, target)
 
 
-def heads_loss(heads: Any, model: Generator, hidden_BND: Tensor, tokens_BN: Tensor, decay: float = 0.8) -> Tensor:
+def above_index(last_T: Tensor, offset: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Where the vector is that had just read the token above position last + offset, and whether it is known there."""
+    above_T = last_T + offset - columns + 1
+    return above_T.clamp(min=0), (above_T >= 0) & (above_T <= last_T)
+
+
+def heads_loss(
+    heads: Any,
+    model: Generator,
+    hidden_BND: Tensor,
+    tokens_BN: Tensor,
+    decay: float = 0.8,
+    call: Callable[..., Tensor] | None = None,
+) -> Tensor:
     """Cross-entropy of all offsets on a frozen target, weighted decay^(k - 1) (Medusa, arXiv 2401.10774, section 2.2).
 
     Args:
@@ -282,15 +339,15 @@ def heads_loss(heads: Any, model: Generator, hidden_BND: Tensor, tokens_BN: Tens
         hidden_BND: its teacher-forced hidden vectors, `model.hidden(tokens, condition)`.
         tokens_BN: int64.
         decay: 0.8.
+        call: the heads as they are to be called, such as behind gradient averaging; None is `heads` itself.
     """
-    hidden_BND = hidden_BND.detach()
+    call, hidden_BND = call or heads, hidden_BND.detach()
     num_tokens, columns = tokens_BN.shape[1], heads.config["grid"][1]
     total, weights = hidden_BND.new_zeros((), dtype=torch.float32), 0.0
     for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
         last = torch.arange(num_tokens - offset, device=tokens_BN.device)
-        above = last + offset - columns + 1
-        known = (above >= 0) & (above <= last)
-        predicted = heads(hidden_BND[:, last], hidden_BND[:, above.clamp(min=0)], known[None], offset)
+        above, known = above_index(last, offset, columns)
+        predicted = call(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
         logits = model.output(predicted).float()
         weight = decay ** (offset - 1)
         total = total + weight * functional.cross_entropy(logits.flatten(0, 1), tokens_BN[:, offset:].flatten())

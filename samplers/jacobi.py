@@ -263,7 +263,7 @@ def run_jacobi(
     sizes = session.hold("sizes", torch.tensor(window_sizes(window), device=device))
     size_B = session.hold("size", sizes[:1].expand(batch) if adaptive else sizes[-1:].expand(batch))
     mark_B = session.hold("mark", torch.zeros(batch, dtype=torch.int64, device=device))
-    counts = Counts.start(session, window, device)
+    counts = Counts.start(session, window, batch, num_tokens, device)
 
     def step(slots: int) -> None:
         slot_L = torch.arange(window, device=device)
@@ -280,7 +280,8 @@ def run_jacobi(
         next_BL = refresh(coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         judged_in_chain_B = judged_in_chain(verdict.kept_B, judged_B, left_B)
-        counts.add(verdict.count_B, verdict.kept_B, judged_in_chain_B, left_B)
+        refused_B = judged_in_chain_B > verdict.kept_B
+        counts.add(verdict.count_B, verdict.kept_B, judged_in_chain_B, left_B, refused_B)
         # The rows behind the committed tokens are the next drafts, and their conditionals the drafts' laws.
         carried_B = size_B - verdict.count_B
         carried_BK = slot_L[:drafts] < carried_B[:, None]
@@ -326,4 +327,4 @@ def run_jacobi(
         width=(lambda: int(size_B.max())) if adaptive else None,
     )
     tokens = state.tokens[:, :num_tokens].clone()
-    return SampleOutput(tokens, counts.statistics({"generator": passes}, time.perf_counter() - begun))
+    return counts.output(tokens, {"generator": passes}, time.perf_counter() - begun)

@@ -106,7 +106,7 @@ def sample_speculative(
     drafting = drafter.start(session, kept, Target(model, state, condition, guidance, num_drafts, num_drafts, filters))
     source = held_noise(session, noise)
     pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    counts = Counts.start(session, window, device)
+    counts = Counts.start(session, window, batch, num_tokens, device)
 
     def step(slots: int) -> None:
         start_B = state.length.clone()
@@ -117,7 +117,8 @@ def sample_speculative(
         verdict = verify(token_law(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         left_B = num_tokens - start_B
-        counts.add(verdict.count_B, verdict.kept_B, judged_in_chain(verdict.kept_B, num_drafts, left_B), left_B)
+        judged_B = judged_in_chain(verdict.kept_B, num_drafts, left_B)
+        counts.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
         drafting.observe(start_B, features_RLD, verdict.count_B)
         pass_11.add_(1)
 
@@ -134,4 +135,4 @@ def sample_speculative(
     passed = {"generator": passes}
     if drafting.calls(num_drafts):
         passed["drafter"] = passes * drafting.calls(num_drafts)
-    return SampleOutput(tokens, counts.statistics(passed, time.perf_counter() - begun))
+    return counts.output(tokens, passed, time.perf_counter() - begun)

@@ -80,7 +80,7 @@ def run_trees(
     source = held_noise(session, noise)
     held_table = None if table is None else session.hold("table", table)
     pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    counts = Counts.start(session, depth + 1, device)
+    counts = Counts.start(session, depth + 1, batch, num_tokens, device)
 
     def step(slots: int) -> None:
         start_B = state.length.clone()
@@ -96,7 +96,7 @@ def run_trees(
         way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
         count_B = way.kept_B + 1
         model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
-        counts.add(count_B, way.kept_B, way.judged_B, num_tokens - start_B)
+        counts.add(count_B, way.kept_B, way.judged_B, num_tokens - start_B, way.refused_B)
         features_RLD = None
         if shown:
             slots_BL = torch.cat([torch.zeros_like(start_B)[:, None], way.slots_BD], dim=1)
@@ -112,7 +112,7 @@ def run_trees(
     passed = {"generator": passes}
     if drafting.calls(depth):
         passed["drafter"] = passes * drafting.calls(depth)
-    return SampleOutput(tokens, counts.statistics(passed, time.perf_counter() - begun))
+    return counts.output(tokens, passed, time.perf_counter() - begun)
 
 
 @torch.no_grad()

@@ -161,6 +161,7 @@ class Walk:
         tokens_BL: int64 [B, D + 1] accepted tokens and the one drawn after them; 0 behind it.
         kept_B: number of accepted nodes.
         judged_B: number of nodes judged.
+        refused_B: bool, whether nodes were rejected where the token after the accepted ones is.
         law_BV: law of the token that comes after the accepted ones.
     """
 
@@ -168,18 +169,25 @@ class Walk:
     tokens_BL: Tensor
     kept_B: Tensor
     judged_B: Tensor
+    refused_B: Tensor
     law_BV: Tensor
 
 
 def finish(
-    tree: DraftTree, slots_BD: Tensor, kept_B: Tensor, judged_B: Tensor, law_BV: Tensor, uniform_B: Tensor
+    tree: DraftTree,
+    slots_BD: Tensor,
+    kept_B: Tensor,
+    judged_B: Tensor,
+    refused_B: Tensor,
+    law_BV: Tensor,
+    uniform_B: Tensor,
 ) -> Walk:
     """Draws the token after the accepted nodes."""
     padded_BL = torch.cat([torch.zeros_like(kept_B)[:, None], tree.tokens_BM], dim=1)
     tokens_BD = padded_BL.gather(1, slots_BD)
     tokens_BL = torch.cat([tokens_BD, torch.zeros_like(tokens_BD[:, :1])], dim=1)
     tokens_BL = tokens_BL.scatter(1, kept_B[:, None], draw(law_BV, uniform_B)[:, None])
-    return Walk(slots_BD, tokens_BL, kept_B, judged_B, law_BV)
+    return Walk(slots_BD, tokens_BL, kept_B, judged_B, refused_B, law_BV)
 
 
 def walk(
@@ -196,6 +204,7 @@ def walk(
     """
     batch, device = p_BLV.shape[0], p_BLV.device
     current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+    refused_B = torch.zeros(batch, dtype=torch.bool, device=device)
     slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=device)
     law_BV = p_BLV[:, 0]
     for node in range(tree.num_nodes):
@@ -207,8 +216,8 @@ def walk(
         current_B = torch.where(accepted_B, node + 1, current_B)
         # Not accepted: the write goes to the spare column.
         slots_BD = slots_BD.scatter(1, torch.where(accepted_B, kept_B, depth)[:, None], node + 1)
-        kept_B, judged_B = kept_B + accepted_B, judged_B + here_B
-    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, law_BV, emit_uniform_B)
+        kept_B, judged_B, refused_B = kept_B + accepted_B, judged_B + here_B, (refused_B | here_B) & ~accepted_B
+    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, refused_B, law_BV, emit_uniform_B)
 
 
 def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
@@ -279,4 +288,4 @@ def walk_chains(
         slots_BD[:, level] = torch.where(found_B, slot_B, 0)
         alive_Bk = alive_Bk & (tokens_Bk == tokens_Bk.gather(1, winner_B[:, None])) & found_B[:, None]
         going_B, kept_B = going_B & found_B, kept_B + found_B
-    return finish(tree, slots_BD, kept_B, judged_B, law_BV, emit_uniform_B)
+    return finish(tree, slots_BD, kept_B, judged_B, ~going_B, law_BV, emit_uniform_B)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar.noise import Noise
-from visar.output import SampleStatistics
+from visar.output import SampleOutput, SampleStatistics
 from visar.runtime import Session
 from visar.samplers.filtering import draw, filter_logits
 
@@ -134,31 +134,48 @@ class Counts:
     """Counters of a loop, on the device: what SampleStatistics is made from.
 
     Attributes:
+        num_tokens: N.
         per_pass_W: int64 [W + 1], how often a pass of a row that was not done committed 0, 1, ... tokens.
         drafts_2: int64 [2], judged and accepted drafts.
+        outcome_BT: int8 [B, N + W], see SampleOutput; the slack takes writes beyond the end.
     """
 
+    num_tokens: int
     per_pass_W: Tensor
     drafts_2: Tensor
+    outcome_BT: Tensor
 
     @classmethod
-    def start(cls, session: Session, window: int, device: torch.device) -> "Counts":
+    def start(cls, session: Session, window: int, batch: int, num_tokens: int, device: torch.device) -> "Counts":
         """Zeros, in the session's tensors."""
         return cls(
+            num_tokens,
             session.hold("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
             session.hold("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
+            session.hold("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
         )
 
-    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor) -> None:
+    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
         """Counts one pass.
 
         Args:
             count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts.
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
+            refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """
         live_B = left_B > 0
+        # The whole window is written: what is behind the committed tokens is written again by the passes to come.
+        slot_W = torch.arange(len(self.per_pass_W) - 1, device=left_B.device)
+        outcome_BW = 2 * (slot_W < kept_B[:, None]) + ((slot_W == kept_B[:, None]) & refused_B[:, None]).long()
+        place_BW = self.num_tokens - left_B[:, None] + slot_W
+        self.outcome_BT.scatter_(1, place_BW, outcome_BW.to(torch.int8))
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
         self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
+
+    def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
+        """Tokens with the counts on the host."""
+        outcome_BN = self.outcome_BT[:, : self.num_tokens].clone()
+        return SampleOutput(tokens_BN, self.statistics(forward_passes, seconds), outcome_BN=outcome_BN)
 
     def statistics(self, forward_passes: dict[str, int], seconds: float) -> SampleStatistics:
         """The counts on the host."""

@@ -151,11 +151,11 @@ def test_samplers(capsys):
 
 def test_sampler_settings_are_read_by_their_types():
     line = "model --sampler next_scale --sampler.num-scales 3 --seed 2 --sampler.smooth=True"
-    assert take_sampler_options("sample", shlex.split(line)) == (
+    assert take_sampler_options(shlex.split(line)) == (
         ["model", "--sampler", "next_scale", "--seed", "2"],
         {"num_scales": 3, "smooth": True},
     )
-    assert take_sampler_options("eval", ["model", "--sampler=ancestral"]) == (["model", "--sampler=ancestral"], {})
+    assert take_sampler_options(["model", "--sampler=ancestral"]) == (["model", "--sampler=ancestral"], {})
 
 
 def test_stats_eval_and_compare(place, tiny, capsys, monkeypatch):

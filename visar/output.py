@@ -78,11 +78,14 @@ class SampleOutput:
 
     latent_BChw: what the tokenizer's `decode_latents` makes the pictures of, from samplers that have it anyway or
     whose pictures are not those of their tokens (smoothing, editing of maps); None: decode the tokens.
+    outcome_BN: int8, how every token came about, from speculative samplers: 2 an accepted draft, 1 drawn where drafts
+    were rejected, 0 drawn where none was judged.
     """
 
     tokens: Tensor
     statistics: SampleStatistics = field(default_factory=SampleStatistics)
     latent_BChw: Tensor | None = None
+    outcome_BN: Tensor | None = None
 
 
 def to_uint8(image_BCHW: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from visar.data.emoji import FILE as EMOJI_FILE
 from visar.data.emoji import captions as emoji_captions
 from visar.data.emoji import read_emoji
 from visar.data.emoji_splits import shipped_splits, unit_hash
+from visar.data.fashion_mnist import is_fashion, read_fashion
 from visar.files import atomic_write
 from visar.vocabulary import Vocabulary, build_vocabulary, split_words
 
@@ -110,9 +111,9 @@ def load_image_set(source: str | Path, image_size: int | None = None, cache: str
     """Pictures from a place.
 
     Args:
-        source: an emoji set (emoji64.zip, or the folder that holds it); a folder with a subfolder a class, below
-            train, val and test if there are such folders; a parquet file or a folder of them, with columns image,
-            label, caption; or an .npz with images (or arr_0) and perhaps labels.
+        source: an emoji set (emoji64.zip, or the folder that holds it); Fashion-MNIST (fashion.zip); a folder with a
+            subfolder a class, below train, val and test if there are such folders; a parquet file or a folder of them,
+            with columns image, label, caption; or an .npz with images (or arr_0) and perhaps labels.
         image_size: side in pixels: pictures are cropped to their centre square and resized; None keeps the size of
             sets that have one, and is an error for folders and parquet files.
         cache: folder to keep the decoded pictures of folders and parquet files in, as one .npy file a set and size;
@@ -128,7 +129,7 @@ def load_image_set(source: str | Path, image_size: int | None = None, cache: str
     if path.is_dir() and (path / EMOJI_FILE).is_file():
         path = path / EMOJI_FILE
     if path.suffix == ".zip":
-        return _emoji_set(path, image_size)
+        return _fashion_set(path, image_size) if is_fashion(path) else _emoji_set(path, image_size)
     if path.suffix == ".npz":
         return _npz_set(path, image_size)
     if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
@@ -169,6 +170,14 @@ def _emoji_set(path: Path, image_size: int | None) -> ImageSet:
         for label, caption in zip(meta["class"], captions, strict=True)
     ]
     return make_image_set(path.name, images, labels, attributes, split, captions, np.array(mirror))
+
+
+def _fashion_set(path: Path, image_size: int | None) -> ImageSet:
+    images, meta = read_fashion(path)
+    if image_size not in (None, images.shape[1]):
+        images = np.stack([_square(PIL.Image.fromarray(image), image_size) for image in images])
+    labels, split = (np.array([int(digit) for digit in meta[name]]) for name in ("class", "split"))
+    return make_image_set(path.name, images, labels[:, None], {"class": tuple(meta["classes"])}, split)
 
 
 def make_image_set(

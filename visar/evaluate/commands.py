@@ -1,7 +1,7 @@
 """What `visar eval`, its modes --compare and --tokenizer, and `visar stats` do; flags are made from the fields."""
 
-import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,6 +29,8 @@ from visar.evaluate.run import (
 from visar.evaluate.sharding import World, join_world, leave_world
 from visar.guidance import Guidance
 from visar.pipelines.loading import load, load_tokenizer, placement
+from visar.samplers.index import find_sampler
+from visar.samplers.settings import read_setting
 
 Echo = Callable[[list[tuple[str, ...]]], None]
 
@@ -346,7 +348,7 @@ class Compare:
     out: Path = Path("comparison")
     """Folder for compare.md, compare.json, pareto.png, and a folder a run."""
     samplers: tuple[str, ...] = ()
-    """Each as NAME or NAME:setting=value,setting=value."""
+    """Each as NAME or NAME:setting=value,setting=value, such as static_tree:branches=2,1,drafter=eagle."""
     reference: str = ""
     """As of `visar eval`; its other flags have their defaults but for these:"""
     num_samples: int = 10_000
@@ -378,6 +380,8 @@ def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> N
     elif not options.reference:
         raise ValueError("--reference is needed to make the pictures' figures")
     else:
+        for sampler in options.samplers:
+            parse_sampler(sampler)  # a slip shows before the first run
         world = join_world(_device(options.device))
         runs = [(model, sampler) for model in options.names for sampler in options.samplers]
         reports = [_compared(options, model, sampler, world, progress) for model, sampler in runs]
@@ -433,19 +437,19 @@ def read_prompts(path: Path) -> tuple[str, ...]:
 
 
 def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME:setting=value,setting=value to the name and its settings; values are Python literals, else words.
+    """NAME:setting=value,setting=value to the name and its settings; values as on the command line, so that
+    static_tree:branches=2,1,drafter=ngram has two settings.
 
     Raises:
-        ValueError: a part that is not setting=value.
+        ValueError: unknown names, a part that is not setting=value, or a value that is none of the setting.
     """
     name, _, rest = text.partition(":")
+    find_sampler(name)
     settings: dict[str, Any] = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?=[A-Za-z_-]+=)", rest)):
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"sampler {text!r}: write settings as NAME:setting=value,setting=value")
-        try:
-            settings[key.replace("-", "_")] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            settings[key.replace("-", "_")] = value
+        key = key.replace("-", "_")
+        settings[key] = read_setting(name, key, value)
     return name, settings

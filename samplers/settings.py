@@ -1,0 +1,101 @@
+"""Settings of samplers given as text: on a command line, or in a list of samplers to compare."""
+
+import ast
+import collections.abc
+import inspect
+import types
+from typing import Any, Literal, Union, get_args, get_origin
+
+from visar.samplers.drafters import Drafter
+from visar.samplers.index import find_sampler
+
+SEQUENCES = (tuple, collections.abc.Sequence)
+
+
+def setting(sampler: str, name: str) -> inspect.Parameter:
+    """A sampler's setting of that name.
+
+    Raises:
+        ValueError: no such sampler or setting; lists those there are.
+    """
+    settings = find_sampler(sampler).settings()
+    if name not in settings:
+        allowed = ", ".join(settings) or "none"
+        raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {allowed}")
+    return settings[name]
+
+
+def read_setting(sampler: str, name: str, text: str) -> Any:
+    """The value of a sampler's setting from its text, by the setting's annotation.
+
+    Numbers and words are written as they are, true and false in any case, tuples as 4,2,1 (those of tuples as a Python
+    literal, such as "((0,), (1,), (0, 0))"). A drafter stays text, see visar/pipelines/drafters.py.
+
+    Raises:
+        ValueError: no such sampler or setting, or a text that is no value of it; names the allowed ones.
+    """
+    annotation = setting(sampler, name).annotation
+    try:
+        return _read(annotation, text.strip())
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(f"sampler {sampler}: {name} {text!r}; allowed: {describe(annotation)}") from error
+
+
+def describe(annotation: Any) -> str:
+    """What may be written for an annotation, in words."""
+    if annotation is Drafter:
+        return "ngram, eagle, heads, a drafter's folder, or a smaller model's name or folder"
+    if annotation is type(None):
+        return "none"
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
+    if annotation in words:
+        return words[annotation]
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return ", ".join(map(str, arguments))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(describe(argument) for argument in arguments)
+    if get_origin(annotation) in SEQUENCES:
+        nested = get_origin(arguments[0]) in SEQUENCES
+        return "tuples such as ((0,), (1,), (0, 0))" if nested else f"{describe(arguments[0])}, or several as in 4,2,1"
+    return f"a {getattr(annotation, '__name__', annotation)}, which cannot be given as text"
+
+
+def _read(annotation: Any, text: str) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is Drafter or annotation is str:
+        if not text:
+            raise ValueError
+        return text
+    if annotation is type(None):
+        if text.lower() != "none":
+            raise ValueError
+        return None
+    if annotation is bool:
+        return text.lower() == "true" if text.lower() in ("true", "false") else _fail()
+    if annotation in (int, float):
+        return annotation(text)
+    if origin is Literal:
+        found = [value for value in arguments if str(value) == text]
+        return found[0] if found else _fail()
+    if origin in (Union, types.UnionType):
+        return _first(sorted(arguments, key=lambda argument: argument is not type(None)), text)
+    if origin in SEQUENCES and get_origin(arguments[0]) in SEQUENCES:
+        value = ast.literal_eval(text)
+        return tuple(tuple(_read(get_args(arguments[0])[0], str(item)) for item in inner) for inner in value)
+    if origin in SEQUENCES:
+        return tuple(_read(arguments[0], part.strip()) for part in text.strip("()[]").rstrip(",").split(","))
+    return _fail()
+
+
+def _first(annotations: list[Any], text: str) -> Any:
+    for annotation in annotations:
+        try:
+            return _read(annotation, text)
+        except (ValueError, SyntaxError, TypeError):
+            continue
+    return _fail()
+
+
+def _fail() -> Any:
+    raise ValueError

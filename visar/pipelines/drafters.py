@@ -1,0 +1,71 @@
+"""From a text to a drafter: the one a command line or `sampler_options` names."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from visar.checkpoints import hub
+from visar.pipelines.loading import load, load_component, read_json
+from visar.samplers.drafters import Drafter, ModelDrafter, NgramDrafter, check_fit
+from visar.samplers.feature_drafters import check_features, target_digest
+
+CLASSES = {"eagle": "FeatureDrafter", "heads": "SpatialHeads"}
+"""Kinds of trained drafters, and their classes in visar/samplers/feature_drafters.py."""
+
+
+def load_drafter(name: str | Path, target: Any) -> Drafter:
+    """A drafter for a generator, on its device and in its dtype.
+
+    Args:
+        name: "ngram"; "eagle" or "heads", the embedded drafter of that kind for this generator; the name of an
+            embedded drafter; the folder of one (model/ of `visar train drafter`); or the name or folder of a smaller
+            model of the same tokens.
+        target: the generator that it shall draft for.
+
+    Raises:
+        ValueError: no such drafter, one that was trained for another generator, or a damaged folder.
+    """
+    text, folder = str(name), Path(name)
+    if text == "ngram":
+        return NgramDrafter()
+    if text in CLASSES:
+        folder = _embedded(text, target)
+    elif text in hub.embedded_names() and hub.about(text)["kind"] == "drafter":
+        folder = hub.EMBEDDED_FOLDER / text
+    elif text in hub.embedded_names() or (folder / "model_index.json").is_file():
+        pipeline = load(name, device=target.device, dtype=target.dtype)
+        check_fit(pipeline.generator, target)
+        return ModelDrafter(pipeline.generator)
+    if not (folder / "config.json").is_file():
+        inner = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
+        raise ValueError(
+            f"unknown drafter {text!r}{inner}; allowed: ngram, eagle, heads, the folder of a drafter (model/ of visar "
+            "train drafter), or the name or folder of a smaller model of the same tokens"
+        )
+    class_name = read_json(folder / "config.json").get("_class_name")
+    if class_name not in CLASSES.values():
+        raise ValueError(f"{folder} holds a {class_name}; drafters: {', '.join(CLASSES.values())}")
+    drafter: Any = load_component("visar.samplers.feature_drafters", class_name, folder)
+    nn.Module.to(drafter, device=target.device, dtype=target.dtype)
+    check_features(drafter, target)
+    return drafter.eval().requires_grad_(False)
+
+
+def _embedded(kind: str, target: Any) -> Path:
+    """Folder of the embedded drafter of a kind for a generator.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = [name for name in hub.embedded_names() if hub.about(name)["kind"] == "drafter"]
+    known = {name: read_json(hub.EMBEDDED_FOLDER / name / "config.json") for name in names}
+    digest = target_digest(target) if callable(getattr(target, "features", None)) else None
+    for name, config in known.items():
+        if config["_class_name"] == CLASSES[kind] and config["target_digest"] == digest:
+            return hub.EMBEDDED_FOLDER / name
+    there = ", ".join(f"{name} for {config['target']}" for name, config in known.items()) or "none"
+    raise ValueError(
+        f"no embedded {kind} drafter for this generator (there are: {there}); train one with visar train drafter and "
+        "give its folder"
+    )
