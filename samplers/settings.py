@@ -6,6 +6,7 @@ import inspect
 import types
 from typing import Any, Literal, Union, get_args, get_origin
 
+from visar.multiscale import ScaleGenerator
 from visar.samplers.drafters import Drafter
 from visar.samplers.index import find_sampler
 
@@ -29,7 +30,7 @@ def read_setting(sampler: str, name: str, text: str) -> Any:
     """The value of a sampler's setting from its text, by the setting's annotation.
 
     Numbers and words are written as they are, true and false in any case, tuples as 4,2,1 (those of tuples as a Python
-    literal, such as "((0,), (1,), (0, 0))"). A drafter stays text, see visar/pipelines/drafters.py.
+    literal, such as "((0,), (1,), (0, 0))"). Drafters and models stay text: pipelines load them.
 
     Raises:
         ValueError: no such sampler or setting, or a text that is no value of it; names the allowed ones.
@@ -45,6 +46,8 @@ def describe(annotation: Any) -> str:
     """What may be written for an annotation, in words."""
     if annotation is Drafter:
         return "ngram, eagle, heads, a drafter's folder, or a smaller model's name or folder"
+    if annotation is ScaleGenerator:
+        return "a model's name or folder"
     if annotation is type(None):
         return "none"
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
@@ -63,7 +66,7 @@ def describe(annotation: Any) -> str:
 
 def _read(annotation: Any, text: str) -> Any:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation is Drafter or annotation is str:
+    if annotation in (Drafter, ScaleGenerator, str):
         if not text:
             raise ValueError
         return text

@@ -116,3 +116,14 @@ def test_the_command_edits_a_file(tmp_path, capsys):
     assert main([*sampled, "--out", str(tmp_path / "made.png")]) == 0
     with PIL.Image.open(tmp_path / "made-scales.png") as sheet:
         assert sheet.size == (4 * 18 + 2, 2 * 18 + 2)
+
+
+def test_models_that_take_over_are_named(tmp_path):
+    make().save_pretrained(tmp_path / "drafter")
+    pipeline = load(tmp_path / "drafter", device="cpu")
+    plain = pipeline(class_labels=[0, 1], seed=0, sampler="next_scale").tokens
+    options = dict(followers=str(tmp_path / "drafter"), takes_over="2")
+    out = pipeline(class_labels=[0, 1], seed=0, sampler="collaborative", sampler_options=options)
+    assert torch.equal(out.tokens, plain) and out.statistics.forward_passes == {"drafter": 2, "refiner": 2}
+    with pytest.raises(ValueError, match="takes_over 'x'; allowed: a whole number"):
+        pipeline(sampler="collaborative", sampler_options=dict(options, takes_over="x"))

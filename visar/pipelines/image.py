@@ -101,6 +101,7 @@ class ImagePipeline(DiffusionPipeline):
         self.offload = False
         self._text_encoder: TextEncoder | None = None
         self._drafters: dict[tuple, Drafter] = {}
+        self._models: dict[tuple, Any] = {}
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
@@ -327,7 +328,8 @@ class ImagePipeline(DiffusionPipeline):
     ) -> SampleOutput:
         """Tokens of a batch; see the sampler's own docstring for its options.
 
-        Options may be text, as on the command line; a drafter is then what `load_drafter` takes.
+        Options may be text, as on the command line; a drafter is then what `load_drafter` takes, and followers are
+        names or folders of pipelines.
 
         Raises:
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
@@ -343,6 +345,8 @@ class ImagePipeline(DiffusionPipeline):
                 options[name] = read_setting(sampler, name, value)
         if isinstance(options.get("drafter"), str):
             options["drafter"] = self._drafter(options["drafter"])
+        if "followers" in options:
+            options["followers"] = [self._model(each) for each in options["followers"]]
         missing = [need for need in entry.needs if not callable(getattr(self.generator, need, None))]
         if missing:
             raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
@@ -369,6 +373,17 @@ class ImagePipeline(DiffusionPipeline):
         if key not in self._drafters:
             self._drafters[key] = load_drafter(name, self.generator)
         return self._drafters[key]
+
+    def _model(self, model: Any) -> Any:
+        """A generator as it is, or that of a pipeline by name or folder, loaded once."""
+        from visar.pipelines.loading import load  # which imports this module
+
+        if not isinstance(model, str):
+            return model
+        key = (model, self.generator.device, self.generator.dtype)
+        if key not in self._models:
+            self._models[key] = load(model, device=self.generator.device, dtype=self.generator.dtype).generator
+        return self._models[key]
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
