@@ -14,7 +14,7 @@ from visar.noise import Noise, Use, image_seeds
 from visar.runtime import EAGER, Runtime, Session
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters import Kept, ModelDrafter, NgramDrafter, Target
-from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads, feature_loss, heads_loss
+from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads, feature_loss, heads_loss, target_digest
 from visar.samplers.filtering import draw
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
@@ -330,6 +330,10 @@ def test_statistics_and_callback(name):
     assert sum(count * times for count, times in statistics.tokens_per_pass.items()) == 12
     assert 0 <= statistics.accepted <= statistics.proposed
     assert statistics.forward_passes == {"generator": len(seen)}
+    assert out.outcome_BN.shape == out.tokens.shape and set(out.outcome_BN.unique().tolist()) <= {0, 1, 2}
+    assert int((out.outcome_BN == 2).sum()) == statistics.accepted
+    passes = sum(times for count, times in statistics.tokens_per_pass.items())
+    assert passes - 2 <= int((out.outcome_BN < 2).sum()) <= passes  # an image may end on an accepted draft
 
 
 @pytest.mark.parametrize(
@@ -359,6 +363,14 @@ def test_bad_drafters():
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 16, num_right=2))
     with pytest.raises(ValueError, match="width"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 8))
+    other = SpatialHeads(4, (2, 2), 16, target="another", target_digest=target_digest(transformer(seed=1)))
+    with pytest.raises(ValueError, match="trained for another "):
+        sample_speculative(model, labels(0), noise=Noise([0]), drafter=other)
+    own = SpatialHeads(4, (2, 2), 16, target_digest=target_digest(model))
+    assert sample_speculative(model.bfloat16(), labels(0), noise=Noise([0]), drafter=own.bfloat16()).tokens.shape == (
+        1,
+        4,
+    )
 
 
 def test_drafters_save_and_load(tmp_path):

@@ -43,7 +43,7 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
             f"unknown drafter {text!r}{inner}; allowed: ngram, eagle, heads, the folder of a drafter (model/ of visar "
             "train drafter), or the name or folder of a smaller model of the same tokens"
         )
-    class_name = read_json(folder / "config.json").get("_class_name")
+    class_name = str(read_json(folder / "config.json").get("_class_name"))
     if class_name not in CLASSES.values():
         raise ValueError(f"{folder} holds a {class_name}; drafters: {', '.join(CLASSES.values())}")
     drafter: Any = load_component("visar.samplers.feature_drafters", class_name, folder)

@@ -1,0 +1,83 @@
+"""Settings of samplers given as text, on the command line and in lists of samplers."""
+
+import shlex
+
+import pytest
+
+from visar.cli import take_sampler_options
+from visar.evaluate.commands import parse_sampler
+from visar.samplers.index import SAMPLERS
+from visar.samplers.settings import describe, read_setting
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "text", "value"),
+    [
+        ("jacobi", "window", "32", 32),
+        ("jacobi", "adaptive", "True", True),
+        ("jacobi", "adaptive", "false", False),
+        ("jacobi", "coupling", "gumbel", "gumbel"),
+        ("grouped", "max_gap", "0.5", 0.5),
+        ("lantern", "max_moved", "0.2", 0.2),
+        ("lantern", "max_moved", "none", None),
+        ("static_tree", "branches", "2,1", (2, 1)),
+        ("static_tree", "branches", "(2, 1)", (2, 1)),
+        ("static_tree", "branches", "3", (3,)),
+        ("static_tree", "paths", "((0,), (1,), (0, 0))", ((0,), (1,), (0, 0))),
+        ("speculative", "drafter", "runs/d/model", "runs/d/model"),
+        ("speculative", "drafter", "none", None),
+    ],
+)
+def test_texts_become_values(sampler, name, text, value):
+    found = read_setting(sampler, name, text)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "text", "message"),
+    [
+        ("jacobi", "window", "wide", "window 'wide'; allowed: a whole number"),
+        ("jacobi", "window", "1.5", "allowed: a whole number"),
+        ("jacobi", "adaptive", "maybe", "'maybe'; allowed: true or false"),
+        ("jacobi", "coupling", "gumble", "allowed: none, maximal, gumbel"),
+        ("lantern", "max_moved", "much", "allowed: a number or none"),
+        ("lantern", "codebook", "file", "a Tensor, which cannot be given as text or none"),
+        ("static_tree", "branches", "2,x", "several as in 4,2,1"),
+        ("static_tree", "branches", "", "several as in 4,2,1"),
+        ("static_tree", "paths", "0,1", r"tuples such as \(\(0,\)"),
+        ("speculative", "drafter", "", "ngram, eagle, heads"),
+        ("speculative", "window", "3", "no setting 'window'; its settings: drafter, num_drafts"),
+        ("spec", "window", "3", "unknown sampler 'spec'"),
+    ],
+)
+def test_other_texts_are_refused(sampler, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_setting(sampler, name, text)
+
+
+def test_every_setting_says_what_it_takes():
+    for entry in SAMPLERS.values():
+        assert all(describe(setting.annotation) for setting in entry.settings().values())
+
+
+def test_command_line():
+    line = "model --sampler static_tree --sampler.branches 2,1 --seed 2 --sampler.drafter=ngram"
+    assert take_sampler_options(shlex.split(line)) == (
+        ["model", "--sampler", "static_tree", "--seed", "2"],
+        {"branches": (2, 1), "drafter": "ngram"},
+    )
+
+
+def test_lists_of_samplers():
+    assert parse_sampler("ancestral") == ("ancestral", {})
+    assert parse_sampler("static_tree:branches=4,2,1,drafter=ngram,check-every=2") == (
+        "static_tree",
+        {"branches": (4, 2, 1), "drafter": "ngram", "check_every": 2},
+    )
+    for text, message in (
+        ("jacoby", "unknown sampler 'jacoby'"),
+        ("jacobi:window", "setting=value"),
+        ("jacobi:window=wide", "a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_sampler(text)
