@@ -421,7 +421,7 @@ def classes(batch: int) -> Condition:
 @pytest.mark.parametrize("sizes", [dict(), dict(width=800, num_heads=8)], ids=["width 64", "width 100"])
 @torch.no_grad()
 def test_gpu_logits(sizes, dtype_name, most):
-    """Against the float32 reference: the stated error, or half as much again as the plain path has at the same place."""
+    """Against the float32 reference: the stated error, or half as much again as the plain path at the same place."""
     model = released(torch.float32, **sizes)
     tokens = torch.randint(4096, (3, 256), device="cuda")
     reference = model(tokens, classes(3))
