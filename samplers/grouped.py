@@ -102,9 +102,10 @@ def static_groups(codebook_VC: Tensor, group: int, iterations: int = 20) -> Tens
     centre_SC = codes_VC[chosen]
     group_V = torch.cdist(codes_VC, centre_SC).argmin(-1)
     for _ in range(iterations):
-        total_SC = torch.zeros_like(centre_SC).index_add_(0, group_V, codes_VC)
-        size_S = torch.bincount(group_V, minlength=count)[:, None]
-        centre_SC = torch.where(size_S > 0, total_SC / size_S.clamp(min=1), centre_SC)
+        # Sums as a product: adding in place takes another order on every run of a GPU.
+        within_SV = (group_V == torch.arange(count, device=group_V.device)[:, None]).float()
+        size_S1 = within_SV.sum(1, keepdim=True)
+        centre_SC = torch.where(size_S1 > 0, within_SV @ codes_VC / size_S1.clamp(min=1), centre_SC)
         group_V = torch.cdist(codes_VC, centre_SC).argmin(-1)
     return group_V
 

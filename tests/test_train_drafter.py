@@ -83,7 +83,7 @@ def test_training_raises_acceptance(place, trained, kind):
     found = validations(place / kind)
     assert TRAINING.losses(place / kind)[-1] < TRAINING.losses(place / kind)[0]
     assert all(0 <= line["validation/top1"] <= 1 and 0 < line["validation/acceptance"] <= 1 for line in found)
-    assert max(line["validation/acceptance"] for line in found) > 0.5
+    assert found[-1]["validation/acceptance"] > found[0]["validation/acceptance"]
     drafter = load_drafter(trained[kind], load(place / "generator" / "model", device="cpu").generator)
     assert isinstance(drafter, FeatureDrafter if kind == "eagle" else SpatialHeads)
     assert drafter.config["target"] == str(place / "generator" / "model") and drafter.config["target_digest"]
