@@ -143,6 +143,7 @@ def feature_loss(
     tokens_BN: Tensor,
     uniform_BND: Tensor | None = None,
     law_weight: float = 0.1,
+    noise: float = 0.2,
 ) -> Tensor:
     """Loss of an EAGLE drafter on a frozen target: smooth L1 of the next hidden vectors + weight * soft cross-entropy.
 
@@ -152,8 +153,9 @@ def feature_loss(
         model: the target, for its embedding and output head.
         hidden_BND: its teacher-forced hidden vectors, `model.hidden(tokens, condition)`.
         tokens_BN: int64.
-        uniform_BND: uniform numbers in (0, 1) for noise (u - 1/2) * 0.2 * 512 / N on the inputs; None = off.
+        uniform_BND: uniform numbers u in (0, 1) for noise on the inputs, (u - 1/2) * noise; None = off.
         law_weight: 0.1.
+        noise: width of the noise. EAGLE's released training: 0.2 * 512 / length, for texts of about 512 tokens.
     """
     with torch.no_grad():
         embedded_BND = model.embed(tokens_BN[:, :-1])
@@ -161,7 +163,7 @@ def feature_loss(
         law = torch.softmax(model.output(wanted).float(), dim=-1)
         given = hidden_BND[:, :-1]
         if uniform_BND is not None:
-            given = given + (uniform_BND[:, :-1].to(given) - 0.5) * (0.2 * 512 / tokens_BN.shape[1])
+            given = given + (uniform_BND[:, :-1].to(given) - 0.5) * noise
     predicted = drafter(embedded_BND, given)
     log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
     return functional.smooth_l1_loss(predicted.float(), wanted.float()) - law_weight * (law * log_law).sum(-1).mean()
@@ -328,29 +330,33 @@ def heads_loss(
     heads: Any,
     model: Generator,
     hidden_BND: Tensor,
-    tokens_BN: Tensor,
     decay: float = 0.8,
     call: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy of all offsets on a frozen target, weighted decay^(k - 1) (Medusa, arXiv 2401.10774, section 2.2).
+    """Cross-entropy with a frozen target's laws at all offsets, weighted decay^(k - 1).
+
+    Medusa, arXiv 2401.10774, section 2.2.
 
     Args:
         model: the target, for its output head.
         hidden_BND: its teacher-forced hidden vectors, `model.hidden(tokens, condition)`.
-        tokens_BN: int64.
         decay: 0.8.
         call: the heads as they are to be called, such as behind gradient averaging; None is `heads` itself.
+
+    Differs from the paper: the target's laws, which drafts are judged by, stand in for the data's tokens.
     """
     call, hidden_BND = call or heads, hidden_BND.detach()
-    num_tokens, columns = tokens_BN.shape[1], heads.config["grid"][1]
+    num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][1]
+    with torch.no_grad():
+        law_BNV = torch.softmax(model.output(hidden_BND).float(), dim=-1)
     total, weights = hidden_BND.new_zeros((), dtype=torch.float32), 0.0
     for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
-        last = torch.arange(num_tokens - offset, device=tokens_BN.device)
+        last = torch.arange(num_tokens - offset, device=hidden_BND.device)
         above, known = above_index(last, offset, columns)
         predicted = call(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
-        logits = model.output(predicted).float()
+        log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
         weight = decay ** (offset - 1)
-        total = total + weight * functional.cross_entropy(logits.flatten(0, 1), tokens_BN[:, offset:].flatten())
+        total = total - weight * (law_BNV[:, offset:] * log_law).sum(-1).mean()
         weights += weight
     return total / weights
 

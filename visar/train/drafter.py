@@ -64,8 +64,8 @@ class TrainDrafter(RunOptions):
     """Offsets of heads: the most drafts one after another."""
     law_weight: float = 1.0
     """Weight of the cross-entropy beside the hidden vectors' own loss, for eagle (in its paper 0.1)."""
-    input_noise: bool = True
-    """Noise on the hidden vectors that an eagle drafter reads, so that it bears its own slips."""
+    input_noise: float = 0.2
+    """Width of the noise on the hidden vectors that an eagle drafter reads, to bear its own slips; 0 = off."""
     offset_decay: float = 0.8
     """Weight of an offset's loss relative to the one before, for heads."""
     label_dropout: float = 0.15
@@ -202,15 +202,15 @@ class DrafterTask(Task):
             with torch.no_grad():
                 hidden_BND = self.target.hidden(ids_BN, condition)
             if options.kind == "heads":
-                decay, heads = options.offset_decay, part_of.module
-                loss = heads_loss(heads, self.target, hidden_BND, ids_BN, decay, call=part_of.call)
+                heads, decay = part_of.module, options.offset_decay
+                loss = heads_loss(heads, self.target, hidden_BND, decay, call=part_of.call)
             else:
                 uniform_BND = None
                 if options.input_noise:
                     draw = random.generator(step, Draw.MASK, part=part)
                     uniform_BND = torch.rand(hidden_BND.shape, generator=draw, device=self.run.device)
-                weight = options.law_weight
-                loss = feature_loss(part_of.call, self.target, hidden_BND, ids_BN, uniform_BND, weight)
+                weight, noise = options.law_weight, options.input_noise
+                loss = feature_loss(part_of.call, self.target, hidden_BND, ids_BN, uniform_BND, weight, noise)
             return loss, {"loss": loss}
 
         return self.run.descend(part_of, step, losses)
