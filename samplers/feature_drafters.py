@@ -345,7 +345,8 @@ def heads_loss(
 
     Differs from the paper: the target's laws, which drafts are judged by, stand in for the data's tokens.
     """
-    call, hidden_BND = call or heads, hidden_BND.detach()
+    predict: Callable[..., Tensor] = heads if call is None else call
+    hidden_BND = hidden_BND.detach()
     num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][1]
     with torch.no_grad():
         law_BNV = torch.softmax(model.output(hidden_BND).float(), dim=-1)
@@ -353,7 +354,7 @@ def heads_loss(
     for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
         last = torch.arange(num_tokens - offset, device=hidden_BND.device)
         above, known = above_index(last, offset, columns)
-        predicted = call(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
+        predicted = predict(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
         log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
         weight = decay ** (offset - 1)
         total = total - weight * (law_BNV[:, offset:] * log_law).sum(-1).mean()

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,7 +29,15 @@ from visar.samplers.drafters import ModelDrafter, NgramDrafter
 from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads
 from visar.samplers.index import find_sampler
 from visar.train.drafter import DRAFTER_RECIPES, TrainDrafter, train_drafter
+from visar.train.options import RunOptions
 
+OPTIONS = """
+    data target kind tokens variants augment num_heads hidden_width num_right law_weight input_noise offset_decay
+    label_dropout weight_decay guidance_scale save_dtype
+"""
+ACCEPTANCE_OPTIONS = """
+    model out samplers drafters batch_sizes calls seed background guidance_scale temperature top_k top_p device dtype
+"""
 TRAINING = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 
 
@@ -168,6 +177,13 @@ def test_bad_options(place, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train_drafter(options(place, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_option_names_are_frozen():
+    """A name here is part of commands that people have written down: add, do not rename."""
+    own = [field.name for field in fields(TrainDrafter)][len(fields(RunOptions)) :]
+    assert own == OPTIONS.split()
+    assert [field.name for field in fields(Acceptance)] == ACCEPTANCE_OPTIONS.split()
 
 
 def test_recipes(capsys):

@@ -176,16 +176,15 @@ class DrafterTask(Task):
 
     def _build(self) -> Any:
         options, config = self.options, self.target.config
-        names = dict(target=options.target, target_digest=target_digest(self.target))
-        shared: dict[str, Any] = dict(vocab_size=config["vocab_size"], grid=config["grid"], width=config["width"])
+        shared: dict[str, Any] = {name: config[name] for name in ("vocab_size", "grid", "width")}
+        shared |= dict(target=options.target, target_digest=target_digest(self.target))
         if options.kind == "heads":
-            return SpatialHeads(**shared, num_right=options.num_right, **names)
+            return SpatialHeads(**shared, num_right=options.num_right)
         return FeatureDrafter(
             **shared,
             num_heads=options.num_heads or config["num_heads"],
             hidden_width=options.hidden_width or config["hidden_width"],
             prefix_length=self.target.prefix_length,
-            **names,
         )
 
     def step(self, step: int) -> dict[str, Tensor]:
