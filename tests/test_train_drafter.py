@@ -22,6 +22,7 @@ from visar.evaluate.acceptance import (
     markdown,
     measure_acceptance,
 )
+from visar.evaluate.extractors import EXTRACTORS
 from visar.guidance import Guidance
 from visar.pipelines.drafters import load_drafter
 from visar.pipelines.loading import load
@@ -38,7 +39,8 @@ OPTIONS = """
 ACCEPTANCE_OPTIONS = """
     model out samplers drafters batch_sizes calls seed background guidance_scale temperature top_k top_p device dtype
 """
-TRAINING = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
+FIXTURES = Path(__file__).parent / "fixtures"
+TRAINING = SimpleNamespace(**runpy.run_path(str(FIXTURES / "training.py")))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -162,6 +164,19 @@ def test_sampling_with_a_drafter_by_name(place, trained, tmp_path, capsys):
     assert " passes: " in capsys.readouterr().out
     assert main([*line.split(), "--sampler.drafter", "eagel"]) == 1
     assert "unknown drafter 'eagel'" in capsys.readouterr().err
+
+
+def test_eval_compares_settings_of_one_model(place, trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(EXTRACTORS, "tiny", runpy.run_path(str(FIXTURES / "evaluation.py"))["TINY"])
+    common = ["--extractor", "tiny", "--device", "cpu"]
+    reference = str(tmp_path / "real.npz")
+    assert main(["stats", str(place / "images.npz"), "--out", reference, *common]) == 0
+    samplers = ["ancestral", f"static_tree:branches=2,1,drafter={trained['heads']}", "jacobi:window=4"]
+    line = ["eval", "--compare", str(place / "generator" / "model"), "--reference", reference, "--num-samples", "4"]
+    capsys.readouterr()
+    assert main([*line, "--samplers", *samplers, "--out", str(tmp_path / "out"), *common]) == 0
+    rows = capsys.readouterr().out.splitlines()[1:]
+    assert [row.split("  ")[0] for row in rows] == samplers
 
 
 @pytest.mark.parametrize(
