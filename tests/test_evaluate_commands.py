@@ -21,7 +21,6 @@ from visar.evaluate.commands import (
     compare,
     evaluate,
     evaluate_tokenizer,
-    parse_sampler,
     read_prompts,
     stats,
 )
@@ -228,16 +227,6 @@ def test_prompts_are_read(tmp_path: Path) -> None:
         read_prompts(tmp_path / "p.txt")
     with pytest.raises(ValueError, match="none.txt"):
         read_prompts(tmp_path / "none.txt")
-
-
-def test_sampler_words() -> None:
-    assert parse_sampler("ancestral") == ("ancestral", {})
-    assert parse_sampler("jacobi:window-size=16,init=repeat,x=0.5") == (
-        "jacobi",
-        {"window_size": 16, "init": "repeat", "x": 0.5},
-    )
-    with pytest.raises(ValueError, match="NAME:setting=value"):
-        parse_sampler("jacobi:16")
 
 
 def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
