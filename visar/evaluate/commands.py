@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
+from visar.data.images import SPLITS
 from visar.evaluate.extractors import load_extractor
 from visar.evaluate.generation import KeepImages
 from visar.evaluate.images import ResizeChain, open_images
@@ -44,7 +45,7 @@ class Eval:
     """
 
     model: tyro.conf.Positional[str]
-    """A model's name or folder (`visar models`); or pictures made elsewhere: a folder of them or an .npz."""
+    """A model's name or folder (`visar models`); or pictures: a folder of them, an .npz, or PLACE@val."""
     reference: str
     """A shipped statistics file's name, a file of `visar stats`, an ADM batch, an .npz of images, a folder, or
     PLACE@train, a split of an image set."""
@@ -145,8 +146,10 @@ def _device(name: str | None) -> torch.device:
 
 
 def _is_pictures(model: str) -> bool:
-    path = Path(model)
-    return path.suffix == ".npz" or (path.is_dir() and not (path / "model_index.json").exists())
+    path, (place, at, split) = Path(model), model.rpartition("@")
+    if at and split in SPLITS and Path(place).exists():
+        return True
+    return path.suffix in (".npz", ".zip", ".parquet") or (path.is_dir() and not (path / "model_index.json").exists())
 
 
 def _score_pictures(options: Eval, score: ScoreOptions, device: torch.device, progress: Progress | None) -> Report:
