@@ -30,13 +30,13 @@ RUN_OPTIONS = """
     keep_checkpoints resume max_minutes tracker
 """.split()
 TOKENIZER_OPTIONS = """
-    data image_size preset model_options codebook_size codebook_update codebook_decay commitment_weight
+    data image_size kind preset model_options codebook_size codebook_update codebook_decay commitment_weight
     codebook_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight perceptual_weight
     perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_layers adversarial_spectral
-    adversarial_adaptive adversarial_maximum weight_decay augment save_dtype
+    adversarial_adaptive adversarial_maximum decoder_only weight_decay augment save_dtype
 """.split()
 GENERATOR_OPTIONS = """
-    data tokenizer tokens variants augment width num_layers num_heads hidden_width model_options class_condition
+    data tokenizer tokens variants augment family phase width num_layers num_heads hidden_width model_options class_condition
     attributes words text_encoder dropout label_dropout class_dropout attribute_dropout word_dropout word_omission
     class_balance scale_weights weight_decay sample_images sample_guidance save_dtype
 """.split()
@@ -76,7 +76,7 @@ def test_recipes_build_and_fit_their_files():
         if isinstance(options, TrainTokenizer):
             with torch.device("meta"):
                 model = build_tokenizer(options, 64)
-            assert model.layout.scales == ((16, 16),), name
+            assert model.layout.scales[-1] == (16, 16), name
             assert sum(parameter.numel() for parameter in model.parameters()) * 2 < 16 * 2**20, name
 
 
