@@ -19,10 +19,11 @@ import torch
 from PIL import Image
 
 from visar.checkpoints.hub import OFFICIAL, embedded_names
-from visar.cli import COMMANDS, Sample, main, take_sampler_options
+from visar.cli import COMMANDS, Sample, main
 from visar.evaluate.extractors import EXTRACTORS
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
+from visar.sampler_arguments import take_sampler_options
 from visar.samplers.index import SAMPLERS
 from visar.tokenizers.vq import VQTokenizer
 

@@ -14,16 +14,15 @@ from PIL import Image
 
 from visar.condition import Condition
 from visar.evaluate.commands import (
-    Compare,
     Eval,
     EvalTokenizer,
     Stats,
-    compare,
     evaluate,
     evaluate_tokenizer,
     read_prompts,
     stats,
 )
+from visar.evaluate.compare import Compare, compare
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
 from visar.evaluate.images import UINT8_RULES, ArrayImages
 from visar.evaluate.labels import LabelTable

@@ -4,8 +4,7 @@ import shlex
 
 import pytest
 
-from visar.cli import take_sampler_options
-from visar.evaluate.commands import parse_sampler
+from visar.sampler_arguments import parse_sampler, take_sampler_options
 from visar.samplers.index import SAMPLERS
 from visar.samplers.settings import describe, read_setting
 

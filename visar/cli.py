@@ -282,7 +282,7 @@ def _eval_tokenizer() -> Command:
 
 
 def _compare() -> Command:
-    from visar.evaluate.commands import Compare, compare
+    from visar.evaluate.compare import Compare, compare
 
     return Compare, lambda options: compare(options, _table, _progress())
 
@@ -385,46 +385,6 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
     raise ValueError(f"unknown command {first!r}\n{_usage()}")
 
 
-def _take(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Takes `flag VALUE` or `flag=VALUE` out of the arguments; the last value counts, None is no such flag."""
-    rest, value, words = [], None, iter(arguments)
-    for word in words:
-        name, equals, behind = word.partition("=")
-        if name == flag:
-            value = behind if equals else next(words, "")
-        else:
-            rest.append(word)
-    return rest, value
-
-
-def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Takes --sampler.NAME VALUE pairs out of the arguments and reads them by the sampler's own annotations.
-
-    Raises:
-        ValueError: no such sampler, a setting that it does not have, or one that it needs is not given.
-    """
-    from visar.samplers.index import find_sampler
-    from visar.samplers.settings import read_setting
-
-    own = [word.partition("=")[0] for word in arguments if word.startswith("--sampler.")]
-    sampler = _take(arguments, "--sampler")[1]
-    if sampler is None:
-        if own:
-            raise ValueError(f"{own[0]} is a setting of a sampler: say --sampler NAME too")
-        return arguments, {}
-    settings = find_sampler(sampler).settings()
-    values = {}
-    for flag in own:
-        name = flag.removeprefix("--sampler.").replace("-", "_")
-        arguments, value = _take(arguments, flag)
-        if value is not None:  # else given twice: taken already
-            values[name] = read_setting(sampler, name, value)
-    missing = [name for name, value in settings.items() if value.default is value.empty and name not in values]
-    if missing:
-        raise ValueError(f"sampler {sampler} needs {' and '.join(f'--sampler.{name}' for name in missing)}")
-    return arguments, values
-
-
 def _recipe(command: str, options_class: type, name: str) -> Any:
     """The options of a recipe, which replace a training command's defaults.
 
@@ -453,11 +413,15 @@ def parse(arguments: list[str]) -> Callable[[], object]:
     settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
     extra: tuple = ()
     if name in ("sample", "eval", "bench") and not {"-h", "--help"} & set(rest):
+        from visar.sampler_arguments import take_sampler_options
+
         rest, sampler_options = take_sampler_options(rest)
         extra = (sampler_options,)
     if name.startswith("train "):
+        from visar.sampler_arguments import take_value
+
         settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."
-        rest, recipe = _take(rest, "--recipe")
+        rest, recipe = take_value(rest, "--recipe")
         settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
     options = tyro.cli(options_class, args=rest, **settings)
     return lambda: run(options, *extra)

@@ -20,13 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar.condition import Condition
-from visar.evaluate.commands import parse_sampler
 from visar.files import atomic_write
 from visar.guidance import Guidance, combine, double
 from visar.noise import image_seeds
 from visar.output import SampleOutput, SampleStatistics
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
+from visar.sampler_arguments import parse_sampler
 from visar.samplers.index import find_sampler
 from visar.samplers.verify import token_law
 

@@ -1,9 +1,8 @@
-"""What `visar eval`, its modes --compare and --tokenizer, and `visar stats` do; flags are made from the fields."""
+"""What `visar eval`, its mode --tokenizer and `visar stats` do; flags are made from the fields."""
 
 import json
-import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from visar.evaluate.images import ResizeChain, open_images
 from visar.evaluate.labels import LabelPolicy
 from visar.evaluate.reconstruction import evaluate_reconstruction
 from visar.evaluate.references import load_reference
-from visar.evaluate.report import Report, load_report, table
+from visar.evaluate.report import Report, table
 from visar.evaluate.run import (
     Progress,
     RunOptions,
@@ -25,13 +24,10 @@ from visar.evaluate.run import (
     evaluate_images,
     make_statistics,
     stacked,
-    write_comparison,
 )
 from visar.evaluate.sharding import World, join_world, leave_world
 from visar.guidance import Guidance
 from visar.pipelines.loading import load, load_tokenizer, placement
-from visar.samplers.index import find_sampler
-from visar.samplers.settings import read_setting
 
 Echo = Callable[[list[tuple[str, ...]]], None]
 
@@ -128,7 +124,7 @@ def evaluate(
         train=options.train,
         held_out=options.held_out,
     )
-    joined = world or join_world(_device(options.device))
+    joined = world or join_world(placement(options.device)[0])
     report: Report | None = None
     if not _is_pictures(options.model):
         report = _score_model(options, sampler_options, score, joined, progress)
@@ -139,10 +135,6 @@ def evaluate(
     if report is not None:
         echo(table([report]))
     return report
-
-
-def _device(name: str | None) -> torch.device:
-    return placement(name)[0]
 
 
 def _is_pictures(model: str) -> bool:
@@ -253,7 +245,7 @@ class Stats:
 
 def stats(options: Stats, echo: Echo, progress: Progress | None = None) -> None:
     """Runs `visar stats`; arguments as of `evaluate`."""
-    device = _device(options.device)
+    device = placement(options.device)[0]
     extractor = load_extractor(
         options.extractor,
         device=device,
@@ -314,7 +306,7 @@ def evaluate_tokenizer(options: EvalTokenizer, echo: Echo, progress: Progress | 
     """Runs `visar eval --tokenizer`; arguments as of `evaluate`."""
     from visar.files import atomic_write
 
-    device = _device(options.device)
+    device = placement(options.device)[0]
     extractor = load_extractor(options.extractor, device=device, weights=options.extractor_weights)
     images = open_images(options.images, options.resize, options.image_size)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=device, dtype=options.dtype)
@@ -339,90 +331,6 @@ def evaluate_tokenizer(options: EvalTokenizer, echo: Echo, progress: Progress | 
     echo([tuple(shown), tuple(shown.values())])
 
 
-@dataclass(frozen=True)
-class Compare:
-    """The same seeds through several samplers or models: one table, relative to the first, and a picture of the trade.
-
-    Without --samplers, the names are folders that `visar eval` wrote.
-    """
-
-    names: tyro.conf.Positional[tuple[str, ...]]
-    """Models (each goes through every sampler), or folders written by `visar eval`."""
-    out: Path = Path("comparison")
-    """Folder for compare.md, compare.json, pareto.png, and a folder a run."""
-    samplers: tuple[str, ...] = ()
-    """Each as NAME or NAME:setting=value,setting=value, such as static_tree:branches=2,1,drafter=eagle."""
-    reference: str = ""
-    """As of `visar eval`; its other flags have their defaults but for these:"""
-    num_samples: int = 10_000
-    """Pictures a run."""
-    batch_size: int = 64
-    """Pictures at a time."""
-    seed: int = 0
-    """Image i has seed + i in every run."""
-    guidance_scale: float | None = None
-    """1.0 = off; each model's own default when not given."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0) or inception-v3 (FID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor."""
-    train: str | None = None
-    """Training pictures, for the copy rate."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
-
-
-def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> None:
-    """Runs `visar eval --compare`; arguments as of `evaluate`."""
-    if not options.names:
-        raise ValueError("name at least one model or folder to compare")
-    if not options.samplers:
-        reports: list[Report | None] = [load_report(name) for name in options.names]
-    elif not options.reference:
-        raise ValueError("--reference is needed to make the pictures' figures")
-    else:
-        for sampler in options.samplers:
-            parse_sampler(sampler)  # a slip shows before the first run
-        world = join_world(_device(options.device))
-        runs = [(model, sampler) for model in options.names for sampler in options.samplers]
-        reports = [_compared(options, model, sampler, world, progress) for model, sampler in runs]
-        leave_world(world)
-    found = [report for report in reports if report is not None]
-    if found:
-        write_comparison(found, options.out)
-        echo(table(found))
-
-
-def _compared(options: Compare, model: str, sampler: str, world: World, progress: Progress | None) -> Report | None:
-    name, settings = parse_sampler(sampler)
-    label = " ".join(part for part in (model if len(options.names) > 1 else "", sampler) if part)
-    folder = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in f"{model} {sampler}")
-    report = evaluate(
-        Eval(
-            model=model,
-            reference=options.reference,
-            out=options.out / folder,
-            num_samples=options.num_samples,
-            batch_size=options.batch_size,
-            seed=options.seed,
-            sampler=name,
-            guidance_scale=options.guidance_scale,
-            extractor=options.extractor,
-            extractor_weights=options.extractor_weights,
-            train=options.train,
-            device=options.device,
-            dtype=options.dtype,
-        ),
-        settings,
-        echo=lambda rows: None,
-        progress=progress,
-        world=world,
-    )
-    return None if report is None else replace(report, name=label)
-
-
 def read_prompts(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not blank.
 
@@ -437,22 +345,3 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise ValueError(f"no prompt in {path}: one a line")
     return prompts
-
-
-def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME:setting=value,setting=value to the name and its settings; values as on the command line, so that
-    static_tree:branches=2,1,drafter=ngram has two settings.
-
-    Raises:
-        ValueError: unknown names, a part that is not setting=value, or a value that is none of the setting.
-    """
-    name, _, rest = text.partition(":")
-    find_sampler(name)
-    settings: dict[str, Any] = {}
-    for pair in filter(None, re.split(r",(?=[A-Za-z_-]+=)", rest)):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"sampler {text!r}: write settings as NAME:setting=value,setting=value")
-        key = key.replace("-", "_")
-        settings[key] = read_setting(name, key, value)
-    return name, settings
