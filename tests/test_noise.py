@@ -1,8 +1,12 @@
 """Counter-based noise: known answers, independence of the batch, laws."""
 
+import importlib.util
+import os
+
 import pytest
 import torch
 
+from visar import kernels
 from visar.noise import Noise, Use, image_seeds, philox
 
 
@@ -81,6 +85,32 @@ def test_bad_seeds():
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=str(seed)):
             Noise([0, seed])
+
+
+def test_kernel_gives_the_same_bits(monkeypatch):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    noise = Noise([1, 2**62 + 2**40 + 3, 2**32 - 1], device)
+    ragged = torch.arange(150, device=device) + torch.tensor([[0], [5], [9]], device=device)
+    counters = torch.full((1, 1), 2**33 + 1, device=device)
+
+    def draws():
+        yield noise.bits(Use.DRAFT, ragged, (5,), counters)
+        yield noise.bits(Use.TOKEN, ragged[:1, ::3], (2, 3), 1)
+        yield noise.bits(Use.ORDER, 2**33, (9,), 2)
+        yield noise.uniform(Use.DRAFT, ragged[:, :, None], (3,), counters[..., None])
+        yield noise.uniform(Use.TOKEN, 3)
+        yield noise.uniform(Use.DRAFT, ragged, (0,))
+
+    assert kernels.available(device)
+    by_kernel = list(draws())
+    monkeypatch.setenv("VISAR_TRITON", "0")
+    assert not kernels.available(device)
+    for got, expected in zip(by_kernel, draws(), strict=True):
+        assert got.dtype == expected.dtype and torch.equal(got, expected)
 
 
 @pytest.mark.gpu

@@ -4,14 +4,18 @@ Nothing is stored between draws, so image i does not depend on its batch, its pl
 order of calls; loops that draw can be resumed, sharded and captured in a CUDA graph.
 
 Source: Philox 4x32 with 10 rounds, Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011), on int64
-tensors that hold 32-bit words, so that CPU and GPU give the same bits.
+tensors that hold 32-bit words, so that CPU and GPU give the same bits. On a GPU one kernel draws them, with the same
+bits again.
 """
 
 import enum
+import functools
 import math
 
 import torch
 from torch import Tensor
+
+from visar import kernels
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIER_0, _MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
@@ -31,22 +35,33 @@ class Use(enum.IntEnum):
     CONDITION = 7  # unspecified conditions
 
 
+@functools.cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Multipliers int64 [2], and what the rounds add to the keys, int64 [10, 2]; made once a device."""
+    rounds = [[number * _WEYL_0, number * _WEYL_1] for number in range(10)]
+    return torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=device), torch.tensor(rounds, device=device)
+
+
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32-10 of broadcastable int64 tensors holding 32-bit words; returns four such tensors."""
-    word_0, word_1, word_2, word_3 = counter
-    key_0, key_1 = key
-    for _ in range(10):
-        # The product wraps modulo 2^64; the mask drops the copies of the sign that an arithmetic shift brings in.
-        product_0, product_1 = word_0 * _MULTIPLIER_0, word_2 * _MULTIPLIER_1
-        word_0, word_1, word_2, word_3 = (
-            ((product_1 >> 32) & _MASK) ^ word_1 ^ key_0,
-            product_1 & _MASK,
-            ((product_0 >> 32) & _MASK) ^ word_3 ^ key_1,
-            product_0 & _MASK,
-        )
-        key_0, key_1 = (key_0 + _WEYL_0) & _MASK, (key_1 + _WEYL_1) & _MASK
+    """Philox 4x32-10 of broadcastable int64 tensors holding 32-bit words; returns four such tensors.
+
+    Words 0 and 2 are multiplied, and words 1 and 3 mixed in, by the same operations: each pair is one tensor [2, ...].
+    """
+    words = torch.broadcast_tensors(*counter)
+    even_2X, odd_2X = torch.stack(words[::2]), torch.stack(words[1::2])
+    ones = [1] * (even_2X.dim() - 1)
+    multipliers_2, rounds_R2 = _constants(even_2X.device)
+    multipliers_2X, rounds_R2X = multipliers_2.view(2, *ones), rounds_R2.view(10, 2, *ones)
+    key_2X = torch.stack(torch.broadcast_tensors(*key))
+    key_2X = key_2X.view(2, *[1] * (even_2X.dim() - key_2X.dim()), *key_2X.shape[1:])
+    for key_of_round_2X in ((key_2X + rounds_R2X) & _MASK).unbind(0):
+        # Products wrap modulo 2^64. One mask a round drops the copies of the sign that an arithmetic shift brings in,
+        # and the upper halves of words 1 and 3, which are left as they are until then.
+        product_2X = (even_2X * multipliers_2X).flip(0)
+        even_2X, odd_2X = ((product_2X >> 32) ^ odd_2X ^ key_of_round_2X) & _MASK, product_2X
+    (word_0, word_2), (word_1, word_3) = even_2X, odd_2X & _MASK
     return word_0, word_1, word_2, word_3
 
 
@@ -101,10 +116,9 @@ class Noise:
 
         Returns: [B, *size] for an int position, else [B, *position.shape[1:], *size].
         """
-        if isinstance(position, Tensor):
-            place = position
-        else:
-            place = torch.full((1,), position, dtype=torch.int64, device=self.device)
+        place = self._place(position)
+        if kernels.available(self.device):
+            return self._by_kernel(use, place, size, counter, as_uniform=False)
         seeds = self.seeds_B.view(-1, *[1] * (place.dim() - 1))
         place, seeds = (value[..., None] for value in torch.broadcast_tensors(place, seeds))
         count = math.prod(size)
@@ -117,10 +131,39 @@ class Noise:
         )
         return torch.stack(words, dim=-1).flatten(-2)[..., :count].reshape(*place.shape[:-1], *size)
 
+    def _place(self, position: int | Tensor) -> Tensor:
+        """Positions int64 [B, ...] or [1, ...]."""
+        if isinstance(position, Tensor):
+            return position
+        return torch.full((1,), position, dtype=torch.int64, device=self.device)
+
+    def _by_kernel(
+        self, use: Use, place: Tensor, size: tuple[int, ...], counter: int | Tensor, as_uniform: bool
+    ) -> Tensor:
+        """What `bits`, or `uniform`, computes, in one launch."""
+        from visar.kernels.philox import draw_words
+
+        place = place.expand(self.batch, *place.shape[1:])
+        if isinstance(counter, Tensor):
+            place, counter = torch.broadcast_tensors(place, counter)
+            counter = counter.reshape(self.batch, -1)
+        with kernels.on(self.device):
+            words = draw_words(
+                self.seeds_B.contiguous(),
+                place.reshape(self.batch, -1),
+                int(use),
+                counter,
+                math.prod(size),
+                as_uniform,
+            )
+        return words.view(*place.shape, *size)
+
     def uniform(
         self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
     ) -> Tensor:
         """float32 in the open interval (0, 1), on a grid of 2^-23; shapes as in `bits`."""
+        if kernels.available(self.device):
+            return self._by_kernel(use, self._place(position), size, counter, as_uniform=True)
         return ((self.bits(use, position, size, counter) >> 9).float() + 0.5) * 2.0**-23
 
     def exponential(

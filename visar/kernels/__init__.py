@@ -24,11 +24,16 @@ MAX_CODES = 65536
 
 
 def usable(tensor: Tensor) -> bool:
-    """Whether kernels run on this tensor: its dtype, a GPU (or the interpreter), and a Triton that can compile."""
-    if tensor.dtype not in DTYPES or os.environ.get("VISAR_TRITON", "1") == "0":
+    """Whether kernels run on this tensor: its dtype, and where it is."""
+    return tensor.dtype in DTYPES and available(tensor.device)
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels run on this device: a GPU (or the interpreter), and a Triton that can compile."""
+    if os.environ.get("VISAR_TRITON", "1") == "0":
         return False
     interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
-    return (tensor.is_cuda or (interpreted and tensor.device.type == "cpu")) and _works(tensor.device)
+    return (device.type == "cuda" or (interpreted and device.type == "cpu")) and _works(device)
 
 
 @functools.cache
