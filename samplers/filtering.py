@@ -64,17 +64,17 @@ _BLOCK = 128
 
 
 def _invert(mass: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor]:
-    """First cell with positive mass whose cumulative mass exceeds the threshold, and the threshold left inside it.
+    """First cell with positive mass whose cumulative mass exceeds the threshold (the last positive one if none does).
 
     A cell of no mass is never chosen: not even where rounding makes the cumulative sums uneven.
+
+    Returns: int64 [...] cells, and the cumulative mass before every cell.
     """
     cumulative = mass.cumsum(-1)
-    positive = mass > 0
-    beyond = ((cumulative > threshold[..., None]) & positive).int()
-    last = mass.shape[-1] - 1 - positive.flip(-1).int().argmax(-1)
-    index = torch.where(beyond.any(-1), beyond.argmax(-1), last)[..., None]
-    rest = threshold - (cumulative.gather(-1, index) - mass.gather(-1, index)).squeeze(-1)
-    return index.squeeze(-1), rest
+    # Ranks: cells beyond the threshold, the first highest; below them the others, the last highest; no mass is 0.
+    place = torch.arange(1, mass.shape[-1] + 1, device=mass.device)
+    rank = torch.where(cumulative > threshold[..., None], 2 * mass.shape[-1] + 1 - place, place) * (mass > 0)
+    return rank.argmax(-1), cumulative - mass
 
 
 def draw(mass: Tensor, uniform: Tensor) -> Tensor:
@@ -92,7 +92,9 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
         return _invert(mass, uniform * mass.sum(-1))[0]
     padded = functional.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
     blocks = padded.sum(-1)
-    block, rest = _invert(blocks, uniform * blocks.sum(-1))
+    threshold = uniform * blocks.sum(-1)
+    block, before = _invert(blocks, threshold)
+    rest = threshold - before.gather(-1, block[..., None]).squeeze(-1)
     chosen = padded.gather(-2, block[..., None, None].expand(*block.shape, 1, _BLOCK)).squeeze(-2)
     return block * _BLOCK + _invert(chosen, rest)[0]
 

@@ -26,10 +26,10 @@ from visar.samplers.trees import (
     draft_dynamic,
     draft_static,
     full_paths,
-    judge_chosen,
     judge_drawn,
     walk,
     walk_chains,
+    walk_chosen,
 )
 from visar.samplers.verify import Counts, Generator, check_window, held_noise, run_passes, token_law
 from visar.tree import DraftTree
@@ -230,7 +230,7 @@ def sample_dynamic_tree(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
         tree = draft_dynamic(drafting, len(emit_B), depth, children, nodes)
-        return walk(read(tree), tree, judge_chosen(tree), accept_BM, emit_B, depth)
+        return walk_chosen(read(tree), tree, accept_BM, emit_B, depth)
 
     return run_trees(
         model,

@@ -76,15 +76,24 @@ def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: T
     level_W, node_laws, first = [drafting.begin()], [], 0
     for depth in range(1, len(paths[-1]) + 1):
         nodes = [i for i, path in enumerate(paths) if len(path) == depth]
-        tokens, columns = [], []
-        for node in nodes:
-            row = parents[node] - first
-            tokens.append(draw(level_W[row], uniform_BM[:, node]))
-            node_laws.append(level_W[row])
-            level_W[row] = without(level_W[row], tokens[-1])
-            columns.append(torch.full_like(tokens[-1], parents[node]))
+        drawn: dict[int, tuple[Tensor, Tensor]] = {}
+        # First the eldest children of all nodes of the level above at once, then the second ones, ...
+        last = max(paths[node][-1] for node in nodes)
+        for rank in range(last + 1):
+            some = [node for node in nodes if paths[node][-1] == rank]
+            rows = [parents[node] - first for node in some]
+            law_BWV = torch.stack([level_W[row] for row in rows], dim=1)
+            tokens_BW = draw(law_BWV, torch.stack([uniform_BM[:, node] for node in some], dim=1))
+            drawn |= zip(some, zip(tokens_BW.unbind(1), law_BWV.unbind(1), strict=True), strict=True)
+            if rank < last:
+                for row, law_BV in zip(rows, without(law_BWV, tokens_BW).unbind(1), strict=True):
+                    level_W[row] = law_BV
+        node_laws += [drawn[node][1] for node in nodes]
+        own = [parents[node] for node in nodes]
+        slots = torch.arange(first, first + len(level_W), device=uniform_BM.device)
+        parents_W = torch.cat([slots[slot - first].expand(own.count(slot)) for slot in dict.fromkeys(own)])
         first = nodes[0] + 1
-        tree = tree.grown(torch.stack(tokens, dim=1), torch.stack(columns, dim=1))
+        tree = tree.grown(torch.stack([drawn[node][0] for node in nodes], dim=1), parents_W.expand(batch, -1))
         if depth < len(paths[-1]):
             level_W = list(drafting.extend_tree(tree, first, depth).unbind(1))
     return tree, torch.stack(node_laws, dim=1)
@@ -230,14 +239,37 @@ def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
     return judge
 
 
-def judge_chosen(tree: DraftTree) -> Judge:
-    """Judges nodes chosen without a draw: keep with p(x), else go on without x. Exact."""
+def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int) -> Walk:
+    """Goes down a tree whose nodes were chosen without a draw, judging all children of a node at once. Exact.
 
-    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
-        token_B1 = tree.tokens_BM[:, node, None]
-        return law_BV.gather(1, token_B1).squeeze(1), without(law_BV, token_B1.squeeze(1))
-
-    return judge
+    A child x is kept with p(x) / (1 - p(elder siblings)), which is its probability in the law without them; after a
+    rejection of all, the token comes from the law without all. Arguments as in `walk`; siblings differ.
+    """
+    batch, device = p_BLV.shape[0], p_BLV.device
+    current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+    going_B = torch.ones(batch, dtype=torch.bool, device=device)
+    refused_B = ~going_B
+    slots_BD = torch.zeros(batch, depth, dtype=torch.int64, device=device)
+    law_BV = p_BLV[:, 0]
+    for level in range(depth):
+        child_BM = (tree.parents_BM == current_B[:, None]) & going_B[:, None]
+        children_B = child_BM.sum(1)
+        chance_BM = law_BV.gather(1, tree.tokens_BM) * child_BM
+        taken_BV = torch.zeros_like(law_BV).scatter_add(1, tree.tokens_BM, child_BM.float())
+        rest_BV = law_BV.masked_fill(taken_BV > 0, 0.0)
+        # What a child and its younger siblings have, and the rest: summed from the end, so that small rests survive.
+        left_BM = chance_BM.flip(1).cumsum(1).flip(1) + rest_BV.sum(1, keepdim=True)
+        accepted_BM = accept_uniform_BM * left_BM < chance_BM
+        found_B, winner_B = accepted_BM.any(1), accepted_BM.int().argmax(1)
+        elder_B = (child_BM.cumsum(1) - 1).gather(1, winner_B[:, None]).squeeze(1)
+        judged_B = judged_B + torch.where(found_B, elder_B + 1, children_B)
+        current_B = torch.where(found_B, winner_B + 1, current_B)
+        slots_BD[:, level] = current_B * found_B
+        refusing_B = ~found_B & (children_B > 0)
+        left_BV = torch.where(refusing_B[:, None], normalised(rest_BV), law_BV)
+        law_BV = torch.where(found_B[:, None], row_at(p_BLV, current_B), left_BV)
+        kept_B, going_B, refused_B = kept_B + found_B, found_B, refused_B | refusing_B
+    return finish(tree, slots_BD, kept_B, judged_B, refused_B, law_BV, emit_uniform_B)
 
 
 def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 24) -> Tensor:

@@ -14,7 +14,7 @@ from visar.runtime import EAGER, Runtime
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters import ModelDrafter
 from visar.samplers.relaxed import judge_relaxed, neighbour_table, relaxed_law, sample_lantern, walk_greedy
-from visar.samplers.trees import check_paths, judge_chosen, judge_drawn, path_parents, walk, without
+from visar.samplers.trees import check_paths, judge_drawn, path_parents, walk, walk_chosen, without
 from visar.samplers.verify import token_law
 from visar.tree import DraftTree
 
@@ -108,8 +108,8 @@ def test_recorded_walks(parity, kind):
             assert way.tokens_BL[0, : int(way.kept_B)].tolist() == case["accepted"].tolist()
             torch.testing.assert_close(way.law_BV[0], case["next_dist"], atol=1e-5, rtol=0)
         if not int(case["lantern"]):
-            exact = judge_drawn(tree, q) if kind == "static" else judge_chosen(tree)
-            again = walk(p, tree, exact, uniforms(case, tree, trace), torch.tensor([0.5]), way.slots_BD.shape[1])
+            rest = (uniforms(case, tree, trace), torch.tensor([0.5]), way.slots_BD.shape[1])
+            again = walk(p, tree, judge_drawn(tree, q), *rest) if kind == "static" else walk_chosen(p, tree, *rest)
             assert torch.equal(again.tokens_BL, way.tokens_BL)
     assert agreeing >= 2
 

@@ -26,6 +26,7 @@ from visar.samplers.trees import (
     path_parents,
     walk,
     walk_chains,
+    walk_chosen,
     without,
 )
 from visar.samplers.verify import residual
@@ -164,6 +165,28 @@ def test_siblings_on_one_position(mistake):
     way = walk(p.expand(n, siblings + 1, -1), tree, judge, uniform[:, siblings:-1], uniform[:, -1], 1)
     fits = chi_squared(torch.bincount(way.tokens_BL[:, 0], minlength=6).double(), p.double())
     assert fits > 1e-3 if mistake is None else fits < 1e-6
+
+
+def test_chosen_siblings_at_once_equal_one_after_another():
+    generator = torch.Generator().manual_seed(3)
+    n, vocab_size = 500, 7
+    parents = torch.tensor([0, 0, 0, 1, 1, 3, 4, 4, 4]).expand(n, -1)
+    tokens = torch.stack([torch.randperm(vocab_size, generator=generator) for _ in range(n)])
+    tree = DraftTree.from_parents(torch.cat([tokens, tokens[:, :2]], dim=1), parents)
+    p = torch.softmax(2.0 * torch.randn(n, tree.num_nodes + 1, vocab_size, generator=generator), -1)
+    p[0] = torch.nn.functional.one_hot(tokens[0, :1], vocab_size).float()
+    uniform = torch.rand(n, tree.num_nodes + 1, generator=generator).clamp(min=1e-6)
+
+    def judge(law, node):
+        token = tree.tokens_BM[:, node]
+        return law.gather(1, token[:, None]).squeeze(1), without(law, token)
+
+    at_once = walk_chosen(p, tree, uniform[:, 1:], uniform[:, 0], 3)
+    in_turn = walk(p, tree, judge, uniform[:, 1:], uniform[:, 0], 3)
+    assert set(in_turn.kept_B.tolist()) == {0, 1, 2, 3}
+    for name in ("slots_BD", "tokens_BL", "kept_B", "judged_B", "refused_B"):
+        assert torch.equal(getattr(at_once, name), getattr(in_turn, name)), name
+    torch.testing.assert_close(at_once.law_BV, in_turn.law_BV, atol=1e-6, rtol=1e-5)
 
 
 def test_paths_of_trees():
