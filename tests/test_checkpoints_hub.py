@@ -14,8 +14,9 @@ from visar.checkpoints import hub
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS
 from visar.guidance import Guidance
-from visar.pipelines.image import ImagePipeline, guidance_of_defaults
+from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.sampler_options import guidance_of_defaults
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 

@@ -1,8 +1,7 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
 import contextlib
-import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,30 +14,18 @@ from torch import Tensor, nn
 
 from visar.condition import Condition
 from visar.guidance import Guidance
-from visar.memory import (
-    LARGEST_CPU_BATCH,
-    OutOfMemory,
-    any_condition,
-    borrowed,
-    estimated_batch,
-    free_bytes,
-    largest_batch,
-    memory_need,
-)
-from visar.noise import Noise, Use, image_seeds
+from visar.memory import borrowed
+from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics, to_uint8
+from visar.pipelines import batching
+from visar.pipelines.requests import numbered_classes, seeds_of_images
+from visar.pipelines.sampler_options import NEUTRAL, Helpers, guidance_of_defaults, resolve_options
 from visar.runtime import EAGER, Runtime
-from visar.samplers.drafters import Drafter
-from visar.samplers.index import find_sampler
-from visar.samplers.settings import read_setting
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.tokenizers.decoding import decode_tokens
 from visar.vocabulary import Vocabulary
 
 OUTPUT_TYPES = ("pil", "pt", "np")
-# Part of a GPU's free memory that a measured batch may take.
-USABLE = 0.9
-NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 @dataclass
@@ -100,8 +87,7 @@ class ImagePipeline(DiffusionPipeline):
         self.runtime = Runtime()
         self.offload = False
         self._text_encoder: TextEncoder | None = None
-        self._drafters: dict[tuple, Drafter] = {}
-        self._models: dict[tuple, Any] = {}
+        self._helpers = Helpers()
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
@@ -138,53 +124,9 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: most < 1, or not even one image fits.
         """
-        device = self._execution_device
         chosen = self.sampling_settings(**{k: v for k, v in settings.items() if k != "sampler_options"})
         chosen["sampler_options"] = settings.get("sampler_options")
-        if device.type != "cuda":
-            guided = chosen["guidance"].active(len(self.generator.block_sizes))
-            limit = free_bytes(device) if limit_bytes is None else limit_bytes
-            most = min(most, LARGEST_CPU_BATCH)
-            return largest_batch(lambda b: memory_need(self.generator, self.tokenizer, b, guided).batch, limit, most)
-        self.runtime.clear()
-        torch.cuda.empty_cache()
-        limit = int(USABLE * free_bytes(device)) if limit_bytes is None else limit_bytes
-        try:
-            return largest_batch(lambda batch: self._measured_bytes(batch, chosen, device), limit, most)
-        finally:
-            self.runtime.clear()
-            torch.cuda.empty_cache()
-
-    def _measured_bytes(self, batch: int, settings: dict[str, Any], device: torch.device) -> int:
-        """Most that torch takes from a GPU for a batch, captured steps and decoder included."""
-        self.runtime.clear()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_reserved(device)
-        alike = len(set(self.generator.block_kinds)) == 1
-
-        def callback(done: int, ids: Tensor) -> None:
-            if alike and done >= 3:
-                raise _Enough
-
-        with contextlib.suppress(_Enough):
-            condition = any_condition(self.generator, batch, device)
-            self.sample_tokens(condition, image_seeds(0, batch), callback=callback, **settings)
-        num_tokens = sum(self.generator.block_sizes)
-        ids_BN = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
-        for _ in range(2):  # as it is, then captured
-            self.decode(ids_BN)
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_reserved(device) - before
-
-    def _out_of_memory(self, batch: int, guidance: Guidance, done: ImageOutput | None) -> OutOfMemory:
-        self.runtime.clear()
-        device = self._execution_device
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        guided = guidance.active(len(self.generator.block_sizes))
-        need: Callable[[int], int] = lambda b: memory_need(self.generator, self.tokenizer, b, guided).batch  # noqa: E731
-        return OutOfMemory(batch, estimated_batch(need, free_bytes(device), batch), done)
+        return batching.find_batch_size(self, most, limit_bytes, chosen)
 
     # ------------------------------------------------------------------------------------------------- the steps
     def prepare_seeds(
@@ -200,21 +142,7 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: more than one source, or another number of seeds than images.
         """
-        if sum(source is not None for source in (seed, seeds, generator)) > 1:
-            raise ValueError("give one of seed, seeds and generator")
-        if seeds is not None:
-            if len(seeds) != num_images:
-                raise ValueError(f"{len(seeds)} seeds for {num_images} images")
-            return [int(value) for value in seeds]
-        if seed is not None:
-            return image_seeds(seed, num_images)
-        generators = generator if isinstance(generator, list) else [generator] * num_images
-        if len(generators) != num_images:
-            raise ValueError(f"{len(generators)} generators for {num_images} images")
-        return [
-            int(torch.randint(2**62, (), generator=each, device=each.device if each is not None else "cpu"))
-            for each in generators
-        ]
+        return seeds_of_images(num_images, seed, seeds, generator)
 
     def prepare_condition(
         self,
@@ -248,7 +176,7 @@ class ImagePipeline(DiffusionPipeline):
         if prompts is not None and (takes_class or not takes_words):
             raise ValueError("this model is conditioned on classes: give class_labels, not prompt")
         if self.vocabulary is None:
-            return self._numbered_classes(seeds, class_labels, attributes)
+            return numbered_classes(config["num_classes"], seeds, class_labels, attributes)
         uniform = Noise(seeds).uniform(Use.CONDITION, 0)
         return self.vocabulary.complete(
             uniform,
@@ -275,22 +203,6 @@ class ImagePipeline(DiffusionPipeline):
         length = self.generator.config["caption_length"]
         with self._fetched(self._text_encoder.model):
             return encode_captions(prompts, self._text_encoder, length=length, device=device), list(prompts)
-
-    def _numbered_classes(
-        self, seeds: list[int], class_labels: Sequence[int | str] | None, attributes: dict[str, str] | None
-    ) -> tuple[Condition, list[str]]:
-        num_classes = self.generator.config["num_classes"]
-        if attributes:
-            raise ValueError(f"this model has no attributes; got {', '.join(attributes)}")
-        if class_labels is None:
-            drawn = Noise(seeds).uniform(Use.CONDITION, 0) * num_classes
-            labels = drawn.long().clamp(max=num_classes - 1)
-        else:
-            wrong = [label for label in class_labels if not (isinstance(label, int) and 0 <= label < num_classes)]
-            if wrong:
-                raise ValueError(f"class {wrong[0]!r}; this model's classes are the numbers 0 ... {num_classes - 1}")
-            labels = torch.tensor([int(label) for label in class_labels])
-        return Condition(labels_BA=labels[:, None]), [f"class {int(label)}" for label in labels]
 
     def sampling_settings(
         self,
@@ -334,22 +246,7 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
-        entry = find_sampler(sampler)
-        options = dict(sampler_options or {})
-        unknown = sorted(set(options) - set(entry.settings()))
-        if unknown:
-            allowed = ", ".join(entry.settings()) or "none"
-            raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
-        for name, value in options.items():
-            if isinstance(value, str):
-                options[name] = read_setting(sampler, name, value)
-        if isinstance(options.get("drafter"), str):
-            options["drafter"] = self._drafter(options["drafter"])
-        if "followers" in options:
-            options["followers"] = [self._model(each) for each in options["followers"]]
-        missing = [need for need in entry.needs if not callable(getattr(self.generator, need, None))]
-        if missing:
-            raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+        entry, options = resolve_options(sampler, sampler_options or {}, self.generator, self._helpers)
         if "codebook" in entry.settings():
             options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
         return entry.load()(
@@ -364,26 +261,6 @@ class ImagePipeline(DiffusionPipeline):
             runtime=self.runtime,
             **options,
         )
-
-    def _drafter(self, name: str) -> Drafter:
-        """A drafter by name or folder, loaded once, and anew where the generator was moved or cast."""
-        from visar.pipelines.drafters import load_drafter  # which imports this module
-
-        key = (name, self.generator.device, self.generator.dtype)
-        if key not in self._drafters:
-            self._drafters[key] = load_drafter(name, self.generator)
-        return self._drafters[key]
-
-    def _model(self, model: Any) -> Any:
-        """A generator as it is, or that of a pipeline by name or folder, loaded once."""
-        from visar.pipelines.loading import load  # which imports this module
-
-        if not isinstance(model, str):
-            return model
-        key = (model, self.generator.device, self.generator.dtype)
-        if key not in self._models:
-            self._models[key] = load(model, device=self.generator.device, dtype=self.generator.dtype).generator
-        return self._models[key]
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
@@ -504,40 +381,12 @@ class ImagePipeline(DiffusionPipeline):
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive
                     most = min(size, count - first)
-                    raise self._out_of_memory(most, settings["guidance"], finished() if tokens else None)
+                    raise batching.out_of_memory(self, most, settings["guidance"], finished() if tokens else None)
                 tokens.append(out.tokens)
                 images.append(pictures)
                 statistics = statistics + out.statistics
         self.maybe_free_model_hooks()
         return finished()
-
-
-class _Enough(Exception):
-    """Ends a call that is only measured."""
-
-
-def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
-    """The guidance that a pipeline's default settings say.
-
-    Raises:
-        ValueError: unknown settings, or both guidance and guidance_scale.
-    """
-    allowed = (*NEUTRAL, "guidance_scale", "guidance", "text_encoder")
-    unknown = [name for name in defaults if name not in allowed]
-    if unknown:
-        raise ValueError(f"default setting {unknown[0]!r}; choose from {', '.join(allowed)}")
-    if "guidance" not in defaults:
-        return Guidance(float(defaults.get("guidance_scale", 1.0)))
-    if "guidance_scale" in defaults:
-        raise ValueError("default settings have guidance or guidance_scale, not both")
-    fields: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in defaults["guidance"].items()
-    }
-    try:
-        return Guidance(**fields)
-    except TypeError as error:
-        names = ", ".join(field.name for field in dataclasses.fields(Guidance))
-        raise ValueError(f"default guidance {', '.join(fields)}; its fields: {names}") from error
 
 
 def _each(values: int | str | Sequence, num_images: int) -> list:

@@ -1,0 +1,100 @@
+"""Sampling settings of a pipeline: its defaults, and a sampler's own options as the sampler takes them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from visar.guidance import Guidance
+from visar.samplers.drafters import Drafter
+from visar.samplers.index import SamplerEntry, find_sampler
+from visar.samplers.settings import read_setting
+
+NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+
+
+def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
+    """The guidance that a pipeline's default settings say.
+
+    Raises:
+        ValueError: unknown settings, or both guidance and guidance_scale.
+    """
+    allowed = (*NEUTRAL, "guidance_scale", "guidance", "text_encoder")
+    unknown = [name for name in defaults if name not in allowed]
+    if unknown:
+        raise ValueError(f"default setting {unknown[0]!r}; choose from {', '.join(allowed)}")
+    if "guidance" not in defaults:
+        return Guidance(float(defaults.get("guidance_scale", 1.0)))
+    if "guidance_scale" in defaults:
+        raise ValueError("default settings have guidance or guidance_scale, not both")
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in defaults["guidance"].items()
+    }
+    try:
+        return Guidance(**fields)
+    except TypeError as error:
+        names = ", ".join(field.name for field in dataclasses.fields(Guidance))
+        raise ValueError(f"default guidance {', '.join(fields)}; its fields: {names}") from error
+
+
+class Helpers:
+    """Drafters and further generators that options name: loaded once, and anew where the generator was moved or cast.
+
+    Generators here are those that the helpers work for: they say device and dtype.
+    """
+
+    def __init__(self) -> None:
+        self._drafters: dict[tuple, Drafter] = {}
+        self._models: dict[tuple, Any] = {}
+
+    def drafter(self, name: str, generator: Any) -> Drafter:
+        """A drafter by name or folder."""
+        from visar.pipelines.drafters import load_drafter  # which imports the pipeline, which imports this module
+
+        key = (name, generator.device, generator.dtype)
+        if key not in self._drafters:
+            self._drafters[key] = load_drafter(name, generator)
+        return self._drafters[key]
+
+    def model(self, model: Any, generator: Any) -> Any:
+        """A generator as it is, or that of a pipeline by name or folder."""
+        from visar.pipelines.loading import load  # as above
+
+        if not isinstance(model, str):
+            return model
+        key = (model, generator.device, generator.dtype)
+        if key not in self._models:
+            self._models[key] = load(model, device=generator.device, dtype=generator.dtype).generator
+        return self._models[key]
+
+
+def resolve_options(
+    sampler: str, given: Mapping[str, Any], generator: Any, helpers: Helpers
+) -> tuple[SamplerEntry, dict[str, Any]]:
+    """A sampler by name and its options: texts read, drafters and followers loaded.
+
+    Args:
+        sampler: name.
+        given: its options, as texts or values.
+        generator: to sample from.
+        helpers: what was loaded for it.
+
+    Raises:
+        ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
+    """
+    entry = find_sampler(sampler)
+    options = dict(given)
+    unknown = sorted(set(options) - set(entry.settings()))
+    if unknown:
+        allowed = ", ".join(entry.settings()) or "none"
+        raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
+    for name, value in options.items():
+        if isinstance(value, str):
+            options[name] = read_setting(sampler, name, value)
+    if isinstance(options.get("drafter"), str):
+        options["drafter"] = helpers.drafter(options["drafter"], generator)
+    if "followers" in options:
+        options["followers"] = [helpers.model(each, generator) for each in options["followers"]]
+    missing = [need for need in entry.needs if not callable(getattr(generator, need, None))]
+    if missing:
+        raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+    return entry, options
