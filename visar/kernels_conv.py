@@ -9,6 +9,10 @@ All tensors [B, C, H, W] here lie in memory as [B, H, W, C] (torch.channels_last
 positions, K chunks, G groups.
 """
 
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -3,6 +3,10 @@
 R rows (2B when guided), L positions, D width, N heads, E head width, T cache slots.
 """
 
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

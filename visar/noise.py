@@ -145,8 +145,8 @@ class Noise:
 
         place = place.expand(self.batch, *place.shape[1:])
         if isinstance(counter, Tensor):
-            place, counter = torch.broadcast_tensors(place, counter)
-            counter = counter.reshape(self.batch, -1)
+            place, counts = torch.broadcast_tensors(place, counter)
+            counter = counts.reshape(self.batch, -1)
         with kernels.on(self.device):
             words = draw_words(
                 self.seeds_B.contiguous(),

@@ -81,7 +81,8 @@ def check_images(subject: Subject, device: torch.device) -> str:
             (TF32 convolutions).
     """
     ids_BN = random_ids(subject, 2, device)
-    reference_BCHW = nn.Module.float(copy.deepcopy(subject.tokenizer)).decode(ids_BN)
+    exact: Any = nn.Module.float(copy.deepcopy(subject.tokenizer))
+    reference_BCHW = exact.decode(ids_BN)
     dtype = next(subject.tokenizer.decoder.parameters()).dtype
     error = relative_error(subject.tokenizer.decode(ids_BN), reference_BCHW)
     limit = 2e-2 if dtype == torch.float32 else 1e-1
@@ -96,7 +97,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 
     In bfloat16 they need not: the library behind a matrix product may choose another algorithm under capture.
     """
-    model = nn.Module.float(copy.deepcopy(generator))
+    model: Any = nn.Module.float(copy.deepcopy(generator))
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
     condition = any_condition(model, batch, device)
     runtime = Runtime()
@@ -108,7 +109,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 
 def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
     """Whether two images made together have the ids that each has alone, at float32."""
-    model = nn.Module.float(copy.deepcopy(generator))
+    model: Any = nn.Module.float(copy.deepcopy(generator))
     condition, noise = any_condition(model, 2, device), Noise(image_seeds(7, 2), device)
     guidance = Guidance(guidance_scale)
     together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens

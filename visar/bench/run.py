@@ -227,6 +227,7 @@ def _profile(
     report: Report,
 ) -> None:
     """Reports the operations of an average step."""
+    call: Callable[[], object]
     if subject.generator is None:
         call, steps = decode_call(subject, batch, path, device), 1
     else:
@@ -254,6 +255,7 @@ def _compare(
         "guidance_scale": options.guidance_scale,
         "top_k": options.top_k,
     }
+    ours: Callable[[], object]
     with Peer(options.compare, arguments) as peer:
         if subject.generator is None:
             ours = decode_call(subject, batch, path, device)

@@ -174,7 +174,8 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         self, x: Tensor, modulations: dict[str, Tensor], sizes: tuple[int, ...], end: Literal["ns", "mask"]
     ) -> Tensor:
         """Logits [R, L, V] through the shared blocks and one of the two ends."""
-        blocks = [*self.base_blocks, *(self.ns_blocks if end == "ns" else self.mask_blocks)]
+        both = [*self.base_blocks, *(self.ns_blocks if end == "ns" else self.mask_blocks)]
+        blocks = cast(list[AdaLNBlock], both)
         each = [modulation for name in ("base", end) if name in modulations for modulation in modulations[name]]
         norm, head = (self.ns_head_nm, self.ns_head) if end == "ns" else (self.mask_head_nm, self.mask_head)
         method = self.attention_method

@@ -4,7 +4,10 @@ The cache is read once, up to the current length, which is a tensor on the devic
 step. B images, R rows (2B when guided), L new positions, N heads, E head width, S slots.
 """
 
-# pyright: reportIndexIssue=false
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -4,7 +4,10 @@ Thresholds are found by bisection on the value: floats and the integers that sha
 32 halvings end at the exact threshold of a sort, ties included.
 """
 
-# pyright: reportIndexIssue=false
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

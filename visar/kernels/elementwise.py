@@ -1,6 +1,9 @@
 """Kernels between the matrix products: residual + RMS norm, SwiGLU's product, guidance. M rows, D width, F hidden."""
 
-# pyright: reportIndexIssue=false
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl

@@ -1,6 +1,9 @@
 """Philox 4x32-10 random words of visar/noise.py in one launch; one program some blocks of four words."""
 
-# pyright: reportIndexIssue=false
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
 import torch
 import triton
 import triton.language as tl
