@@ -17,7 +17,8 @@ from visar.bench.subjects import PRESETS, Subject, build, find_preset, floor_sec
 from visar.checkpoints.common import empty
 from visar.cli import main, parse
 from visar.condition import Condition
-from visar.generators.raster import RasterGPT, RasterState
+from visar.generators.raster import RasterGPT
+from visar.generators.raster_state import RasterState
 from visar.memory import OutOfMemory, estimated_batch, largest_batch, memory_need
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load

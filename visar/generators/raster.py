@@ -19,12 +19,12 @@ from torch.nn import functional
 from visar import kernels
 from visar.cache import KVCache, visible, visible_tree
 from visar.condition import Condition
+from visar.generators.raster_conditions import CaptionPrefix, LabelPrefix, check_condition, null_condition, prefix
+from visar.generators.raster_state import RasterState
 from visar.guidance import OFF, Guidance, combine, double, repeat
 from visar.layers import RMSNorm, SwiGLU
 from visar.rope import PrefixRotation, RopeKind, rope_table, rotate
 from visar.tree import DraftTree
-
-PADDING_WORD, NULL_WORD = 0, 1
 
 # Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B,
 # 3.10 B).
@@ -35,32 +35,6 @@ RASTER_PRESETS: dict[str, dict] = {
     "llamagen-xxl": dict(width=1536, num_layers=48, num_heads=24, hidden_width=4096),
     "llamagen-3b": dict(width=3200, num_layers=24, num_heads=32, hidden_width=8704),
 }
-
-
-class LabelPrefix(nn.Module):
-    """Embedding of a label column; row `num_values` is the null label."""
-
-    def __init__(self, num_values: int, width: int) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_values + 1, width)
-
-    def forward(self, label_B: Tensor) -> Tensor:
-        return self.embedding_table(label_B)
-
-
-class CaptionPrefix(nn.Module):
-    """Projection of a text encoder's features: fc2(gelu_tanh(fc1 x)); `uncond_embedding` stands for "no caption"."""
-
-    def __init__(self, caption_width: int, caption_length: int, width: int) -> None:
-        super().__init__()
-        self.cap_proj = nn.ModuleDict(
-            {"fc1": nn.Linear(caption_width, width, bias=False), "fc2": nn.Linear(width, width, bias=False)}
-        )
-        self.register_buffer("uncond_embedding", torch.randn(caption_length, caption_width) / caption_width**0.5)
-
-    def forward(self, text_BTC: Tensor) -> Tensor:
-        hidden = functional.gelu(self.cap_proj["fc1"](text_BTC), approximate="tanh")
-        return self.cap_proj["fc2"](hidden)
 
 
 class Attention(nn.Module):
@@ -109,40 +83,6 @@ class LayerCache:
 
     def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         return self.cache.update(self.layer, key, value, self.position, self.bound)
-
-
-@dataclass
-class RasterState:
-    """Decoding state of a batch. All tensors are allocated by `start` and changed in place from then on.
-
-    Attributes:
-        tokens: int64 [B, N + window + 1], the committed ids; the slack takes writes beyond the last position.
-        length: int64 [B] committed tokens of every row when ragged, else [1] for all.
-        prefix_last_RD: embedding of the last prefix position, the input that predicts token 0.
-        key_valid_RS: bool [R, S] slots that may be seen; None if all.
-        scale_N: float32 [N + window + 1] guidance of every position; None when guidance is off.
-        cache: keys and values.
-        block: index of the block about to be predicted, set by the loop; on a CPU it says how much of the cache is in
-            use. Nothing that a GPU runs depends on it, so a captured step serves every block.
-    """
-
-    tokens: Tensor
-    length: Tensor
-    prefix_last_RD: Tensor
-    key_valid_RS: Tensor | None
-    scale_N: Tensor | None
-    cache: KVCache
-    block: int
-
-    @property
-    def batch(self) -> int:
-        """Number of images B."""
-        return self.tokens.shape[0]
-
-    @property
-    def parts(self) -> int:
-        """Rows an image: 2 when guided, else 1."""
-        return 1 if self.scale_N is None else 2
 
 
 class RasterGPT(ModelMixin, ConfigMixin):
@@ -300,72 +240,15 @@ class RasterGPT(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a field is missing, has the wrong number of columns, or a label is outside its table.
         """
-        config = self.config
-        if config["caption_width"]:
-            shape = (config["caption_length"], config["caption_width"])
-            if condition.text_BTC is None or tuple(condition.text_BTC.shape[1:]) != shape:
-                raise ValueError(f"this model is conditioned on text features [B, {shape[0]}, {shape[1]}]")
-            return
-        sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
-        if sizes:
-            labels = condition.labels_BA
-            if labels is None or labels.shape[1] != len(sizes):
-                raise ValueError(f"this model is conditioned on labels [B, {len(sizes)}] with {sizes} values")
-            if not labels.is_cuda:
-                for column, size in enumerate(sizes):
-                    wrong = labels[(labels[:, column] < 0) | (labels[:, column] > size), column]
-                    if wrong.numel():
-                        raise ValueError(f"label {int(wrong[0])} in column {column}; allowed: 0 ... {size} (null)")
-        if config["word_vocab_size"]:
-            words = condition.words_BT
-            if words is None:
-                raise ValueError(f"this model is conditioned on word ids [B, up to {config['num_words']}]")
-            if words.shape[1] > config["num_words"]:
-                raise ValueError(f"{words.shape[1]} words; this model reads up to {config['num_words']}")
+        check_condition(self.config, condition)
 
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
-        if self.config["caption_width"]:
-            assert condition.text_BTC is not None
-            text = self.cls_embedding.get_buffer("uncond_embedding").expand(condition.batch, -1, -1)
-            return Condition(text_BTC=text.to(condition.text_BTC), text_mask_BT=condition.text_mask_BT)
-        labels = words = None
-        if condition.labels_BA is not None:
-            sizes = ([self.config["num_classes"]] if self.config["num_classes"] else []) + list(
-                self.config["attributes"]
-            )
-            labels = torch.tensor(sizes, device=condition.labels_BA.device).expand(condition.batch, -1)
-        if condition.words_BT is not None:
-            words = torch.zeros_like(condition.words_BT)
-            words[:, 0] = NULL_WORD
-        return Condition(labels_BA=labels, words_BT=words)
+        return null_condition(self, condition)
 
     def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""
-        if self.config["caption_width"]:
-            assert condition.text_BTC is not None
-            embedding = self.cls_embedding(condition.text_BTC.to(self.output.weight.dtype))
-            return embedding, None if condition.text_mask_BT is None else condition.text_mask_BT.bool()
-        if self.config["num_classes"]:
-            assert condition.labels_BA is not None
-            label = self.cls_embedding(condition.labels_BA[:, 0])
-        else:
-            label = self.begin_embedding.expand(condition.batch, -1)
-        first = 1 if self.config["num_classes"] else 0
-        for column, embedding in enumerate(self.attribute_embeddings, first):
-            assert condition.labels_BA is not None
-            label = label + embedding(condition.labels_BA[:, column])
-        if not self.config["word_vocab_size"]:
-            return label[:, None], None
-        assert condition.words_BT is not None
-        words = functional.pad(condition.words_BT, (0, self.config["num_words"] - condition.words_BT.shape[1]))
-        given = words != PADDING_WORD
-        vectors = self.word_embedding(words)
-        if not self.words_as_prefix:
-            mean = (vectors * given[..., None]).sum(1) / given.sum(1, keepdim=True).clamp(min=1)
-            return (label + mean.to(label.dtype))[:, None], None
-        embedding = torch.cat([vectors + self.word_position, label[:, None]], dim=1)
-        return embedding, functional.pad(given, (0, 1), value=True)
+        return prefix(self, condition)
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
         """Input embedding [B, L, D] of ids int64 [B, L] or (token_input="codebook") code vectors [B, L, C]."""

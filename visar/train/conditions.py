@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from visar.condition import Condition
-from visar.generators.raster import NULL_WORD, PADDING_WORD
+from visar.generators.raster_conditions import NULL_WORD, PADDING_WORD
 
 
 class ConditionDropout:
