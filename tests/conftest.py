@@ -1,5 +1,6 @@
 """What tests share: where parity fixtures are, and which tests need a GPU."""
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -50,6 +51,36 @@ def parity() -> Callable[[str], Parity]:
         return Parity(root / system)
 
     return find
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where Triton kernels run: a GPU, or a CPU with TRITON_INTERPRET=1."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope) -> None:
+        original(tensor, scope)
+        # Loop bounds: the interpreter of Triton 3.6 converts arrays of one element in a way that NumPy 2.4 refuses.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+    return torch.device("cpu")
+
+
+@pytest.fixture(params=["float32", "bfloat16"])
+def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
+    """float32 everywhere, bfloat16 on a GPU (the interpreter has none)."""
+    if request.param == "bfloat16" and device.type != "cuda":
+        pytest.skip("bfloat16 needs a GPU")
+    return getattr(torch, request.param)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.condition import NULL_WORD, Condition
 from visar.generators.raster import RasterGPT
-from visar.generators.raster_conditions import NULL_WORD
 from visar.guidance import OFF, Guidance
 from visar.noise import Noise, image_seeds
 from visar.samplers.ancestral import sample_ancestral

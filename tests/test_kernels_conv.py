@@ -18,26 +18,6 @@ from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
 
 
-@pytest.fixture
-def device() -> torch.device:
-    """Where kernels run."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
-    return torch.device("cpu")
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request, device) -> torch.dtype:
-    """float32 everywhere, bfloat16 on a GPU (the interpreter has none)."""
-    if request.param == "bfloat16" and device.type != "cuda":
-        pytest.skip("bfloat16 needs a GPU")
-    return getattr(torch, request.param)
-
-
 def error(got, expected) -> float:
     """Largest difference over the largest value."""
     assert got.dtype == expected.dtype and got.shape == expected.shape

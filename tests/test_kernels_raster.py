@@ -25,36 +25,6 @@ from visar.samplers.filtering import categorical, filter_logits, sample_logits
 from visar.samplers.jacobi import sample_jacobi
 
 
-@pytest.fixture
-def device(monkeypatch) -> torch.device:
-    """Where kernels run."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor, scope) -> None:
-        original(tensor, scope)
-        # Loop bounds: the interpreter of Triton 3.6 converts arrays of one element in a way that NumPy 2.4 refuses.
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-    return torch.device("cpu")
-
-
-@pytest.fixture(params=["float32", "bfloat16"])
-def dtype(request, device) -> torch.dtype:
-    """float32 everywhere, bfloat16 on a GPU (the interpreter has none)."""
-    if request.param == "bfloat16" and device.type != "cuda":
-        pytest.skip("bfloat16 needs a GPU")
-    return getattr(torch, request.param)
-
-
 def close(got, expected, float32=1e-5) -> None:
     """Agreement relative to the largest value: rounding of bfloat16, or almost float32's."""
     assert got.dtype == expected.dtype and got.shape == expected.shape

@@ -29,8 +29,9 @@ from visar.pipelines.loading import load
 from visar.samplers.drafters import ModelDrafter, NgramDrafter
 from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads
 from visar.samplers.index import find_sampler
-from visar.train.drafter import DRAFTER_RECIPES, TrainDrafter, train_drafter
+from visar.train.drafter import TrainDrafter, train_drafter
 from visar.train.options import RunOptions
+from visar.train.recipes import RECIPES
 
 OPTIONS = """
     data target kind tokens variants augment num_heads hidden_width num_right law_weight input_noise offset_decay
@@ -202,7 +203,9 @@ def test_option_names_are_frozen():
 
 
 def test_recipes(capsys):
-    for name, recipe in DRAFTER_RECIPES.items():
+    drafters = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, TrainDrafter)}
+    assert len(drafters) == 2
+    for name, recipe in drafters.items():
         assert recipe.target == "emoji-raster" and recipe.out.name == name
         assert main(["train", "drafter", "--recipe", name, "--help"]) == 0
         assert f"(default: {recipe.out})" in " ".join(capsys.readouterr().out.split())

@@ -58,7 +58,8 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     from visar.files import atomic_write
     from visar.memory import OutOfMemory
     from visar.pictures import grid
-    from visar.pipelines.editing import named_values, scale_previews
+    from visar.pipelines.editing import scale_previews
+    from visar.pipelines.requests import named_values, number_or_name
 
     single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     attributes = named_values(options.attribute)
@@ -67,7 +68,7 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(
-            class_labels=None if options.class_name is None else _number_or_name(options.class_name),
+            class_labels=None if options.class_name is None else number_or_name(options.class_name),
             prompt=options.prompt,
             num_images=options.num_images,
             attributes=attributes,
@@ -124,10 +125,6 @@ def _write_images(result: Any, out: Path, single: bool) -> None:
             image.save(path)
     with atomic_write(out / "seeds.txt") as path:
         path.write_text("".join(f"{seed}\t{text}\n" for seed, text in rows), encoding="utf-8")
-
-
-def _number_or_name(text: str) -> int | str:
-    return int(text) if text.removeprefix("-").isdecimal() else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -391,14 +388,12 @@ def _recipe(command: str, options_class: type, name: str) -> Any:
     Raises:
         ValueError: no recipe of that name for this command.
     """
-    from visar.train.drafter import DRAFTER_RECIPES
     from visar.train.recipes import RECIPES
 
-    recipes: dict[str, Any] = {**RECIPES, **DRAFTER_RECIPES}
-    fitting = [key for key, recipe in recipes.items() if isinstance(recipe, options_class)]
+    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, options_class)]
     if name not in fitting:
         raise ValueError(f"unknown recipe {name!r} for visar {command}; choose one of {', '.join(fitting)}")
-    return recipes[name]
+    return RECIPES[name]
 
 
 def parse(arguments: list[str]) -> Callable[[], object]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+PADDING_WORD, NULL_WORD = 0, 1
+"""First ids of every word table: padding, and "not given"."""
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visar.cache import KVCache
-from visar.condition import Condition
+from visar.condition import NULL_WORD, PADDING_WORD, Condition
 from visar.kernels import on, usable
 from visar.scale_attention import Method, Pattern, scale_attention
 
-PADDING_WORD, NULL_WORD = 0, 1
 _LOG_LARGEST_SCALE = math.log(100.0)
 
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visar.condition import Condition
+from visar.condition import NULL_WORD, PADDING_WORD, Condition
 
 if TYPE_CHECKING:
     from visar.generators.raster import RasterGPT
-
-PADDING_WORD, NULL_WORD = 0, 1
 
 
 class LabelPrefix(nn.Module):

@@ -17,6 +17,7 @@ from visar.output import to_uint8
 from visar.pictures import grid
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.pipelines.loading import load
+from visar.pipelines.requests import named_values, number_or_name
 from visar.samplers.editing import Strategy, box_mask, grid_mask
 
 Box = tuple[float, float, float, float]
@@ -183,8 +184,7 @@ def edit(options: Edit) -> str:
         raise ValueError(f"{options.picture} is not a picture: {error}") from error
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
     pipeline.set_progress_bar_config(disable=True)
-    name = options.class_name
-    label = None if name is None else int(name) if name.isdecimal() else name
+    label = None if options.class_name is None else number_or_name(options.class_name)
     result = edit_images(
         pipeline,
         [given] * options.num_images,
@@ -207,18 +207,3 @@ def edit(options: Edit) -> str:
         grid([canvas.convert("RGB"), *result.images], columns=1 + options.num_images).save(path, format="PNG")
     lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
     return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])
-
-
-def named_values(pairs: Sequence[str]) -> dict[str, str] | None:
-    """Labels by name from texts such as "style=noto"; None for none.
-
-    Raises:
-        ValueError: a text without "=".
-    """
-    found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
-        found[name] = value
-    return found or None

@@ -1,4 +1,4 @@
-"""What a call asks for, image by image: seeds and numbered classes."""
+"""What a call asks for: seeds and numbered classes image by image, classes and labels as text."""
 
 from collections.abc import Sequence
 
@@ -54,3 +54,23 @@ def numbered_classes(
             raise ValueError(f"class {wrong[0]!r}; this model's classes are the numbers 0 ... {num_classes - 1}")
         labels = torch.tensor([int(label) for label in class_labels])
     return Condition(labels_BA=labels[:, None]), [f"class {int(label)}" for label in labels]
+
+
+def number_or_name(text: str) -> int | str:
+    """A class as a command line gives it."""
+    return int(text) if text.removeprefix("-").isdecimal() else text
+
+
+def named_values(pairs: Sequence[str]) -> dict[str, str] | None:
+    """Labels by name from texts such as "style=noto"; None for none.
+
+    Raises:
+        ValueError: a text without "=".
+    """
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"attribute {pair!r}; write it as name=value, such as style=noto")
+        found[name] = value
+    return found or None

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.generators.raster_conditions import NULL_WORD, PADDING_WORD
+from visar.condition import NULL_WORD, PADDING_WORD, Condition
 
 
 class ConditionDropout:

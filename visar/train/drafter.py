@@ -7,7 +7,7 @@ a guided batch.
 B images, N tokens, D width, V codes, O offsets.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -296,26 +296,3 @@ def train_drafter(options: TrainDrafter) -> TrainResult:
             device=run.device,
         )
     return run_task(run, DrafterTask(run, options, pipeline, conditions, cache))
-
-
-_EMOJI = TrainDrafter(
-    out=Path("runs/emoji-raster-eagle"),
-    data=Path("emoji64.zip"),
-    target="emoji-raster",
-    augment="drawings",
-    variants=32,
-    steps=5000,
-    batch_size=256,
-    learning_rate=1e-3,
-    warmup_steps=200,
-    ema_decay=0.998,
-    validate_every=1000,
-    sample_every=0,
-    save_every=1000,
-)
-
-DRAFTER_RECIPES: dict[str, TrainDrafter] = {
-    "emoji-raster-eagle": _EMOJI,
-    "emoji-raster-heads": replace(_EMOJI, out=Path("runs/emoji-raster-heads"), kind="heads", steps=4000),
-}
-"""Recipes of the embedded drafters; see visar/train/recipes.py."""

@@ -5,6 +5,7 @@ dataclasses.replace(RECIPES["emoji-vq"], data=Path("data/emoji64.zip"), out=Path
 from dataclasses import replace
 from pathlib import Path
 
+from visar.train.drafter import TrainDrafter
 from visar.train.generator import TrainGenerator
 from visar.train.tokenizer import TrainTokenizer
 
@@ -67,7 +68,23 @@ _HMAR = replace(
     model_options='{"num_refinement_layers": 4, "drop_path": 0.03}',
 )
 
-RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
+_EAGLE = TrainDrafter(
+    out=Path("runs/emoji-raster-eagle"),
+    data=_EMOJI,
+    target="emoji-raster",
+    augment="drawings",
+    variants=32,
+    steps=5000,
+    batch_size=256,
+    learning_rate=1e-3,
+    warmup_steps=200,
+    ema_decay=0.998,
+    validate_every=1000,
+    sample_every=0,
+    save_every=1000,
+)
+
+RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     "emoji-vq": _VQ,
     "emoji-vq-4096": replace(_VQ, out=Path("runs/emoji-vq-4096"), preset="vq-4-64-4096"),
     # class, group, style, tone and the words of the name; reads codes' vectors, so that it can teach one-step students
@@ -129,4 +146,6 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator] = {
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
     "emoji-hmar-refinement": replace(_HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", steps=4000),
+    "emoji-raster-eagle": _EAGLE,
+    "emoji-raster-heads": replace(_EAGLE, out=Path("runs/emoji-raster-heads"), kind="heads", steps=4000),
 }
