@@ -4,6 +4,14 @@ import math
 from collections.abc import Sequence
 
 import PIL.Image
+from torch import Tensor
+
+from visar.output import to_uint8
+
+
+def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
+    """Pictures of images in [-1, 1]."""
+    return [PIL.Image.fromarray(each) for each in to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def grid(

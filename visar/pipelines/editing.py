@@ -13,8 +13,7 @@ from torch import Tensor
 
 from visar.data.images import as_float
 from visar.files import atomic_write
-from visar.output import to_uint8
-from visar.pictures import grid
+from visar.pictures import grid, to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.pipelines.loading import load
 from visar.pipelines.requests import named_values, number_or_name
@@ -104,8 +103,7 @@ def edit_images(
     }
     chosen = {**pipeline.sampling_settings(**settings), "sampler": "edit", "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
-    decoded = to_uint8(pipeline.decode(out.latent_BChw if out.latent_BChw is not None else out.tokens))
-    made = [PIL.Image.fromarray(each) for each in decoded.permute(0, 2, 3, 1).cpu().numpy()]
+    made = to_pictures(pipeline.decode(out.latent_BChw if out.latent_BChw is not None else out.tokens))
     return ImageOutput(
         images=made, statistics=out.statistics, tokens=out.tokens, seeds=seeds, descriptions=descriptions
     )
@@ -122,11 +120,8 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     sizes = [height * width for height, width in pipeline.tokenizer.layout.scales]
     pipeline.tokenizer.split(tokens_BN)
     ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
-    columns = [
-        to_uint8(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))).permute(0, 2, 3, 1).cpu().numpy()
-        for end in ends
-    ]
-    return [[PIL.Image.fromarray(column[row]) for column in columns] for row in range(tokens_BN.shape[0])]
+    columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

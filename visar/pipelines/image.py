@@ -5,8 +5,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.utils import BaseOutput
@@ -16,7 +14,8 @@ from visar.condition import Condition
 from visar.guidance import Guidance
 from visar.memory import borrowed
 from visar.noise import Noise, Use
-from visar.output import SampleOutput, SampleStatistics, to_uint8
+from visar.output import SampleOutput, SampleStatistics
+from visar.pictures import to_pictures
 from visar.pipelines import batching
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampler_options import NEUTRAL, Helpers, guidance_of_defaults, resolve_options
@@ -399,5 +398,4 @@ def _finish(image_BCHW: Tensor, output_type: str) -> Any:
         return (image_BCHW + 1.0) / 2.0
     if output_type == "np":
         return ((image_BCHW + 1.0) / 2.0).permute(0, 2, 3, 1).cpu().numpy()
-    array: np.ndarray = to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()
-    return [PIL.Image.fromarray(each) for each in array]
+    return to_pictures(image_BCHW)
