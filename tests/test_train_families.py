@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
 from visar.train.generator import position_weights, token_loss, train_generator
+from visar.train.self_correction import self_correction
 from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
@@ -52,6 +53,45 @@ def test_scales_are_trained_end_to_end(data, tmp_path):
         assert sum(found[-3:]) < 0.95 * sum(found[:3])
     pipeline = load(generator_out / "model", device="cpu", dtype="float32")
     assert pipeline(class_labels=["1"], seed=0, output_type="pt").images.shape == (1, 3, 8, 8)
+
+
+def test_self_correction_replaces_codes_and_leads_back():
+    quantizer = load_tokenizer("emoji-msvq", device="cpu", dtype="float32").quantizer
+    draws = torch.Generator().manual_seed(0)
+    tokens = torch.randint(quantizer.vocab_size, (4, sum(quantizer.sizes)), generator=draws)
+    tokens = quantizer.encode(quantizer.running_maps(tokens)[-1] * 0.5)[0]
+
+    def corrected(largest):
+        return self_correction(quantizer, tokens, largest, torch.Generator().manual_seed(1))
+
+    assert all(torch.equal(found, tokens) for found in corrected(0.0))
+    history, target = corrected(0.8)
+    assert 0.1 < (history != target).float().mean() < 0.7
+    first = quantizer.sizes[0]
+    assert torch.equal(target[:, :first], tokens[:, :first])  # nothing is replaced before the first scale
+    # The finest scale's targets make up for what was replaced before: with them the map ends nearer to the image's.
+    coarse = history[:, : -quantizer.sizes[-1]]
+    goal = quantizer.running_maps(tokens)[-1]
+    led_back, astray = (
+        (quantizer.running_maps(torch.cat([coarse, fine[:, coarse.shape[1] :]], dim=1))[-1] - goal).square().mean()
+        for fine in (target, tokens)
+    )
+    assert led_back < 0.8 * astray
+
+
+def test_next_scale_training_with_self_correction_and_muon(data, tmp_path):
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=12, **MULTISCALE))
+    options = dict(steps=12, num_layers=2, self_correction=0.3, optimizer="muon", learning_rate=2e-2)
+    train_generator(TINY.generator_options(data, tmp_path / "tokenizer" / "model", tmp_path / "run", **options))
+    found = TINY.losses(tmp_path / "run")
+    assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    for wrong, message in (
+        (dict(self_correction=1.5), "allowed: 0 ... 1"),
+        (dict(optimizer="sgd"), "adamw or muon"),
+        (dict(self_correction=0.3, family="hmar", phase="refinement", initial=tmp_path), "phase next_scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_generator(TINY.generator_options(data, tmp_path / "tokenizer" / "model", tmp_path / "no", **wrong))
 
 
 def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):

@@ -96,6 +96,15 @@ def test_killed_generator_run_goes_on_exactly(data, tokenizer_run, generator_run
     assert_same_weights(out / "model" / "generator", generator_run / "model" / "generator")
 
 
+def test_killed_run_with_muon_goes_on_exactly(data, tokenizer_run, tmp_path):
+    model, whole, killed = tokenizer_run / "model", tmp_path / "whole", tmp_path / "killed"
+    train_generator(generator_options(data, model, whole, optimizer="muon"))
+    kill_at(7, "generator", killed, data=str(data), tokenizer=str(model), optimizer="muon")
+    assert train_generator(generator_options(data, model, killed, optimizer="muon")).finished
+    assert curves(killed) == curves(whole) != []
+    assert_same_weights(killed / "model" / "generator", whole / "model" / "generator")
+
+
 def test_losses_fall_and_results_load(tokenizer_run, generator_run):
     for out in (tokenizer_run, generator_run):
         found = losses(out)

@@ -205,7 +205,7 @@ class MultiScaleQuantizer(ScalePyramid):
             flat, codes = functional.normalize(flat, dim=-1), functional.normalize(codes, dim=-1)
         return nearest_codes(flat, codes).view(vectors_BLC.shape[:2])
 
-    def _at_scale(self, residual_BChw: Tensor, scale: int) -> Tensor:
+    def at_scale(self, residual_BChw: Tensor, scale: int) -> Tensor:
         """A residual map at a scale's resolution, [B, L, C]."""
         if scale < len(self.scales) - 1:
             residual_BChw = functional.interpolate(residual_BChw, size=self.scales[scale], mode="area")
@@ -227,7 +227,7 @@ class MultiScaleQuantizer(ScalePyramid):
         latent = latent_BChw.float()
         ids, maps, residual, total = [], [], latent, torch.zeros_like(latent)
         for scale in range(len(self.scales)):
-            ids_BL = self.nearest(self._at_scale(residual, scale))
+            ids_BL = self.nearest(self.at_scale(residual, scale))
             contribution = self.contribution(scale, self.embedding(ids_BL))
             total, residual = total + contribution, residual - contribution
             ids.append(ids_BL)
@@ -238,7 +238,7 @@ class MultiScaleQuantizer(ScalePyramid):
     def residuals(self, latent_BChw: Tensor, ids_BN: Tensor) -> list[Tensor]:
         """What every scale had to quantise, [B, L, C] each, given the ids of all scales."""
         maps = [torch.zeros_like(latent_BChw, dtype=torch.float32), *self.running_maps(ids_BN)[:-1]]
-        return [self._at_scale(latent_BChw.float() - before, scale) for scale, before in enumerate(maps)]
+        return [self.at_scale(latent_BChw.float() - before, scale) for scale, before in enumerate(maps)]
 
     # ---------------------------------------------------------------------------------------------------- training
     def forward(self, latent_BChw: Tensor) -> Quantized:
@@ -255,7 +255,7 @@ class MultiScaleQuantizer(ScalePyramid):
             kept_SB = self._kept_scales(latent.shape[0], latent.device)
             codebook_loss = commitment_loss = latent.new_zeros(())
             for scale, kept_B in enumerate(kept_SB):
-                ids_BL = self.nearest(self._at_scale(residual, scale))
+                ids_BL = self.nearest(self.at_scale(residual, scale))
                 contribution = self.contribution(scale, self.embedding(ids_BL))
                 residual = residual - contribution.detach()
                 total = total + contribution * kept_B[:, None, None, None]

@@ -32,7 +32,8 @@ from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import RunOptions
 from visar.train.randomness import Draw, IndexDraws, balanced_weights, step_seed
-from visar.train.run import Run
+from visar.train.run import OptimizerName, Run
+from visar.train.self_correction import self_correction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +89,13 @@ class TrainGenerator(RunOptions):
     """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
     scale_weights: tuple[float, ...] = ()
     """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
+    self_correction: float = 0.0
+    """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
+    for them; 0 = off."""
     weight_decay: float = 0.05
     """Of matrices."""
+    optimizer: OptimizerName = "adamw"
+    """muon: matrices of the blocks by Muon, the rest by AdamW; learns more from a step, which takes longer."""
     sample_images: int = 48
     """Pictures of a sheet."""
     sample_guidance: float = 2.0
@@ -174,7 +180,13 @@ class GeneratorTask(Task):
         if encoder is not None:
             self.captions = encode_image_captions(images, encoder, model.config["caption_length"], run.device)
             null_text_TC = model.cls_embedding.uncond_embedding.clone()
-        part = run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
+        part = run.add_part(
+            model,
+            options.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=options.weight_decay,
+            optimizer=options.optimizer,
+        )
         self.parts = {"model": part}
         weight_L = position_weights(tokenizer.layout.scales, options.scale_weights)
         if weight_L is None and options.family == "hmar":
@@ -224,7 +236,13 @@ class GeneratorTask(Task):
                 logits_BLV = self.parts["model"].call(ids_BL, condition, masked_BL)
                 loss = refinement_loss(logits_BLV, ids_BL, masked_BL)
             else:
-                loss = self.loss(self.parts["model"].call(ids_BL, condition), ids_BL, self.weight_L)
+                history_BL = ids_BL
+                if options.self_correction:
+                    generator = random.generator(step, Draw.MASK, part=part)
+                    history_BL, ids_BL = self_correction(
+                        self.tokenizer.quantizer, ids_BL, options.self_correction, generator
+                    )
+                loss = self.loss(self.parts["model"].call(history_BL, condition), ids_BL, self.weight_L)
             return loss, {"loss": loss}
 
         return self.run.descend(self.parts["model"], step, losses)
@@ -302,9 +320,13 @@ def train_generator(options: TrainGenerator) -> TrainResult:
         options = replace(options, class_condition=False)
     if options.phase == "refinement" and (options.family != "hmar" or options.initial is None):
         raise ValueError("phase refinement is for family hmar, and needs initial: the model of the first phase")
+    if not 0.0 <= options.self_correction <= 1.0:
+        raise ValueError(f"self_correction {options.self_correction}; allowed: 0 ... 1")
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)
+    if options.self_correction and (tokenizer.layout.kind != "scales" or options.phase == "refinement"):
+        raise ValueError("self_correction is for next-scale prediction: a tokenizer over scales, phase next_scale")
     everything = load_image_set(options.data, image_side(tokenizer))
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")

@@ -151,7 +151,8 @@ class Loop:
         state = self.store.load(steps[-1])
         for name, part in self.task.parts.items():
             part.module.load_state_dict(state["parts"][name]["module"])
-            part.optimizer.load_state_dict(state["parts"][name]["optimizer"])
+            for optimizer, saved in zip(part.optimizers, state["parts"][name]["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
         self.ema.load_state_dict(state["ema"])
         self.task.load_state_dict(state["task"])
         self.averages.load_state_dict(state["averages"], self.run.device)
@@ -167,7 +168,10 @@ class Loop:
                     "step": step,
                     "best": self.best,
                     "parts": {
-                        name: {"module": part.module.state_dict(), "optimizer": part.optimizer.state_dict()}
+                        name: {
+                            "module": part.module.state_dict(),
+                            "optimizers": [optimizer.state_dict() for optimizer in part.optimizers],
+                        }
                         for name, part in self.task.parts.items()
                     },
                     "ema": self.ema.state_dict(),

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +20,28 @@ class Part:
     Attributes:
         module: as it is saved.
         call: the same module behind gradient averaging over processes, if there are several; what a step calls.
-        optimizer: of its parameters.
+        optimizers: of its parameters, each parameter in one of them.
         learning_rate: at its highest.
     """
 
     module: Any
     call: Any
-    optimizer: torch.optim.Optimizer
+    optimizers: tuple[torch.optim.Optimizer, ...]
     learning_rate: float
+
+
+OptimizerName = Literal["adamw", "muon"]
+
+
+def block_matrices(module: nn.Module) -> set[Tensor]:
+    """Weights of the linear layers inside repeated blocks: what Muon is for, unlike embeddings and heads."""
+    return {
+        layer.weight
+        for blocks in module.modules()
+        if isinstance(blocks, nn.ModuleList)
+        for layer in blocks.modules()
+        if isinstance(layer, nn.Linear)
+    }
 
 
 class Averages:
@@ -106,22 +120,43 @@ class Run:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16")
 
     def add_part(
-        self, module: nn.Module, learning_rate: float, *, betas: tuple[float, float], weight_decay: float
+        self,
+        module: nn.Module,
+        learning_rate: float,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        optimizer: OptimizerName = "adamw",
     ) -> Part:
-        """A module with AdamW; weight decay on parameters of two axes and more only (LlamaGen, arXiv 2406.06525)."""
+        """A module with its optimiser; weight decay on parameters of two axes and more (LlamaGen, arXiv 2406.06525).
+
+        "muon": the matrices of the blocks by Muon (K. Jordan et al., 2024), with steps as large as AdamW's (arXiv
+        2502.16982: 0.2 sqrt(longer side)), so that one learning rate serves both; everything else by AdamW.
+
+        Raises:
+            ValueError: no such optimiser.
+        """
+        if optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer {optimizer!r}; choose adamw or muon")
         module.to(self.device)
         trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        orthogonal = block_matrices(module) if optimizer == "muon" else set()
+        matrices = [parameter for parameter in trained if parameter in orthogonal]
+        others = [parameter for parameter in trained if parameter not in orthogonal]
         groups = [
-            {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+            {"params": [parameter for parameter in others if parameter.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [parameter for parameter in others if parameter.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
+        adamw = torch.optim.AdamW(
             [group for group in groups if group["params"]],
             lr=learning_rate,
             betas=betas,
             fused=self.device.type == "cuda",
         )
-        return Part(module, module, optimizer, learning_rate)
+        if not matrices:
+            return Part(module, module, (adamw,), learning_rate)
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        return Part(module, module, (adamw, muon), learning_rate)
 
     def descend(
         self, part: Part, step: int, losses: Callable[[int], tuple[Tensor, dict[str, Tensor]]]
@@ -147,10 +182,11 @@ class Run:
             means.add(scalars)
         norm = nn.utils.clip_grad_norm_(part.module.parameters(), options.clip_norm or float("inf"), foreach=True)
         factor = self.learning_rate_factor(step)
-        for group in part.optimizer.param_groups:
-            group["lr"] = part.learning_rate * factor
-        part.optimizer.step()
-        part.optimizer.zero_grad(set_to_none=True)
+        for optimizer in part.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = part.learning_rate * factor
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return {**means.means(), "gradient_norm": norm}
 
     def learning_rate_factor(self, step: int) -> float:
