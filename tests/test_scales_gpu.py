@@ -131,18 +131,39 @@ def test_bfloat16_keeps_the_quantiser_in_float32():
     torch.testing.assert_close(out.latent_BChw, model.pyramid.running_maps(out.tokens)[-1], atol=1e-4, rtol=0)
 
 
+def peak(run) -> int:
+    """Most bytes that tensors take while it runs, beyond those that are there."""
+    torch.cuda.synchronize()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - base
+
+
+def test_memory_of_a_markov_model_is_flat_in_the_number_of_scales():
+    found = {}
+    for model_class, settings in (
+        (NextScaleTransformer, {}),
+        (HierarchicalMaskedTransformer, dict(num_refinement_layers=1)),
+    ):
+        for count in (1, 2, 4, 8):
+            model = make(model_class, 0, 512, 8, scales=(1, *(16,) * count), **settings)
+            condition = Condition(labels_BA=torch.zeros(16, 1, dtype=torch.int64, device="cuda"))
+            noise = Noise(list(range(16)), "cuda")
+            call = lambda: sample_next_scale(model, condition, noise=noise, guidance=Guidance(2.0))  # noqa: B023, E731
+            call()
+            found[model_class, count] = peak(call)
+    for (model_class, count), size in found.items():
+        print(f"{model_class.__name__}, {count} maps of 16 x 16: {size / 2**20:.0f} MiB beyond the weights")
+    assert found[HierarchicalMaskedTransformer, 8] < 1.1 * found[HierarchicalMaskedTransformer, 1]
+    assert found[NextScaleTransformer, 8] > 2 * found[NextScaleTransformer, 1]
+
+
 def test_a_refiner_phase_needs_no_more_than_the_refiner():
     large, small = make(NextScaleTransformer, 0, 512, 8), make(NextScaleTransformer, 1, 64, 2)
     small.set_tokenizer(large.pyramid)
     condition = Condition(labels_BA=torch.zeros(64, 1, dtype=torch.int64, device="cuda"))
     settings = dict(noise=Noise(list(range(64)), "cuda"), guidance=Guidance(2.0))
-
-    def peak(run):
-        torch.cuda.synchronize()
-        base = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - base
 
     drafting = peak(lambda: sample_next_scale(large, condition, num_scales=2, **settings))
     refining = peak(lambda: sample_next_scale(small, condition, **settings))
