@@ -34,7 +34,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
             code always stays; 1.0 = off.
     """
-    if (top_k or top_p < 1.0) and not logits.requires_grad and _fits_kernels(logits):
+    if (top_k or top_p < 1.0) and fits_kernels(logits):
         from visar.kernels.draw import filter_codes
 
         with kernels.on(logits.device):
@@ -54,10 +54,10 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     return logits
 
 
-def _fits_kernels(logits: Tensor) -> bool:
-    """Whether the kernels of visar/kernels/draw.py take these logits."""
+def fits_kernels(logits: Tensor) -> bool:
+    """Whether the kernels of visar/kernels/draw.py and visar/kernels/verify.py take these logits or laws [..., V]."""
     fits = logits.dtype == torch.float32 and logits.dim() > 1 and logits.shape[-1] <= kernels.MAX_CODES
-    return fits and kernels.usable(logits)
+    return fits and not logits.requires_grad and kernels.usable(logits)
 
 
 _BLOCK = 128
@@ -88,6 +88,11 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
 
     Returns: int64 [...]; a code of no mass is never drawn.
     """
+    if fits_kernels(mass):
+        from visar.kernels.verify import draw_mass
+
+        with kernels.on(mass.device):
+            return draw_mass(mass, uniform)
     if mass.shape[-1] <= _BLOCK:
         return _invert(mass, uniform * mass.sum(-1))[0]
     padded = functional.pad(mass, (0, -mass.shape[-1] % _BLOCK)).unflatten(-1, (-1, _BLOCK))
@@ -112,7 +117,7 @@ def sample_logits(
     On a GPU one kernel does it; its sums are rounded in another order, so that a uniform number within rounding of the
     border between two codes may fall to the other.
     """
-    if not _fits_kernels(logits):
+    if not fits_kernels(logits):
         return categorical(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
     from visar.kernels.draw import draw_codes
 

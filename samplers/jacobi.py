@@ -20,12 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from visar import kernels
 from visar.condition import Condition
 from visar.guidance import OFF, Guidance
 from visar.noise import Noise, Use
 from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters, draw
+from visar.samplers.filtering import check_filters, draw, fits_kernels
 from visar.samplers.verify import (
     Counts,
     Generator,
@@ -263,14 +264,60 @@ def run_jacobi(
     sizes = session.hold("sizes", torch.tensor(window_sizes(window), device=device))
     size_B = session.hold("size", sizes[:1].expand(batch) if adaptive else sizes[-1:].expand(batch))
     mark_B = session.hold("mark", torch.zeros(batch, dtype=torch.int64, device=device))
+    slot_L = session.hold("slot", torch.arange(window, device=device))
     counts = Counts.start(session, window, batch, num_tokens, device)
 
     def step(slots: int) -> None:
-        slot_L = torch.arange(window, device=device)
+        logits_BLV = model.verify(state, draft_BK[:, : slots - 1])
+        uniform_BL3 = source.uniform(Use.DRAFT, state.length[:, None] + slot_L[:slots], (3,), pass_11)
+        if fits_kernels(logits_BLV):
+            with kernels.on(device):
+                turn_by_kernels(logits_BLV, uniform_BL3)
+        else:
+            turn(logits_BLV, uniform_BL3)
+        pass_11.add_(1)
+        if adaptive:
+            due = (pass_11[0] % check_every) == 0
+            wanted_B = 4 * (state.length - mark_B) / check_every
+            index_B = (sizes < wanted_B[:, None]).sum(-1).clamp(max=len(sizes) - 1)
+            size_B.copy_(torch.where(due, sizes[index_B], size_B))
+            mark_B.copy_(torch.where(due, state.length, mark_B))
+
+    def turn_by_kernels(logits_BLV: Tensor, uniform_BL3: Tensor) -> None:
+        from visar.kernels.verify import carry, judge
+
+        drafts_now = logits_BLV.shape[1] - 1
+        fresh_BL, accept_BL, emit_BL = uniform_BL3.unbind(-1)
+        now_BK, q_BKV = draft_BK[:, :drafts_now], law_BKV[:, :drafts_now]
+        given_BLV, chance_BK = logits_BLV, None
+        if chance is not None:
+            given_BLV = token_law(logits_BLV, *filters)
+            chance_BK = chance(given_BLV[:, :-1], q_BKV, now_BK, held_table)
+        p_BLV, (tokens_BL, count_B, *_), next_BL = judge(
+            given_BLV,
+            q_BKV,
+            now_BK,
+            accept_BL,
+            emit_BL,
+            filters=filters if chance is None else None,
+            judged_B=size_B - 1 if adaptive else None,
+            chance_BK=chance_BK,
+            coupling=coupling,
+            fresh_BL=fresh_BL,
+            gumbel_BTV=gumbel_BTV,
+            length_B=state.length,
+            counts=counts.held,
+        )
+        model.commit(state, tokens_BL, count_B)
+        places = (state.length, state.tokens, guess_uniform_BT, recent_BSV)
+        carry(initial, next_BL, p_BLV, count_B, size_B, *places, draft_BK, law_BKV, columns)
+
+    def turn(logits_BLV: Tensor, uniform_BL3: Tensor) -> None:
+        slots = logits_BLV.shape[1]
         position_BL = state.length[:, None] + slot_L[:slots]
         left_B = num_tokens - state.length
-        p_BLV = token_law(model.verify(state, draft_BK[:, : slots - 1]), *filters)
-        fresh_BL, accept_BL, emit_BL = source.uniform(Use.DRAFT, position_BL, (3,), pass_11).unbind(-1)
+        p_BLV = token_law(logits_BLV, *filters)
+        fresh_BL, accept_BL, emit_BL = uniform_BL3.unbind(-1)
         now_BK, q_BKV, judged_B = draft_BK[:, : slots - 1], law_BKV[:, : slots - 1], size_B - 1
         chance_BK = None if chance is None else chance(p_BLV[:, :-1], q_BKV, now_BK, held_table)
         verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, judged_B=judged_B, chance_BK=chance_BK)
@@ -308,13 +355,6 @@ def run_jacobi(
             guess_law_BKV = one_hot(guess_BK, vocab_size)
         draft_BK.copy_(torch.where(carried_BK, tokens_BK, guess_BK))
         law_BKV.copy_(torch.where(carried_BK[..., None], laws_BKV, guess_law_BKV))
-        pass_11.add_(1)
-        if adaptive:
-            due = (pass_11[0] % check_every) == 0
-            wanted_B = 4 * (state.length - mark_B) / check_every
-            index_B = (sizes < wanted_B[:, None]).sum(-1).clamp(max=len(sizes) - 1)
-            size_B.copy_(torch.where(due, sizes[index_B], size_B))
-            mark_B.copy_(torch.where(due, state.length, mark_B))
 
     passes = run_passes(
         session,

@@ -22,15 +22,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from visar import kernels
 from visar.noise import Noise
 from visar.output import SampleOutput, SampleStatistics
 from visar.runtime import Session
-from visar.samplers.filtering import draw, filter_logits
+from visar.samplers.filtering import draw, filter_logits, fits_kernels
 
 
 def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
-    return torch.softmax(filter_logits(logits.float(), temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)
+    logits = logits.float()
+    if fits_kernels(logits):
+        from visar.kernels.verify import law
+
+        with kernels.on(logits.device):
+            return law(logits, temperature, top_k, top_p)
+    return torch.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -116,6 +123,12 @@ def verify(
         chance_BK: probabilities of keeping a draft, for lossy samplers; None is min(1, p / q).
     """
     num_drafts = draft_BK.shape[1]
+    if fits_kernels(p_BLV):
+        from visar.kernels.verify import judge
+
+        with kernels.on(p_BLV.device):
+            chances: dict = dict(judged_B=judged_B, chance_BK=chance_BK)
+            return Verdict(*judge(p_BLV, q_BKV, draft_BK, accept_uniform_BK, emit_uniform_BL, **chances)[1])
     if chance_BK is None:
         chance_BK = acceptance(p_BLV[:, :num_drafts], q_BKV, draft_BK)
     accepted_BK = accept_uniform_BK < chance_BK
@@ -155,6 +168,11 @@ class Counts:
             session.hold("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
         )
 
+    @property
+    def held(self) -> tuple[int, Tensor, Tensor, Tensor]:
+        """N and the counters, as kernels take them."""
+        return self.num_tokens, self.per_pass_W, self.drafts_2, self.outcome_BT
+
     def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
         """Counts one pass.
 
@@ -163,6 +181,11 @@ class Counts:
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
             refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """
+        if kernels.available(count_B.device):
+            from visar.kernels.verify import count_pass
+
+            with kernels.on(count_B.device):
+                return count_pass(count_B, kept_B, judged_B, left_B, refused_B, self.held)
         live_B = left_B > 0
         # The whole window is written: what is behind the committed tokens is written again by the passes to come.
         slot_W = torch.arange(len(self.per_pass_W) - 1, device=left_B.device)
