@@ -40,14 +40,18 @@ class SwiGLU(nn.Module):
 
         Names, values and saved files stay as they are. Moving or casting the module parts them again.
         """
-        if self._joined() is None and type(self.w1) is type(self.w3) is nn.Linear:
+        if self._plain() and self._joined() is None:
             both_2FD = torch.cat([self.w1.weight.detach(), self.w3.weight.detach()])
             self.w1.weight.data, self.w3.weight.data = both_2FD.chunk(2)
 
+    def _plain(self) -> bool:
+        """Whether no adapter has taken a layer's place and the weights are not quantised."""
+        return all(type(layer) is nn.Linear and type(layer.weight) is nn.Parameter for layer in (self.w1, self.w3))
+
     def _joined(self) -> Tensor | None:
         """Both weights as one [2F, D], if they lie side by side."""
-        if not type(self.w1) is type(self.w3) is nn.Linear:
-            return None  # an adapter has taken the layer's place
+        if not self._plain():
+            return None
         gate, up = self.w1.weight, self.w3.weight
         same = gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
         if not (same and gate.is_contiguous() and up.storage_offset() - gate.storage_offset() == gate.numel()):

@@ -183,7 +183,7 @@ class FeedForward(nn.Module):
 
     def fused(self, x_RLD: Tensor) -> Tensor:
         """`forward`, on a GPU with the activation inside the first product: inference only."""
-        if not x_RLD.is_cuda:
+        if not x_RLD.is_cuda or type(self.fc1.weight) is not nn.Parameter:  # quantised
             return self(x_RLD)
         # cuBLASLt's epilogue: bias and the tanh form of gelu on the float32 sums.
         hidden_MF = torch._addmm_activation(self.fc1.bias, x_RLD.flatten(0, 1), self.fc1.weight.t(), use_gelu=True)

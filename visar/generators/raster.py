@@ -407,16 +407,18 @@ class RasterGPT(ModelMixin, ConfigMixin):
         return self.fused == "auto" and inference and not mixed and kernels.usable(weight)
 
     def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
-        """What `features` does without a tree, in 8 launches a layer."""
+        """What `features` does without a tree, in 5 or 8 launches a layer."""
         from visar.kernels.decoder import decode_layers
         from visar.kernels.elementwise import first_inputs
+        from visar.kernels.overlap import overlaps
 
         layers = cast(list[Block], list(self.layers))
         rope, place = self.rope(state.tokens.device), dict(ahead=self.prefix_length - 1, batch=state.batch)
         with kernels.on(state.tokens.device):
             if self.config["token_input"] == "table":
                 table = self.tok_embeddings.weight
-                x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD)
+                early = overlaps(table.device)
+                x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD, early)
             else:
                 x_RLD = self._inputs(state, draft_BK)
             mask = state.key_valid_RS
@@ -424,18 +426,28 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
-        return self.output(self.features(state, draft_BK))
+        return self._head(self.features(state, draft_BK))
+
+    def _head(self, features_RLD: Tensor) -> Tensor:
+        """Logits [R, L, V] of features while decoding."""
+        if not self._takes_kernels():
+            return self.output(features_RLD)
+        from visar.kernels.decoder import head
+
+        with kernels.on(features_RLD.device):
+            return head(self.output, features_RLD)
 
     def guided_logits(self, state: RasterState, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor:
         """Guided float32 logits [B, L, V] from `features`; depth_BL: how far each slot is ahead, for trees."""
-        logits_RLV = self.output(features_RLD)
+        logits_RLV = self._head(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
         if depth_BL is None and self._takes_kernels():
             from visar.kernels.elementwise import guide
+            from visar.kernels.overlap import overlaps
 
             with kernels.on(logits_RLV.device):
-                return guide(logits_RLV, state.scale_N, state.length)
+                return guide(logits_RLV, state.scale_N, state.length, overlaps(logits_RLV.device))
         if depth_BL is None:
             depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
         return combine(logits_RLV, state.scale_N[state.length[:, None] + depth_BL][..., None])

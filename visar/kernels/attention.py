@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from visar.kernels.overlap import launch
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
 _NOTHING = tl.constexpr(-1.0e30)
@@ -27,12 +30,29 @@ def _rotated(base_ptr, offset, partner, inside, cos, sin, sign):
 
 
 @triton.jit
+def _add_tile(query, key, value, slot, root, mask_ptr, top, total, out, MASKED: tl.constexpr):
+    """Running softmax of one query over one more tile of keys: its maximum, sum and weighted values."""
+    seen = slot < root
+    if MASKED:
+        seen = seen & (tl.load(mask_ptr + slot, mask=seen, other=0) != 0)
+    score = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], axis=1), float("-inf"))
+    new_top = tl.maximum(top, tl.max(score, axis=0))
+    weight = tl.exp(score - new_top)
+    shrink = tl.exp(top - new_top)
+    total = total * shrink + tl.sum(weight, axis=0)
+    out = out * shrink + tl.sum(value.to(tl.float32) * weight[:, None], axis=0)
+    return new_top, total, out
+
+
+@triton.jit
 def _one_token(
     qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, out_ptr,
     ahead, batch, slots, places, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr, BLOCK: tl.constexpr,
-    RAGGED: tl.constexpr, MASKED: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     row = tl.program_id(0)
     head = tl.program_id(1)
     if RAGGED:
@@ -45,11 +65,22 @@ def _one_token(
     cos = tl.load(turn, mask=real, other=0.0)
     sin = tl.load(turn + 1, mask=real, other=0.0)
     sign = tl.where(e % 2 == 0, -1.0, 1.0)
+    line = (row.to(tl.int64) * HEADS + head) * slots * WIDTH
+
+    # The length, and slots before it, are as earlier steps left them: a step begins with a kernel that starts after
+    # all before it have ended, so these reads need not wait for this step's kernels.
+    slot = tl.arange(0, BLOCK)
+    tile = line + slot[:, None] * WIDTH + e[None, :]
+    inside = (slot < root)[:, None] & real[None, :]
+    key = tl.load(keys_ptr + tile, mask=inside, other=0.0)
+    value = tl.load(values_ptr + tile, mask=inside, other=0.0)
+    if PDL:
+        gdc_wait()
+
     new = qkv_ptr + row * (3 * HEADS * WIDTH) + head * WIDTH
     query = _rotated(new, e, e ^ 1, real, cos, sin, sign).to(tl.float32) * scale
     new_key = _rotated(new + HEADS * WIDTH, e, e ^ 1, real, cos, sin, sign)
     new_value = tl.load(new + 2 * HEADS * WIDTH + e, mask=real, other=0.0)
-    line = (row.to(tl.int64) * HEADS + head) * slots * WIDTH
     tl.store(keys_ptr + line + root * WIDTH + e, new_key, mask=real)
     tl.store(values_ptr + line + root * WIDTH + e, new_value, mask=real)
 
@@ -62,22 +93,15 @@ def _one_token(
         top = tl.where(seen_itself, top, _NOTHING)
         total = tl.where(seen_itself, 1.0, 0.0)
         out = tl.where(seen_itself, out, 0.0)
-    for start in tl.range(0, root, BLOCK):
+    mask = valid_ptr + row * slots
+    top, total, out = _add_tile(query, key, value, slot, root, mask, top, total, out, MASKED)
+    for start in tl.range(BLOCK, root, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        seen = slot < root
         tile = line + slot[:, None] * WIDTH + e[None, :]
-        inside = seen[:, None] & real[None, :]
+        inside = (slot < root)[:, None] & real[None, :]
         key = tl.load(keys_ptr + tile, mask=inside, other=0.0)
         value = tl.load(values_ptr + tile, mask=inside, other=0.0)
-        if MASKED:
-            seen = seen & (tl.load(valid_ptr + row * slots + slot, mask=seen, other=0) != 0)
-        score = tl.where(seen, tl.sum(key.to(tl.float32) * query[None, :], axis=1), float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, axis=0))
-        weight = tl.exp(score - new_top)
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, axis=0)
-        out = out * shrink + tl.sum(value.to(tl.float32) * weight[:, None], axis=0)
-        top = new_top
+        top, total, out = _add_tile(query, key, value, slot, root, mask, top, total, out, MASKED)
     out = out / tl.maximum(total, 1.0e-30)
     tl.store(out_ptr + row * (HEADS * WIDTH) + head * WIDTH + e, out.to(new_value.dtype), mask=real)
 
@@ -187,6 +211,7 @@ def cached_attention(
     ahead: int,
     batch: int,
     key_valid_RS: Tensor | None,
+    overlap: bool = False,
 ) -> Tensor:
     """Attention of L new positions of every row over the cache and, causally, over themselves; they enter the cache.
 
@@ -200,6 +225,8 @@ def cached_attention(
         ahead: prefix positions before the one that predicts token 0.
         batch: B; row r belongs to image r mod B.
         key_valid_RS: bool, False for slots that nobody sees; None if all are seen. A query that sees nothing gets 0.
+        overlap: see visar/kernels/overlap.py; one position only. What wrote the cache before must have ended when
+            the step began.
 
     Returns: [R, L, N E], before the output matrix.
     """
@@ -218,7 +245,7 @@ def cached_attention(
         warps = 16 if rows * heads <= 132 and slots > 320 else 8
         block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
         _one_token[(rows, heads)](
-            *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=warps, num_stages=1
+            *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=warps, num_stages=1, **launch(overlap)
         )  # fmt: skip
         return out_RLX
     float32 = qkv_RLX.dtype == torch.float32

@@ -1,17 +1,45 @@
-"""The layers of a raster transformer on new positions: products by the library, four kernels of ours a layer."""
+"""The layers of a raster transformer on new positions: 5 launches a layer for a few rows, 8 for more.
+
+For a few rows all products are visar/kernels/product.py's, with norms, SwiGLU and residuals inside, and every kernel
+reads its weights or its cache while the one before it ends. For more rows products are the library's.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from visar.cache import KVCache
 from visar.kernels.attention import cached_attention
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
+from visar.kernels.overlap import overlaps
+from visar.kernels.product import Weight, product
 from visar.layers import RMSNorm
+from visar.quantize import stored
 
 if TYPE_CHECKING:
     from visar.generators.raster import Block
+
+FEW_ROWS = 4
+"""Most rows (of all positions together) whose products are not the library's."""
+FEW_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+"""Of the activations; float32 keeps the library's products, whose rounding the plain path shares."""
+
+
+def are_few(rows: int, layer: nn.Linear) -> bool:
+    """Whether so many rows go through the kernels of visar/kernels/product.py; an adapter's layer never does."""
+    return rows <= FEW_ROWS and type(layer) is nn.Linear and layer.weight.dtype in FEW_DTYPES
+
+
+def head(layer: nn.Linear, features_RLD: Tensor) -> Tensor:
+    """The layer's outputs [R, L, N] of features."""
+    features_MD = features_RLD.flatten(0, 1)
+    if not are_few(features_MD.shape[0], layer) or layer.bias is not None:
+        return layer(features_RLD)
+    weight = Weight(*stored(layer))
+    out_MN = product(features_MD.contiguous(), weight, overlap=overlaps(features_MD.device))
+    return out_MN.unflatten(0, features_RLD.shape[:2])
 
 
 def decode_layers(
@@ -33,9 +61,22 @@ def decode_layers(
         x_RLD: input embeddings, contiguous; overwritten.
         cache: of all layers. The other arguments: see `cached_attention`.
     """
-    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [last_norm]
     shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
     place: dict = dict(ahead=ahead, batch=batch, key_valid_RS=key_valid_RS)
+    rows = residual_MD.shape[0]
+    if all(are_few(rows, linear) for layer in layers for linear in linears(layer)):
+        place["overlap"] = overlap = overlaps(x_RLD.device)
+        for i, layer in enumerate(layers):
+            wqkv, wo, w1, w3, w2 = (Weight(*stored(linear)) for linear in linears(layer))
+            qkv_MX = product(residual_MD, wqkv, norm=layer.attention_norm, overlap=overlap)
+            qkv_RLX = qkv_MX.unflatten(0, shape)
+            mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
+            product(mixed_RLD.flatten(0, 1), wo, residual_MN=residual_MD, overlap=overlap)
+            hidden_MF = product(residual_MD, w1, up=w3, norm=layer.ffn_norm, overlap=overlap)
+            product(hidden_MF, w2, residual_MN=residual_MD, overlap=overlap)
+        return add_rms_norm_(residual_MD, None, last_norm.weight, last_norm.eps, overlap).unflatten(0, shape)
+
+    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [last_norm]
     normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
     for i, layer in enumerate(layers):
         after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
@@ -46,3 +87,14 @@ def decode_layers(
         delta_MD = layer.feed_forward.w2(silu_multiply(layer.feed_forward.gate_and_up(normed_MD)))
         normed_MD = add_rms_norm_(residual_MD, delta_MD, after_feed_forward.weight, after_feed_forward.eps)
     return normed_MD.unflatten(0, shape)
+
+
+def linears(layer: "Block") -> tuple[nn.Linear, ...]:
+    """A block's matrices: queries, keys and values; output; gate; up; down."""
+    return (
+        layer.attention.wqkv,
+        layer.attention.wo,
+        layer.feed_forward.w1,
+        layer.feed_forward.w3,
+        layer.feed_forward.w2,
+    )

@@ -12,6 +12,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from visar.kernels.overlap import launch, overlaps
 
 _COLUMNS = 128
 
@@ -62,8 +65,11 @@ def _filter(
 @triton.jit
 def _draw(
     logits_ptr, uniform_ptr, out_ptr, codes, temperature, top_k, top_p,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     line = tl.program_id(0).to(tl.int64)
     row = tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -130,5 +136,6 @@ def draw_codes(logits_MV: Tensor, uniform_M: Tensor, temperature: float, top_k: 
         TOP_K=0 < top_k < codes,
         TOP_P=top_p < 1.0,
         num_warps=min(max(rows // 4, 4), 32),
+        **launch(overlaps(logits_MV.device)),
     )
     return out_M

@@ -8,12 +8,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from visar.kernels.overlap import launch
 
 
 @triton.jit
 def _add_rms_norm(
-    residual_ptr, delta_ptr, weight_ptr, normed_ptr, width, eps, ADD: tl.constexpr, BLOCK: tl.constexpr
+    residual_ptr, delta_ptr, weight_ptr, normed_ptr, width, eps,
+    ADD: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
@@ -29,10 +36,13 @@ def _add_rms_norm(
     tl.store(normed_ptr + row * width + column, normed.to(x.dtype), mask=inside)
 
 
-def add_rms_norm_(residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: float) -> Tensor:
+def add_rms_norm_(
+    residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor, eps: float, overlap: bool = False
+) -> Tensor:
     """Adds `delta_MD` (None = nothing) to the residual in place and returns its RMS norm times the weight.
 
     Statistics in float32, cast, then the weight: `visar.layers.RMSNorm`. All tensors contiguous and of one dtype.
+    `overlap`: see visar/kernels/overlap.py.
     """
     rows, width = residual_MD.shape
     normed_MD = torch.empty_like(residual_MD)
@@ -47,6 +57,7 @@ def add_rms_norm_(residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor
         ADD=delta_MD is not None,
         BLOCK=block,
         num_warps=min(max(block // 256, 1), 8),
+        **launch(overlap),
     )
     return normed_MD
 
@@ -54,8 +65,11 @@ def add_rms_norm_(residual_MD: Tensor, delta_MD: Tensor | None, weight_D: Tensor
 @triton.jit
 def _first_inputs(
     tokens_ptr, draft_ptr, length_ptr, table_ptr, prefix_ptr, out_ptr,
-    batch, positions, token_stride, draft_stride, width, RAGGED: tl.constexpr, BLOCK: tl.constexpr,
+    batch, positions, token_stride, draft_stride, width,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
     line = tl.program_id(0).to(tl.int64)
     row = line // positions
     slot = line % positions
@@ -73,7 +87,12 @@ def _first_inputs(
 
 
 def first_inputs(
-    tokens_BT: Tensor, draft_BK: Tensor | None, length: Tensor, table_VD: Tensor, prefix_last_RD: Tensor
+    tokens_BT: Tensor,
+    draft_BK: Tensor | None,
+    length: Tensor,
+    table_VD: Tensor,
+    prefix_last_RD: Tensor,
+    overlap: bool = False,
 ) -> Tensor:
     """Input embeddings [R, K + 1, D]: the last committed token (at length 0 the prefix's last vector), and the drafts.
 
@@ -83,6 +102,7 @@ def first_inputs(
         length: int64 [1] or [B] of committed tokens.
         table_VD: embedding of every id.
         prefix_last_RD: of every row; row r belongs to image r mod B.
+        overlap: the next kernel may start early. This one never does: it begins a step, see `cached_attention`.
     """
     (batch, slots), (rows, width) = tokens_BT.shape, prefix_last_RD.shape
     drafts = 0 if draft_BK is None else draft_BK.shape[1]
@@ -103,6 +123,7 @@ def first_inputs(
         width,
         RAGGED=length.shape[0] > 1,
         BLOCK=block,
+        PDL=overlap,
         num_warps=4,
     )
     return out_RLD
@@ -131,8 +152,12 @@ def silu_multiply(both_M2F: Tensor) -> Tensor:
 
 @triton.jit
 def _guide(
-    logits_ptr, scale_ptr, length_ptr, out_ptr, batch, positions, codes, RAGGED: tl.constexpr, BLOCK: tl.constexpr
+    logits_ptr, scale_ptr, length_ptr, out_ptr, batch, positions, codes,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     code = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = code < codes
@@ -145,13 +170,14 @@ def _guide(
     tl.store(out_ptr + row * codes + code, null + (conditional - null) * scale, mask=inside)
 
 
-def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor) -> Tensor:
+def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, overlap: bool = False) -> Tensor:
     """Guided float32 logits [B, L, V] of a doubled batch [2B, L, V]; `visar.guidance.combine` with positions.
 
     Args:
         logits_RLV: contiguous.
         scale_N: float32 strength of every position.
         length: int64 [1] or [B]: position of slot 0.
+        overlap: see visar/kernels/overlap.py.
     """
     rows, positions, codes = logits_RLV.shape
     out_BLV = logits_RLV.new_empty(rows // 2, positions, codes, dtype=torch.float32)
@@ -167,5 +193,6 @@ def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor) -> Tensor:
         RAGGED=length.shape[0] > 1,
         BLOCK=block,
         num_warps=4,
+        **launch(overlap),
     )
     return out_BLV
