@@ -4,7 +4,7 @@ import shlex
 
 import pytest
 
-from visar.sampler_arguments import parse_sampler, take_sampler_options
+from visar.sampler_arguments import parse_sampler, parse_sampling, split_run, take_sampler_options
 from visar.samplers.index import SAMPLERS
 from visar.samplers.settings import describe, read_setting
 
@@ -80,3 +80,56 @@ def test_lists_of_samplers():
     ):
         with pytest.raises(ValueError, match=message):
             parse_sampler(text)
+
+
+def test_settings_of_all_samplers_in_a_text():
+    assert parse_sampling("ancestral") == ("ancestral", {}, {})
+    assert parse_sampling("static_tree:branches=4,2,top-p=0.8,guidance_scale=4,guidance-schedule=linear") == (
+        "static_tree",
+        {"branches": (4, 2)},
+        {"top_p": 0.8, "guidance_scale": 4.0, "guidance_schedule": "linear"},
+    )
+    assert parse_sampling("collaborative:followers=a/b,takes_over=5,top_k=600,temperature=1.1,1,1") == (
+        "collaborative",
+        {"followers": ("a/b",), "takes_over": (5,)},
+        {"top_k": 600, "temperature": (1.1, 1.0, 1.0)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "ancestral:topp=1",
+            "no setting 'topp'; its settings: none; those of every sampler: guidance_scale, guidance_",
+        ),
+        ("jacobi:windw=1", "its settings: window, initial, .*; those of every sampler: .*temperature, top_k, top_p"),
+        ("ancestral:top_p=0.9,0.8", "top_p '0.9,0.8'; allowed: a number$"),
+        ("next_scale:top_k=1.5", "top_k '1.5'; allowed: a whole number, or one a scale"),
+        ("next_scale:guidance_scale=1,2", "guidance_scale '1,2'; allowed: a number$"),
+        ("ancestral:top_p=1.5", "top_p 1.5"),
+        ("next_scale:temperature=1,0", "temperature 0.0"),
+        ("ancestral:guidance_scale=-1", "guidance scale -1.0"),
+        ("ancestral:guidance_schedule=steep", "'steep'; choose constant or linear"),
+        ("collaborative:followers=emoji-var", "needs takes_over"),
+    ],
+)
+def test_wrong_settings_of_all_samplers_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_sampling(text)
+
+
+def test_general_settings_are_no_settings_of_a_sampler_alone():
+    with pytest.raises(ValueError, match="no setting 'top_p'"):
+        parse_sampler("ancestral:top_p=0.9")
+
+
+def test_a_run_is_a_model_and_a_sampler():
+    assert split_run("emoji-var/ancestral") == ("emoji-var", "ancestral")
+    assert split_run("runs/var/model/collaborative:followers=runs/a/model,takes_over=5") == (
+        "runs/var/model",
+        "collaborative:followers=runs/a/model,takes_over=5",
+    )
+    for text in ("ancestral", "/ancestral", "ancestral:drafter=a/b"):
+        with pytest.raises(ValueError, match="write MODEL/SAMPLER"):
+            split_run(text)
