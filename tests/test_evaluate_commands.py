@@ -110,7 +110,7 @@ def test_stats_then_eval_of_pictures(tmp_path: Path, pictures: Path, tables: lis
     assert report is not None and report.metrics.distance_name == "FD-Lite0"
     assert tables[1][0][1] == "FD-Lite0" and tables[1][1][0] == "sample_64.npz"
     assert report.copies is not None and report.copies["copy_rate"] == pytest.approx(12 / 64, abs=0.05)
-    assert report.speed is None and report.protocol["num_samples"] == 64
+    assert report.images_per_second is None and report.protocol["num_samples"] == 64
     card = (tmp_path / "out" / "card.md").read_text()
     assert "FD-Lite0 is not FID" in card and report.protocol["reference_sha256"] in card
     with pytest.warns(UserWarning, match="singular"):
@@ -131,7 +131,7 @@ def test_eval_of_a_saved_pipeline_and_compare(tmp_path: Path, pictures: Path, ta
     assert protocol["guidance"]["scale"] == 1.5 and protocol["top_k"] == 8 and protocol["temperature"] == 1.0
     assert protocol["dtype"] == "float32" and protocol["labels"].startswith("balanced: image i has class i mod 4")
     assert report.cost["forward_passes_per_image"] == {"generator": 16.0}
-    assert report.speed is not None and report.speed > 0
+    assert report.images_per_second is not None and report.images_per_second > 0
     parts = sorted(path.name for path in (tmp_path / "a" / "parts").iterdir())
     assert parts == ["part-00000000-00000005.npz", "part-00000005-00000010.npz"]
     strong = Eval(str(model), out=tmp_path / "b", guidance_scale=3.0, temperature=2.0, **common)
@@ -238,6 +238,13 @@ def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
         50000,
     )
     assert tyro.cli(Compare, args=["a", "b", "--samplers", "ancestral", "x:y=1"]).samplers == ("ancestral", "x:y=1")
+    flags = ["--runs", "a/ancestral", "b/next_scale:top_k=3", "--speed-batches", "1", "8", "--reference", "r.npz"]
+    options = tyro.cli(Compare, args=flags)
+    assert (options.names, options.runs, options.speed_batches) == (
+        (),
+        ("a/ancestral", "b/next_scale:top_k=3"),
+        (1, 8),
+    )
     names = {kind.__name__: " ".join(field.name for field in dataclasses.fields(kind)) for kind in COMMANDS}
     assert names == {
         "Eval": "model reference out num_samples batch_size seed labels prompts sampler guidance_scale "
@@ -246,6 +253,6 @@ def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
         "Stats": "source out protocol extractor extractor_weights layer spatial resize image_size keep_features "
         "batch_size device",
         "EvalTokenizer": "tokenizer images out extractor extractor_weights resize image_size batch_size device dtype",
-        "Compare": "names out samplers reference num_samples batch_size seed guidance_scale extractor "
-        "extractor_weights train device dtype",
+        "Compare": "names out samplers runs reference num_samples batch_size speed_batches seed guidance_scale "
+        "extractor extractor_weights train device dtype",
     }

@@ -1,6 +1,8 @@
 """Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
-from dataclasses import asdict, dataclass, field
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,9 +13,10 @@ from visar.data.tokens import weights_digest
 from visar.evaluate.images import UINT8_RULES, open_images
 from visar.evaluate.labels import Label, LabelTable
 from visar.evaluate.references import load_reference
-from visar.evaluate.report import Report
+from visar.evaluate.report import Report, environment, load_report, save_report
 from visar.evaluate.run import Progress, RunOptions, ScoreOptions, counted, evaluate_generator, label_plan, stacked
 from visar.evaluate.sharding import World, join_world, leave_world
+from visar.evaluate.speed import Speed, check_batches, measure_speed
 from visar.guidance import Guidance
 from visar.output import SampleStatistics
 from visar.pipelines.image import ImagePipeline
@@ -25,16 +28,26 @@ class Sampling:
 
     Attributes:
         sampler, sampler_options: see `visar samplers`.
-        guidance: strength, convention and schedule.
-        temperature, top_k, top_p: as in the pipeline's call.
+        guidance: strength, convention and schedule; or the strength alone, 1.0 = off.
+        temperature, top_k, top_p: as in the pipeline's call; samplers over scales also take one value a scale.
     """
 
     sampler: str | None = None
     sampler_options: dict[str, Any] = field(default_factory=dict)
-    guidance: Guidance | None = None
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
+    guidance: Guidance | float | None = None
+    temperature: float | Sequence[float] | None = None
+    top_k: int | Sequence[int] | None = None
+    top_p: float | Sequence[float] | None = None
+
+    def call_settings(self) -> dict[str, Any]:
+        """As keyword arguments of the pipeline, but for the sampler's own options."""
+        return {
+            "sampler": self.sampler,
+            "guidance_scale": self.guidance,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
 
 
 class PipelineGenerator:
@@ -58,12 +71,8 @@ class PipelineGenerator:
         """uint8 [B, 3, H, W], one image a seed."""
         result = self.pipeline(
             **self._conditions(labels),
-            sampler=self.sampling.sampler,
+            **self.sampling.call_settings(),
             sampler_options=self.sampling.sampler_options,
-            guidance_scale=self.sampling.guidance,
-            temperature=self.sampling.temperature,
-            top_k=self.sampling.top_k,
-            top_p=self.sampling.top_p,
             seeds=seeds,
             output_type="pt",
         )
@@ -110,17 +119,10 @@ class PipelineGenerator:
 
     def settings(self) -> dict[str, Any]:
         """What its pictures depend on besides seeds and labels, defaults filled in."""
-        chosen = self.sampling
-        settings = self.pipeline.sampling_settings(
-            sampler=chosen.sampler,
-            guidance_scale=chosen.guidance,
-            temperature=chosen.temperature,
-            top_k=chosen.top_k,
-            top_p=chosen.top_p,
-        )
+        settings = self.pipeline.sampling_settings(**self.sampling.call_settings())
         return settings | {
             "guidance": asdict(settings["guidance"]),
-            "sampler_options": chosen.sampler_options,
+            "sampler_options": self.sampling.sampler_options,
             "uint8_rule": self.uint8_rule,
             "tokenizer_sha256": weights_digest(self.pipeline.tokenizer),
             "generator_sha256": weights_digest(self.pipeline.generator),
@@ -139,6 +141,7 @@ def evaluate_pipeline(
     name: str,
     uint8_rule: str = "round",
     prompts: tuple[str, ...] = (),
+    speed_batches: tuple[int, ...] = (),
     world: World | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
@@ -152,6 +155,8 @@ def evaluate_pipeline(
         name: the model's name in tables and cards.
         uint8_rule: key of UINT8_RULES.
         prompts: for models conditioned on words; image i has prompt i mod their number.
+        speed_batches: batch sizes at which the first process times whole calls, see `measure_speed`; what the folder's
+            report of the same device says already is kept.
         world: the processes; None joins those of the launcher.
         progress: told (what, done, total).
 
@@ -162,6 +167,7 @@ def evaluate_pipeline(
     """
     if score.protocol != "generation":
         raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
+    check_batches(speed_batches)
     joined = world or join_world(pipeline.device.type)
     generate = PipelineGenerator(pipeline, sampling, uint8_rule)
     if joined.device != pipeline.device:
@@ -179,6 +185,7 @@ def evaluate_pipeline(
             image_size=score.image_size,
             progress=counted(progress, "reference", 0),
         )
+    known = _known_speed(options, joined) if joined.rank == 0 else {}
     table = joined.from_first(None if reference is None else reference.labels)
     plan = label_plan(
         options.labels,
@@ -199,6 +206,28 @@ def evaluate_pipeline(
         held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
         progress=progress,
     )
+    del extractor, reference  # what they hold is no memory of the pipeline
+    if report is not None:
+        batches = speed_batches or tuple(known)
+        for number, batch in enumerate(batches, 1):
+            if batch not in known:
+                pipeline.runtime.clear()
+                gc.collect()
+                known[batch] = measure_speed(generate, plan, batch, seed=options.seed, device=joined.device)
+            report = replace(report, speed=(*report.speed, known[batch]))
+            save_report(report, options.out)
+            if progress is not None:
+                progress("timing", sum(batches[:number]), sum(batches))
+    joined.barrier()  # the others leave the machine to the timing
     if world is None:
         leave_world(joined)
     return report
+
+
+def _known_speed(options: RunOptions, world: World) -> dict[int, Speed]:
+    """Speeds by batch size that the folder's report holds, if they were measured on such a device."""
+    if not (options.out / "metrics.json").is_file():
+        return {}
+    report = load_report(options.out)
+    same = report.protocol["device"] == environment(world.device)["device"]
+    return {row.batch: row for row in report.speed} if same else {}

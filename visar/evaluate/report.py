@@ -16,6 +16,7 @@ from visar.evaluate.extractors import Extractor
 from visar.evaluate.generation import Generated
 from visar.evaluate.metrics import Metrics
 from visar.evaluate.references import Reference
+from visar.evaluate.speed import Speed
 from visar.files import atomic_write
 
 # Figures compare when these agree; what differs between the rows of a table is the model and how it was sampled.
@@ -44,6 +45,7 @@ class Report:
         images_sha256: of all pictures; equal for equal pictures.
         duplicates: pictures with the bytes of an earlier one.
         copies: copy rates; None where no training pictures were given.
+        speed: by batch size, where it was measured.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Report:
     duplicates: int
     copies: dict[str, float | None] | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
+    speed: tuple[Speed, ...] = ()
 
     @property
     def passes(self) -> float:
@@ -61,8 +64,8 @@ class Report:
         return sum(self.cost["forward_passes_per_image"].values())
 
     @property
-    def speed(self) -> float | None:
-        """Images a second of one process; None for pictures that were not made here."""
+    def images_per_second(self) -> float | None:
+        """Of one process, while the run's pictures were made; None for pictures that were not made here."""
         return self.cost["images_per_second"]
 
 
@@ -164,7 +167,8 @@ def load_report(folder: str | Path) -> Report:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         metrics = Metrics(**{**content["metrics"], "notes": tuple(content["metrics"]["notes"])})
-        return Report(**{**content, "metrics": metrics, "notes": tuple(content["notes"])})
+        speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none
+        return Report(**{**content, "metrics": metrics, "notes": tuple(content["notes"]), "speed": speed})
     except FileNotFoundError as error:
         raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -191,6 +195,8 @@ def check_comparable(reports: Sequence[Report]) -> None:
 def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     """Header and rows of a table of comparable reports; speed and passes are also given relative to the first row.
 
+    Measured speeds and peaks of memory share a cell: "images/s at 1 / 8 / 64".
+
     Raises:
         ValueError: the reports do not compare.
     """
@@ -210,17 +216,39 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
         ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
         ("passes/image", [_number(report.passes or None, ".1f") for report in reports]),
         ("passes ratio", [_ratio(report.passes, first.passes) for report in reports]),
-        ("images/s", [_number(report.speed, ".2f") for report in reports]),
-        ("speed ratio", [_ratio(report.speed, first.speed) for report in reports]),
+        ("tokens/pass", [_number(report.cost["mean_tokens_per_pass"] or None, ".2f") for report in reports]),
+        ("accepted", [_number(report.cost["acceptance_rate"], ".1%") for report in reports]),
+        ("images/s", [_rate(report.images_per_second) for report in reports]),
+        ("speed ratio", [_ratio(report.images_per_second, first.images_per_second) for report in reports]),
     ]
     shown = [(name, cells) for name, cells in columns if any(cell != "-" for cell in cells)]
+    shown += _speed_columns(reports)
     if len(reports) == 1:
-        shown = [(name, cells) for name, cells in shown if not name.endswith("ratio")]
+        shown = [(name, cells) for name, cells in shown if " ratio" not in name]
     return [tuple(name for name, _ in shown), *zip(*(cells for _, cells in shown), strict=True)]
+
+
+def _speed_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    batches = sorted({row.batch for report in reports for row in report.speed})
+    if not batches:
+        return []
+    measured = [{row.batch: row for row in report.speed} for report in reports]
+    rates = [[rows[batch].images_per_s if batch in rows else None for batch in batches] for rows in measured]
+    peaks = [[rows[batch].peak_gib if batch in rows else None for batch in batches] for rows in measured]
+    at = " / ".join(map(str, batches))
+    return [
+        (f"images/s at {at}", [" / ".join(map(_rate, row)) for row in rates]),
+        (f"speed ratio at {batches[-1]}", [_ratio(row[-1], rates[0][-1]) for row in rates]),
+        (f"peak GiB at {at}", [" / ".join(_number(peak, ".2f") for peak in row) for row in peaks]),
+    ]
 
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
+
+
+def _rate(value: float | None) -> str:
+    return _number(value, ".2f" if value is None or value < 100 else ".0f")
 
 
 def _pair(value: float | None, deviation: float | None, digits: int = 4) -> str:
@@ -261,6 +289,10 @@ def card(report: Report) -> str:
     lines += ["## Protocol", ""]
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.protocol.items()]
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.cost.items()]
+    lines += [
+        f"- speed at batch {row.batch}: {_plain({key: value for key, value in asdict(row).items() if key != 'batch'})}"
+        for row in report.speed
+    ]
     lines += [f"- images sha256: {report.images_sha256}", f"- duplicate pictures: {report.duplicates}"]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
