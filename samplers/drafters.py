@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from visar import kernels
 from visar.condition import Condition
 from visar.guidance import Guidance
 from visar.runtime import Session
@@ -214,6 +215,7 @@ class NgramDrafting:
     def __init__(self, target: Target, weight: float) -> None:
         self.vocab_size, self.columns = target.model.config["vocab_size"], target.model.config["grid"][1]
         self.num_tokens, self.state, self.weight = target.model.num_tokens, target.state, weight
+        self.fused = kernels.available(self.state.tokens.device) and self.vocab_size <= kernels.MAX_CODES
 
     def calls(self, depth: int) -> int:
         return 0
@@ -239,13 +241,36 @@ class NgramDrafting:
         votes_BV = votes_BV.scatter_add(1, tokens_BT[:, : self.num_tokens], vote_BN) + 1.0 / self.vocab_size
         return votes_BV / votes_BV.sum(-1, keepdim=True)
 
+    def _by_kernel(self, draft_BM: Tensor, parents_BM: Tensor | None, first: int, nodes: int, depth: int) -> Tensor:
+        """Laws [B, W, V] behind W nodes, or behind a chain, in one launch."""
+        from visar.kernels.tree import ngram_laws
+
+        with kernels.on(draft_BM.device):
+            return ngram_laws(
+                self.state.tokens,
+                self.state.length,
+                draft_BM,
+                parents_BM,
+                first=first,
+                nodes=nodes,
+                depth=depth,
+                num_tokens=self.num_tokens,
+                columns=self.columns,
+                vocab_size=self.vocab_size,
+                weight=self.weight,
+            )
+
     def begin(self) -> Tensor:
-        return self._law(self.state.tokens[:, :0])
+        return self.extend(self.state.tokens[:, :0])
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
+        if self.fused:
+            return self._by_kernel(draft_BJ, None, 0, 1, draft_BJ.shape[1])[:, 0]
         return self._law(draft_BJ)
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
+        if self.fused:
+            return self._by_kernel(tree.tokens_BM, tree.parents_BM, first, tree.num_nodes + 1 - first, depth)
         laws = []
         for slot in range(first, tree.num_nodes + 1):
             # A node's ancestors have rising slots, so its seen slots in order are the path to it.

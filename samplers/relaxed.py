@@ -28,8 +28,9 @@ from visar.noise import Noise
 from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
 from visar.samplers.drafters import Drafter, Drafting
+from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, run_trees, static_shape
-from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, without
+from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
 from visar.samplers.verify import Generator, acceptance, one_hot, residual
 from visar.tree import DraftTree
 
@@ -226,6 +227,9 @@ def sample_lantern(
         p_BLV = read(drafted)
         if greedy:
             return walk_greedy(p_BLV, drafted, relax, depth)
+        if fits_kernels(p_BLV):
+            bounds: dict = dict(neighbours_Vk=table_Vk, max_moved=max_moved, max_ratio=max_ratio)
+            return walk_by_kernel(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
         return walk(p_BLV, drafted, judge_relaxed(drafted, q_BMV, relax), accept_BM, emit_B, depth)
 
     return run_trees(

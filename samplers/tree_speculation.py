@@ -26,10 +26,9 @@ from visar.samplers.trees import (
     draft_dynamic,
     draft_static,
     full_paths,
-    judge_drawn,
-    walk,
     walk_chains,
     walk_chosen,
+    walk_drawn,
 )
 from visar.samplers.verify import Counts, Generator, check_window, held_noise, run_passes, token_law
 from visar.tree import DraftTree
@@ -163,7 +162,7 @@ def sample_static_tree(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
         tree, q_BMV = draft_static(drafting, shape, draft_BM)
-        return walk(read(tree), tree, judge_drawn(tree, q_BMV), accept_BM, emit_B, depth)
+        return walk_drawn(read(tree), tree, q_BMV, accept_BM, emit_B, depth)
 
     return run_trees(
         model,

@@ -11,15 +11,18 @@ law).
 B batch, M nodes, L = M + 1 slots (0 is the root), D largest depth, W nodes of a level, V codes, k chains, K = D.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from visar import kernels
 from visar.samplers.drafters import Drafting
-from visar.samplers.filtering import draw
+from visar.samplers.filtering import draw, fits_kernels
 from visar.samplers.verify import acceptance, residual, row_at
 from visar.tree import DraftTree
 
@@ -66,21 +69,56 @@ def path_parents(paths: list[tuple[int, ...]]) -> list[int]:
 
 
 # ---------------------------------------------------------------------------------------------------------- drafting
+@functools.cache
+def fixed_tree(parents: tuple[int, ...], device: torch.device) -> DraftTree:
+    """A tree of one row with these parents and no tokens yet; made once a device."""
+    parents_1M = torch.tensor([parents], dtype=torch.int64, device=device)
+    return DraftTree.from_parents(torch.zeros_like(parents_1M), parents_1M)
+
+
+@functools.cache
+def level_children(paths: tuple[tuple[int, ...], ...], device: torch.device) -> list[Tensor]:
+    """Per level, the first child and the number of children of each node above, int64 [W, 2]; made once a device."""
+    levels: list[Tensor] = []
+    for depth in range(len(paths[-1])):
+        above = [path for path in paths if len(path) == depth] if depth else [()]
+        counts = [sum(path[:-1] == parent and len(path) == depth + 1 for path in paths) for parent in above]
+        first = sum(len(path) <= depth for path in paths)
+        children = [[first + sum(counts[:i]), count] for i, count in enumerate(counts)]
+        levels.append(torch.tensor(children, dtype=torch.int64, device=device))
+    return levels
+
+
 def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: Tensor) -> tuple[DraftTree, Tensor]:
     """Draws a tree of fixed shape, siblings without replacement.
 
     Returns: the tree, and the law [B, M, V] that each node was drawn from: the drafter's without its elder siblings.
     """
-    parents, batch = path_parents(paths), uniform_BM.shape[0]
-    tree = DraftTree.root(batch, uniform_BM.device)
-    level_W, node_laws, first = [drafting.begin()], [], 0
+    parents, device = path_parents(paths), uniform_BM.device
+    shape = fixed_tree(tuple(parents), device)
+    law_BWV = drafting.begin()[:, None]
+    if fits_kernels(law_BWV):
+        from visar.kernels.tree import draw_siblings
+
+        tokens_BM = torch.empty(uniform_BM.shape, dtype=torch.int64, device=device)
+        q_BMV = law_BWV.new_empty(*uniform_BM.shape, law_BWV.shape[-1])
+        for depth, children_W2 in enumerate(level_children(tuple(paths), device), 1):
+            with kernels.on(device):
+                draw_siblings(law_BWV, children_W2, uniform_BM, q_BMV, tokens_BM)
+            if depth < len(paths[-1]):
+                shorter, nodes = (sum(len(path) <= most for path in paths) for most in (depth - 1, depth))
+                law_BWV = drafting.extend_tree(shape.begun(tokens_BM, nodes), shorter + 1, depth)
+        return shape.begun(tokens_BM, len(paths)), q_BMV
+    tokens: list[Tensor] = []
+    node_laws: list[Tensor] = []
+    level_W, first = [law_BWV[:, 0]], 0
     for depth in range(1, len(paths[-1]) + 1):
-        nodes = [i for i, path in enumerate(paths) if len(path) == depth]
+        nodes_W = [i for i, path in enumerate(paths) if len(path) == depth]
         drawn: dict[int, tuple[Tensor, Tensor]] = {}
         # First the eldest children of all nodes of the level above at once, then the second ones, ...
-        last = max(paths[node][-1] for node in nodes)
+        last = max(paths[node][-1] for node in nodes_W)
         for rank in range(last + 1):
-            some = [node for node in nodes if paths[node][-1] == rank]
+            some = [node for node in nodes_W if paths[node][-1] == rank]
             rows = [parents[node] - first for node in some]
             law_BWV = torch.stack([level_W[row] for row in rows], dim=1)
             tokens_BW = draw(law_BWV, torch.stack([uniform_BM[:, node] for node in some], dim=1))
@@ -88,12 +126,10 @@ def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: T
             if rank < last:
                 for row, law_BV in zip(rows, without(law_BWV, tokens_BW).unbind(1), strict=True):
                     level_W[row] = law_BV
-        node_laws += [drawn[node][1] for node in nodes]
-        own = [parents[node] for node in nodes]
-        slots = torch.arange(first, first + len(level_W), device=uniform_BM.device)
-        parents_W = torch.cat([slots[slot - first].expand(own.count(slot)) for slot in dict.fromkeys(own)])
-        first = nodes[0] + 1
-        tree = tree.grown(torch.stack([drawn[node][0] for node in nodes], dim=1), parents_W.expand(batch, -1))
+        node_laws += [drawn[node][1] for node in nodes_W]
+        tokens += [drawn[node][0] for node in nodes_W]
+        first = nodes_W[0] + 1
+        tree = shape.begun(torch.stack(tokens, dim=1), len(tokens))
         if depth < len(paths[-1]):
             level_W = list(drafting.extend_tree(tree, first, depth).unbind(1))
     return tree, torch.stack(node_laws, dim=1)
@@ -147,17 +183,17 @@ def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[D
 
     Returns: the tree, and per depth the laws [B, k, V] that the drafts were drawn from.
     """
-    batch, _, chains = uniform_BDk.shape
-    tree, laws = DraftTree.root(batch, uniform_BDk.device), []
+    chains, laws = uniform_BDk.shape[2], []
+    parents = [max(0, node + 1 - chains) for node in range(depth * chains)]
+    shape = fixed_tree(tuple(parents), uniform_BDk.device)
     law_BkV = drafting.begin()[:, None].expand(-1, chains, -1)
-    parents_k = torch.zeros(chains, dtype=torch.int64, device=uniform_BDk.device)
+    tokens_BM = uniform_BDk[:, 0, :0].long()
     for level in range(depth):
         if level:
-            law_BkV = drafting.extend_tree(tree, 1 + (level - 1) * chains, level)
+            law_BkV = drafting.extend_tree(shape.begun(tokens_BM, level * chains), 1 + (level - 1) * chains, level)
         laws.append(law_BkV)
-        tree = tree.grown(draw(law_BkV, uniform_BDk[:, level]), parents_k.expand(batch, -1))
-        parents_k = torch.arange(1 + level * chains, 1 + (level + 1) * chains, device=uniform_BDk.device)
-    return tree, laws
+        tokens_BM = torch.cat([tokens_BM, draw(law_BkV, uniform_BDk[:, level])], dim=1)
+    return shape.begun(tokens_BM, depth * chains), laws
 
 
 # ----------------------------------------------------------------------------------------------------------- judging
@@ -239,12 +275,40 @@ def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
     return judge
 
 
+def walk_drawn(
+    p_BLV: Tensor, tree: DraftTree, q_BMV: Tensor, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
+) -> Walk:
+    """`walk` with `judge_drawn`."""
+    if fits_kernels(p_BLV):
+        return walk_by_kernel(p_BLV, tree, q_BMV, accept_uniform_BM, emit_uniform_B, depth)
+    return walk(p_BLV, tree, judge_drawn(tree, q_BMV), accept_uniform_BM, emit_uniform_B, depth)
+
+
+def walk_by_kernel(
+    p_BLV: Tensor,
+    tree: DraftTree,
+    q_BMV: Tensor | None,
+    accept_uniform_BM: Tensor,
+    emit_uniform_B: Tensor,
+    depth: int,
+    **relaxed: Any,
+) -> Walk:
+    """`visar.kernels.tree.walk` of a tree; `relaxed`: its settings of LANTERN."""
+    from visar.kernels.tree import walk as walk_tree
+
+    with kernels.on(p_BLV.device):
+        nodes = (tree.tokens_BM, tree.parents_BM)
+        return Walk(*walk_tree(p_BLV, q_BMV, *nodes, accept_uniform_BM, emit_uniform_B, depth, **relaxed))
+
+
 def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int) -> Walk:
     """Goes down a tree whose nodes were chosen without a draw, judging all children of a node at once. Exact.
 
     A child x is kept with p(x) / (1 - p(elder siblings)), which is its probability in the law without them; after a
     rejection of all, the token comes from the law without all. Arguments as in `walk`; siblings differ.
     """
+    if fits_kernels(p_BLV):
+        return walk_by_kernel(p_BLV, tree, None, accept_uniform_BM, emit_uniform_B, depth)
     batch, device = p_BLV.shape[0], p_BLV.device
     current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
     going_B = torch.ones(batch, dtype=torch.bool, device=device)
@@ -294,6 +358,12 @@ def walk_chains(
     A draft is accepted with min(1, p(x) / (r q(x))); if none is, the token comes from what the accepted part leaves:
     [p - min(q, p / r) a / beta]+ with a = 1 - (1 - beta)^k.
     """
+    if fits_kernels(p_BLV):
+        from visar.kernels.tree import walk_chains as walk_all
+
+        with kernels.on(p_BLV.device):
+            accept_BM = accept_uniform_BDk.flatten(1)
+            return Walk(*walk_all(p_BLV, torch.stack(laws, dim=1), tree.tokens_BM, accept_BM, emit_uniform_B))
     batch, depth, chains = accept_uniform_BDk.shape
     alive_Bk = torch.ones(batch, chains, dtype=torch.bool, device=p_BLV.device)
     going_B = alive_Bk[:, 0]

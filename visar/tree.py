@@ -36,6 +36,16 @@ class DraftTree:
         seen = torch.ones(batch, 1, 1, dtype=torch.bool, device=device)
         return cls(none, none, torch.zeros(batch, 1, dtype=torch.int64, device=device), seen)
 
+    def begun(self, tokens_BM: Tensor, nodes: int) -> "DraftTree":
+        """The first nodes of this tree of one row, for every row of tokens."""
+        batch = tokens_BM.shape[0]
+        return DraftTree(
+            tokens_BM[:, :nodes],
+            self.parents_BM[:, :nodes].expand(batch, -1),
+            self.depth_BL[:, : nodes + 1].expand(batch, -1),
+            self.seen_BLL[:, : nodes + 1, : nodes + 1].expand(batch, -1, -1),
+        )
+
     @property
     def num_nodes(self) -> int:
         """M."""

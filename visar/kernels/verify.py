@@ -189,8 +189,8 @@ def _judge(
 
 @triton.jit
 def counted(
-    count, kept, judged, left, refused, image, num_tokens, window, per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image,
-    SLOTS: tl.constexpr,
+    count, kept, judged, left, refused, image, num_tokens, window,
+    per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """What visar.samplers.verify.Counts.add does for one image."""
     slot = tl.arange(0, SLOTS)
