@@ -65,7 +65,7 @@ def test_product(device, dtype, rows, shape, early):
 @pytest.mark.parametrize("kind", ["int8", "float8_e4m3fn"])
 @torch.no_grad()
 def test_product_of_scaled_weights(device, dtype, kind):
-    from visar.kernels.product import Weight, product
+    from visar.kernels.product import Tile, Weight, product
 
     if kind != "int8" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
         pytest.skip("this GPU has no float8")
@@ -74,10 +74,11 @@ def test_product_of_scaled_weights(device, dtype, kind):
     values = (40 * torch.randn(2, 9, 70)).round().clamp(-100, 100).to(device, getattr(torch, kind))
     matrix, second = (Weight(*pair) for pair in zip(values, scale, strict=True))
     x = torch.randn(2, 70, device=device).to(dtype)
+    tile = Tile(4, 64, 2, 1)
     gate, up = (((x.float() @ w.values.float().T) * w.scale_N).to(dtype) for w in (matrix, second))
-    close(product(x, matrix), gate)
+    close(product(x, matrix, tile=tile), gate)
     small = Weight(second.values, second.scale_N / 1000)
-    close(product(x / 1000, matrix, up=small), functional.silu(gate / 1000) * up / 1e6)
+    close(product(x / 1000, matrix, up=small, tile=tile), functional.silu(gate / 1000) * up / 1e6)
 
 
 def test_product_refuses(device):
@@ -85,7 +86,7 @@ def test_product_refuses(device):
 
     for rows, width in ((9, 16), (2, 17)):
         with pytest.raises(ValueError, match="at most 8 rows, as many inputs"):
-            product(torch.zeros(rows, width, device=device), Weight(torch.zeros(4, 16, device=device)))
+            product(torch.zeros(rows, width, device=device), Weight(torch.zeros(4, 16, device=device)), tile="head")
 
 
 def test_where_few_rows_go():
@@ -163,16 +164,16 @@ def check(kernel, constants, types, warps=4):
     assert "griddepcontrol.launch_dependents" in text
     return text
 
-variants = itertools.product(("bf16", "i8", "fp8e4nv"), (("norm", False), ("gated", False), ("add", True)))
-for weight, (name, add) in variants:
-    tile = product.TILES[name]
-    count = -(-1280 // tile.inputs)
-    constants = dict(ROWS=2, WIDTH=1280, NORM=not add, GATED=name == "gated", ADD=add, SCALED=weight != "bf16",
+for weight, name in itertools.product(("bf16", "i8", "fp8e4nv"), product.TILES):
+    width = 3584 if name == "down" else 1280
+    tile = (product.TILES if weight == "bf16" else product.TILES_8BIT)[name]
+    count = -(-width // tile.inputs)
+    constants = dict(ROWS=2, WIDTH=width, NORM=name in ("qkv", "gated"), GATED=name == "gated",
+        ADD=name in ("wo", "down"), SCALED=weight != "bf16",
         BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, TILES=count, EARLY=min(tile.early, count))
     types = dict(weight_ptr=weight, up_ptr=weight, scale_ptr="fp32", up_scale_ptr="fp32", other="bf16")
-    text = check(product._product, constants, types, tile.warps)
-    early, late = text.split("griddepcontrol.wait")
-    assert early.count("ld.global") > late.count("ld.global"), "weights are read before the wait"
+    early, late = check(product._product, constants, types, tile.warps).split("griddepcontrol.wait")
+    assert "ld.global" in early and "st.global" not in early
 one = dict(HEADS=20, WIDTH=64, WIDTH_POW2=64, RAGGED=False, MASKED=False, BLOCK=256)
 types = dict(rope_ptr="fp32", length_ptr="i64", valid_ptr="u8", other="bf16")
 early, late = check(attention._one_token, one, types, 8).split("griddepcontrol.wait")

@@ -38,7 +38,7 @@ def head(layer: nn.Linear, features_RLD: Tensor) -> Tensor:
     if not are_few(features_MD.shape[0], layer) or layer.bias is not None:
         return layer(features_RLD)
     weight = Weight(*stored(layer))
-    out_MN = product(features_MD.contiguous(), weight, overlap=overlaps(features_MD.device))
+    out_MN = product(features_MD.contiguous(), weight, overlap=overlaps(features_MD.device), tile="head")
     return out_MN.unflatten(0, features_RLD.shape[:2])
 
 
@@ -68,12 +68,12 @@ def decode_layers(
         place["overlap"] = overlap = overlaps(x_RLD.device)
         for i, layer in enumerate(layers):
             wqkv, wo, w1, w3, w2 = (Weight(*stored(linear)) for linear in linears(layer))
-            qkv_MX = product(residual_MD, wqkv, norm=layer.attention_norm, overlap=overlap)
+            qkv_MX = product(residual_MD, wqkv, norm=layer.attention_norm, overlap=overlap, tile="qkv")
             qkv_RLX = qkv_MX.unflatten(0, shape)
             mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
-            product(mixed_RLD.flatten(0, 1), wo, residual_MN=residual_MD, overlap=overlap)
-            hidden_MF = product(residual_MD, w1, up=w3, norm=layer.ffn_norm, overlap=overlap)
-            product(hidden_MF, w2, residual_MN=residual_MD, overlap=overlap)
+            product(mixed_RLD.flatten(0, 1), wo, residual_MN=residual_MD, overlap=overlap, tile="wo")
+            hidden_MF = product(residual_MD, w1, up=w3, norm=layer.ffn_norm, overlap=overlap, tile="gated")
+            product(hidden_MF, w2, residual_MN=residual_MD, overlap=overlap, tile="down")
         return add_rms_norm_(residual_MD, None, last_norm.weight, last_norm.eps, overlap).unflatten(0, shape)
 
     norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [last_norm]

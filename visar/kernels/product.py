@@ -30,7 +30,8 @@ class Tile:
 
     Attributes:
         outputs: outputs of a program; hidden units (two weight rows each) when gated. A power of two.
-        inputs: inputs of a tile, a power of two; 256 of 16 bits are a warp's 16-byte loads.
+        inputs: inputs of a tile, a power of two. Where a tile's row is one 16-byte load of every thread (256 inputs
+            of 16 bits a warp) nothing of it passes through shared memory.
         warps: of a program.
         early: tiles that are read before the predecessor has ended; they live in registers.
     """
@@ -41,12 +42,20 @@ class Tile:
     early: int
 
 
-# Found by timing whole captured steps of LlamaGen-XL at 2 rows.
+# By the matrix's place in a block; found by timing whole captured steps of LlamaGen-XL at 2 rows.
 TILES: dict[str, Tile] = {
-    "norm": Tile(8, 256, 4, 8),
-    "gated": Tile(4, 256, 4, 8),
-    "add": Tile(4, 256, 4, 16),
-    "plain": Tile(8, 256, 4, 8),
+    "qkv": Tile(8, 1024, 4, 2),
+    "wo": Tile(4, 1024, 4, 2),
+    "gated": Tile(4, 1024, 4, 2),
+    "down": Tile(4, 1024, 4, 4),
+    "head": Tile(8, 1024, 4, 2),
+}
+TILES_8BIT: dict[str, Tile] = {
+    "qkv": Tile(8, 1024, 2, 2),
+    "wo": Tile(4, 1024, 2, 2),
+    "gated": Tile(4, 1024, 2, 2),
+    "down": Tile(4, 1024, 2, 4),
+    "head": Tile(8, 1024, 2, 2),
 }
 
 
@@ -166,7 +175,7 @@ def product(
     up: Weight | None = None,
     residual_MN: Tensor | None = None,
     overlap: bool = False,
-    tile: Tile | None = None,
+    tile: str | Tile,
 ) -> Tensor:
     """x W^T with float32 sums, rounded to x's dtype; at most MAX_ROWS rows.
 
@@ -177,7 +186,7 @@ def product(
         up: a second matrix of the same shape and kind: the result is silu(x W^T) * (x up^T).
         residual_MN: the result is added to it in place; contiguous, not x.
         overlap: see visar/kernels/overlap.py.
-        tile: shape of a program; None = the table's.
+        tile: shape of a program, or its name in the tables.
 
     Returns: [M, N] (the residual, if there is one).
 
@@ -189,7 +198,8 @@ def product(
         raise ValueError(
             f"x {tuple(x_MK.shape)}, weight {tuple(weight.values.shape)}; at most {MAX_ROWS} rows, as many inputs"
         )
-    tile = tile or TILES["gated" if up else "norm" if norm else "plain" if residual_MN is None else "add"]
+    if isinstance(tile, str):
+        tile = (TILES_8BIT if weight.values.itemsize == 1 else TILES)[tile]
     out_MN = x_MK.new_empty(rows, outputs) if residual_MN is None else residual_MN
     second = up or weight
     block_k = min(tile.inputs, triton.next_power_of_2(width))
