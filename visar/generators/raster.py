@@ -368,8 +368,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
         Commits nothing. `tree` instead of `draft_BK`: one vector for the root and one a node.
         """
-        if tree is None and self._takes_kernels():
-            return self._features_by_kernels(state, draft_BK)
+        if self._takes_kernels():
+            return self._features_by_kernels(state, draft_BK, tree)
         x = self._inputs(state, draft_BK if tree is None else tree.tokens_BM)
         root = state.length[:, None] + self.prefix_length - 1
         position = root + torch.arange(x.shape[1], device=x.device)
@@ -406,12 +406,14 @@ class RasterGPT(ModelMixin, ConfigMixin):
         mixed = torch.is_autocast_enabled(weight.device.type) or weight.dtype != self.norm.weight.dtype
         return self.fused == "auto" and inference and not mixed and kernels.usable(weight)
 
-    def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
-        """What `features` does without a tree, in 5 or 8 launches a layer."""
+    def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None, tree: DraftTree | None) -> Tensor:
+        """What `features` does, in 5 or 8 launches a layer."""
         from visar.kernels.decoder import decode_layers
         from visar.kernels.elementwise import first_inputs
         from visar.kernels.overlap import overlaps
+        from visar.kernels.tree import decode_tree
 
+        draft_BK = draft_BK if tree is None else tree.tokens_BM
         layers = cast(list[Block], list(self.layers))
         rope, place = self.rope(state.tokens.device), dict(ahead=self.prefix_length - 1, batch=state.batch)
         with kernels.on(state.tokens.device):
@@ -422,6 +424,9 @@ class RasterGPT(ModelMixin, ConfigMixin):
             else:
                 x_RLD = self._inputs(state, draft_BK)
             mask = state.key_valid_RS
+            if tree is not None:
+                nodes = (tree.depth_BL, tree.seen_BLL)
+                return decode_tree(layers, self.norm, x_RLD, state.cache, rope, state.length, mask, *nodes, **place)
             return decode_layers(layers, self.norm, x_RLD, state.cache, rope, state.length, key_valid_RS=mask, **place)
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
@@ -442,11 +447,14 @@ class RasterGPT(ModelMixin, ConfigMixin):
         logits_RLV = self._head(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
-        if depth_BL is None and self._takes_kernels():
+        if self._takes_kernels():
             from visar.kernels.elementwise import guide
             from visar.kernels.overlap import overlaps
+            from visar.kernels.tree import guide_tree
 
             with kernels.on(logits_RLV.device):
+                if depth_BL is not None:
+                    return guide_tree(logits_RLV, state.scale_N, state.length, depth_BL)
                 return guide(logits_RLV, state.scale_N, state.length, overlaps(logits_RLV.device))
         if depth_BL is None:
             depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
@@ -476,6 +484,11 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def commit(self, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:
         """Commits the first count_B tokens (0 ... K) of every row of a ragged state, none beyond the last position."""
+        if self._takes_kernels():
+            from visar.kernels.verify import commit
+
+            with kernels.on(tokens_BK.device):
+                return commit(state.tokens, state.length, tokens_BK, count_B, self.num_tokens)
         offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
         position = state.length[:, None] + offset
         state.tokens.scatter_(1, position.clamp(max=state.tokens.shape[1] - 1), tokens_BK)
@@ -489,6 +502,12 @@ class RasterGPT(ModelMixin, ConfigMixin):
             tokens_BL: the nodes' tokens and the one drawn after them, as in `commit`, L = K + 1.
             count_B: how many of them are committed, 0 ... L.
         """
+        if self._takes_kernels():
+            from visar.kernels.tree import move_path
+
+            with kernels.on(slots_BK.device):
+                move_path(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=self.prefix_length - 1)
+            return self.commit(state, tokens_BL, count_B)
         root = state.length[:, None] + self.prefix_length - 1
         target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
         state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
