@@ -18,6 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar import kernels
 from visar.cache import KVCache, visible, visible_tree
 from visar.generators.raster import Attention, LayerCache
 from visar.guidance import repeat
@@ -121,6 +122,16 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
         x = x + self.attention(x, rope, mask, cache)
         return x + self.feed_forward(self.ffn_norm(x))
 
+    def read_by_kernels(self, embedded_RLD: Tensor, hidden_RLD: Tensor, attend: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `read` does; attend: queries, keys and values [R, L, 3 D] -> what attention makes of them [R, L, D]."""
+        from visar.kernels.elementwise import add_rms_norm_
+
+        x_RLD = self.fc(torch.cat([embedded_RLD, hidden_RLD], dim=-1))
+        mixed_RLD = self.attention.wo(attend(self.attention.wqkv(x_RLD)))
+        norm = self.ffn_norm
+        normed_MD = add_rms_norm_(x_RLD.flatten(0, 1), mixed_RLD.flatten(0, 1), norm.weight, norm.eps)
+        return x_RLD + self.feed_forward(normed_MD.view_as(x_RLD))
+
     def forward(self, embedded_BND: Tensor, hidden_BND: Tensor) -> Tensor:
         """Teacher-forced predictions of h_1 ... h_N, [B, N, D]."""
         rope = self.rope(hidden_BND.device)[None, : hidden_BND.shape[1]]
@@ -201,6 +212,8 @@ class FeatureDrafting:
         )
         self.start_B, self.count_B = session.hold("start", zeros_B), session.hold("count", zeros_B)
         self.after_RLD = self.shown_RLD[:, :1]
+        mixed = torch.is_autocast_enabled(weight.device.type)
+        self.fused = kernels.usable(weight) and not mixed and not (weight.requires_grad and torch.is_grad_enabled())
 
     def calls(self, depth: int) -> int:
         return depth
@@ -212,6 +225,34 @@ class FeatureDrafting:
         cache = LayerCache(self.cache, 0, repeat(slot_BL, parts), None)
         return self.drafter.read(embedded_RLD, hidden_RLD, rope, repeat(mask, parts), cache)
 
+    def _read_by_kernels(
+        self,
+        tokens_BL: Tensor,
+        hidden_RLD: Tensor,
+        length_B: Tensor,
+        ahead: int,
+        tree: DraftTree | None = None,
+        first: int = 0,
+    ) -> Tensor:
+        """What `_read` does, at slots length + ahead ... of every row, or at a tree's slots from `first` on."""
+        from visar.kernels.attention import cached_attention
+        from visar.kernels.tree import tree_attention
+
+        parts, table = self.target.state.parts, self.drafter.rope(hidden_RLD.device)
+        embedded_RLD = repeat(self.target.model.embed(tokens_BL), parts).to(hidden_RLD.dtype)
+        place: dict = dict(ahead=ahead, batch=self.target.state.batch, key_valid_RS=None)
+
+        def attend(qkv_RLX: Tensor) -> Tensor:
+            entries = (self.cache.keys[0], self.cache.values[0], table, length_B)
+            if tree is None:
+                return cached_attention(qkv_RLX, *entries, **place)
+            return tree_attention(
+                qkv_RLX, *entries, **place, depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first
+            )
+
+        with kernels.on(hidden_RLD.device):
+            return self.drafter.read_by_kernels(embedded_RLD, hidden_RLD, attend)
+
     def _laws(self, hidden_RLD: Tensor, depth: int) -> Tensor:
         depth_BL = torch.full((1, hidden_RLD.shape[1]), depth, device=hidden_RLD.device)
         logits_BLV = self.target.model.guided_logits(self.target.state, hidden_RLD, depth_BL)
@@ -220,29 +261,39 @@ class FeatureDrafting:
     def begin(self) -> Tensor:
         tokens_BT, parts = self.target.state.tokens, self.target.state.parts
         slot_BL = self.start_B[:, None] + torch.arange(self.shown_RLD.shape[1], device=tokens_BT.device)
-        mask = visible(slot_BL, self.cache.num_slots)
         tokens_BL = tokens_BT.gather(1, slot_BL.clamp(max=tokens_BT.shape[1] - 1))
-        predicted_RLD = self._read(tokens_BL, self.shown_RLD, slot_BL, slot_BL, mask)
+        if self.fused:
+            predicted_RLD = self._read_by_kernels(tokens_BL, self.shown_RLD, self.start_B, 0)
+        else:
+            mask = visible(slot_BL, self.cache.num_slots)
+            predicted_RLD = self._read(tokens_BL, self.shown_RLD, slot_BL, slot_BL, mask)
         last_R = repeat((self.count_B - 1).clamp(min=0), parts)
         self.after_RLD = row_at(predicted_RLD, last_R)[:, None]
         return law_or_uniform(self._laws(self.after_RLD, 0)[:, 0], self.count_B > 0)
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
-        slot_B1 = self.target.state.length[:, None] + draft_BJ.shape[1] - 1
-        mask = visible(slot_B1, self.cache.num_slots)
-        self.after_RLD = self._read(draft_BJ[:, -1:], self.after_RLD, slot_B1, slot_B1, mask)
+        length_B, ahead = self.target.state.length, draft_BJ.shape[1] - 1
+        if self.fused:
+            self.after_RLD = self._read_by_kernels(draft_BJ[:, -1:], self.after_RLD, length_B, ahead)
+        else:
+            slot_B1 = length_B[:, None] + ahead
+            mask = visible(slot_B1, self.cache.num_slots)
+            self.after_RLD = self._read(draft_BJ[:, -1:], self.after_RLD, slot_B1, slot_B1, mask)
         return law_or_uniform(self._laws(self.after_RLD, draft_BJ.shape[1])[:, 0], self.count_B > 0)
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
         state = self.target.state
-        root_B1 = state.length[:, None] - 1
-        slot_BW = root_B1 + torch.arange(first, tree.num_nodes + 1, device=root_B1.device)
         parents_RW = repeat(tree.parents_BM[:, first - 1 :], state.parts)
         given_RWD = self.after_RLD.gather(1, parents_RW[..., None].expand(-1, -1, self.after_RLD.shape[-1]))
-        mask = visible_tree(root_B1, tree.seen_BLL, self.cache.num_slots)[:, :, first:]
-        place_BW = (root_B1 + depth).expand_as(slot_BW)
         tokens_BW = tree.tokens_BM[:, first - 1 :]
-        predicted_RWD = self._read(tokens_BW, given_RWD, slot_BW.clamp(min=0), place_BW, mask)
+        if self.fused:
+            predicted_RWD = self._read_by_kernels(tokens_BW, given_RWD, state.length, -1, tree, first)
+        else:
+            root_B1 = state.length[:, None] - 1
+            slot_BW = root_B1 + torch.arange(first, tree.num_nodes + 1, device=root_B1.device)
+            mask = visible_tree(root_B1, tree.seen_BLL, self.cache.num_slots)[:, :, first:]
+            place_BW = (root_B1 + depth).expand_as(slot_BW)
+            predicted_RWD = self._read(tokens_BW, given_RWD, slot_BW.clamp(min=0), place_BW, mask)
         self.after_RLD = torch.cat([self.after_RLD[:, :first], predicted_RWD], dim=1)
         laws_BWV = self._laws(predicted_RWD, depth)
         return law_or_uniform(laws_BWV.flatten(0, 1), (self.count_B > 0).repeat_interleave(laws_BWV.shape[1])).view_as(
