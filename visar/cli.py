@@ -50,6 +50,8 @@ class Sample:
     """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
     offload: bool = False
     """Keep tokenizer and text encoder on the CPU except for their part: slower, and less memory of a GPU."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for every weight of the generator's blocks and head; needs torchao."""
 
 
 def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
@@ -64,7 +66,8 @@ def sample(options: Sample, sampler_options: dict[str, Any]) -> None:
     single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
     attributes = named_values(options.attribute)
     _check_writable(options.out if single else options.out / "seeds.txt")
-    pipeline = load(options.model, device=options.device, dtype=options.dtype, offload=options.offload)
+    placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
+    pipeline = load(options.model, **placing, quantize=options.quantize)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(

@@ -5,7 +5,8 @@ Activations keep their dtype. The layers stay `nn.Linear`; their weights become 
 linear multiplies by; visar/kernels/product.py reads the same data.
 """
 
-from typing import Any, Literal, get_args
+import importlib.util
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,19 @@ QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _PARTS = ("layers", "blocks", "base_blocks", "ns_blocks", "mask_blocks", "output", "head", "ns_head", "mask_head")
 
 
+def check_quantization(kind: str) -> None:
+    """Finds what stands against a kind before a model is loaded.
+
+    Raises:
+        ValueError: an unknown kind.
+        ImportError: torchao is not installed.
+    """
+    if kind not in QUANTIZATIONS:
+        raise ValueError(f"quantize {kind!r}; choose one of {', '.join(QUANTIZATIONS)}")
+    if kind != "none" and importlib.util.find_spec("torchao") is None:
+        raise ImportError(f"quantize {kind!r} needs torchao: pip install torchao")
+
+
 def quantize_(model: nn.Module, kind: str) -> nn.Module:
     """Replaces the weights of a generator's blocks and head by quantised ones, in place; they no longer train.
 
@@ -25,11 +39,11 @@ def quantize_(model: nn.Module, kind: str) -> nn.Module:
         kind: "int8"; "fp8" (float8_e4m3fn); or "none", which changes nothing.
 
     Raises:
-        ValueError: an unknown kind, a device without the format, or a model that is quantised already.
+        ValueError: an unknown kind, a device without the format, a model without such layers, or one that is
+            quantised already.
         ImportError: torchao is not installed.
     """
-    if kind not in QUANTIZATIONS:
-        raise ValueError(f"quantize {kind!r}; choose one of {', '.join(QUANTIZATIONS)}")
+    check_quantization(kind)
     if kind == "none":
         return model
     layers = quantized_layers(model)
@@ -42,11 +56,9 @@ def quantize_(model: nn.Module, kind: str) -> nn.Module:
         raise ValueError(
             f"quantize 'fp8': {torch.cuda.get_device_name(device)} has no float8 (compute capability 8.9)"
         )
-    try:
-        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
-        from torchao.quantization import quantize_ as by_torchao
-    except ImportError as error:
-        raise ImportError(f"quantize {kind!r} needs torchao: pip install torchao ({error})") from error
+    from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+    from torchao.quantization import quantize_ as by_torchao
+
     config_class: Any = Int8WeightOnlyConfig if kind == "int8" else Float8WeightOnlyConfig
     chosen = {id(layer) for layer in layers.values()}
     config = config_class(version=2, set_inductor_config=False)
@@ -66,6 +78,21 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
 def scaled(layer: nn.Linear) -> bool:
     """Whether a layer's weight is quantised."""
     return type(layer.weight) is not nn.Parameter
+
+
+def values(weight: Tensor) -> Tensor:
+    """float32 values of a weight, quantised or not."""
+    plain = type(weight) in (Tensor, nn.Parameter)
+    return (weight.detach() if plain else cast(Any, weight).dequantize()).float()
+
+
+@torch.no_grad()
+def dequantize_(model: nn.Module) -> nn.Module:
+    """Replaces quantised weights by plain float32 ones of the same values."""
+    for layer in quantized_layers(model).values():
+        if scaled(layer):
+            layer.weight = nn.Parameter(values(layer.weight), requires_grad=False)
+    return model
 
 
 def stored(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:

@@ -10,6 +10,7 @@ from visar.bench.subjects import Subject, dtype_of, random_ids
 from visar.guidance import OFF, Guidance
 from visar.memory import any_condition
 from visar.noise import Noise, image_seeds
+from visar.quantize import dequantize_
 from visar.runtime import EAGER, Runtime
 from visar.samplers.ancestral import sample_ancestral
 
@@ -24,6 +25,11 @@ def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     return error if error == error else float("inf")
 
 
+def _in_float32(generator: Any) -> Any:
+    """A float32 copy with the same weights, quantised ones as their values."""
+    return nn.Module.float(dequantize_(copy.deepcopy(generator)))
+
+
 @torch.no_grad()
 def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tuple[float, float]:
     """Relative errors of the logits against one float32 pass with the same weights and tokens.
@@ -33,7 +39,7 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
     """
     generator = subject.generator
     tokens_BN, condition = random_ids(subject, batch, device), any_condition(generator, batch, device)
-    reference_model = nn.Module.float(copy.deepcopy(generator))
+    reference_model = _in_float32(generator)
     reference_BNV = reference_model(tokens_BN, condition)
     del reference_model
     forced_BNV = generator(tokens_BN, condition)
@@ -97,7 +103,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 
     In bfloat16 they need not: the library behind a matrix product may choose another algorithm under capture.
     """
-    model: Any = nn.Module.float(copy.deepcopy(generator))
+    model = _in_float32(generator)
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
     condition = any_condition(model, batch, device)
     runtime = Runtime()
@@ -109,7 +115,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 
 def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
     """Whether two images made together have the ids that each has alone, at float32."""
-    model: Any = nn.Module.float(copy.deepcopy(generator))
+    model = _in_float32(generator)
     condition, noise = any_condition(model, 2, device), Noise(image_seeds(7, 2), device)
     guidance = Guidance(guidance_scale)
     together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens

@@ -38,6 +38,8 @@ class Bench:
     """1.0 = off."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights and the cache."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for every weight of the generator's blocks and head instead; needs torchao."""
     paths: tuple[PathName, ...] = ("eager", "captured")
     """Ways to run a step; captured needs a GPU."""
     runs: int = 3

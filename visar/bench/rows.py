@@ -23,6 +23,7 @@ IDENTITY = (
     "top_k",
     "top_p",
     "dtype",
+    "quantize",
 )
 
 

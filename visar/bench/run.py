@@ -20,6 +20,7 @@ from visar.bench.subjects import Subject, build, find_preset, load_subject, tiny
 from visar.bench.timing import ceilings, machine_facts, seconds_of
 from visar.bench.windows import check_windows, window_rows
 from visar.pipelines.loading import placement
+from visar.quantize import check_quantization
 from visar.samplers.index import find_sampler
 
 Report = Callable[[str], None]
@@ -46,7 +47,7 @@ def bench(options: Bench, sampler_options: dict[str, Any], report: Report) -> li
     facts = machine_facts(device)
     if options.preset is not None and device.type != "cuda":
         preset = tiny(find_preset(options.preset, options.grid))
-        subject = build(f"{options.preset} (tiny)", preset, device, dtype)
+        subject = build(f"{options.preset} (tiny)", preset, device, dtype, options.quantize)
         report(f"no GPU: a tiny model of the family of {options.preset} is checked, and nothing is timed")
         _check_results(subject, options, device, report)
         _try_sampler(subject, options, sampler_options, device, report)
@@ -54,10 +55,10 @@ def bench(options: Bench, sampler_options: dict[str, Any], report: Report) -> li
     machine = ceilings(device) if device.type == "cuda" else {}
     _report_head(options, facts, machine, report)
     if options.preset is not None:
-        subject = build(options.preset, find_preset(options.preset, options.grid), device, dtype)
+        subject = build(options.preset, find_preset(options.preset, options.grid), device, dtype, options.quantize)
     else:
         assert options.model is not None
-        subject = load_subject(options.model, device, dtype)
+        subject = load_subject(options.model, device, dtype, options.quantize)
     report(f"{subject.name}: built in {subject.build_s:.1f} s")
     _check_results(subject, options, device, report)
     if device.type != "cuda" and "captured" in options.paths:
@@ -95,6 +96,9 @@ def _check(options: Bench) -> torch.device:
         raise ValueError("--grid is for presets")
     if sum((bool(options.window), options.profile, options.compare is not None)) > 1:
         raise ValueError("choose one of --window, --profile and --compare")
+    check_quantization(options.quantize)
+    if options.quantize != "none" and options.preset is not None and find_preset(options.preset).generator is None:
+        raise ValueError(f"--quantize {options.quantize} is of generators; {options.preset} has none")
     find_sampler(options.sampler)
     return device
 
@@ -102,8 +106,8 @@ def _check(options: Bench) -> torch.device:
 def _report_head(options: Bench, facts: dict[str, Any], machine: dict[str, float], report: Report) -> None:
     report(", ".join(f"{key} {value}" for key, value in facts.items()))
     report(
-        f"{options.dtype}, guidance {options.guidance_scale}, top_k {options.top_k}, top_p {options.top_p}, "
-        f"sampler {options.sampler}"
+        f"{options.dtype}, quantize {options.quantize}, guidance {options.guidance_scale}, top_k {options.top_k}, "
+        f"top_p {options.top_p}, sampler {options.sampler}"
     )
     if machine:
         report(", ".join(f"{key} {value:.4g}" for key, value in machine.items()))
@@ -172,6 +176,7 @@ def _rows(
                 "top_k": options.top_k,
                 "top_p": options.top_p,
                 "dtype": options.dtype,
+                "quantize": None if options.quantize == "none" else options.quantize,
                 "n": options.runs,
                 "build_s": subject.build_s,
                 **facts,

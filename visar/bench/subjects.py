@@ -12,6 +12,7 @@ from visar.generators.hierarchical_masked import HIERARCHICAL_MASKED_PRESETS, Hi
 from visar.generators.next_scale import NEXT_SCALE_PRESETS, NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
 from visar.pipelines.loading import load
+from visar.quantize import quantize_, stored
 from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
 
@@ -152,8 +153,8 @@ def fill(model: nn.Module) -> None:
             nn.init.normal_(module.weight)
 
 
-def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype) -> Subject:
-    """A preset with random weights, the same ones at every call on one kind of device."""
+def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> Subject:
+    """A preset with random weights, the same ones at every call on one kind of device; `quantize`: `visar.load`'s."""
     begun = time.perf_counter()
     torch.manual_seed(0)
     with device:
@@ -162,16 +163,17 @@ def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype) -
     if generator is not None:
         fill(generator)
         nn.Module.to(generator, dtype)  # diffusers' own `to` warns about float32 modules that do not exist
+        quantize_(generator, quantize)
     nn.Module.to(tokenizer, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return Subject(name, generator, tokenizer, time.perf_counter() - begun)
 
 
-def load_subject(name: str, device: torch.device, dtype: torch.dtype) -> Subject:
+def load_subject(name: str, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> Subject:
     """An embedded or official model, or a folder; errors as of `visar.load`."""
     begun = time.perf_counter()
-    pipeline = load(name, device=device, dtype=dtype)
+    pipeline = load(name, device=device, dtype=dtype, quantize=quantize)
     return Subject(name, pipeline.generator, pipeline.tokenizer, time.perf_counter() - begun)
 
 
@@ -214,7 +216,7 @@ def floor_seconds(generator: Any, rows: int, machine: dict[str, float]) -> float
     position, and those of attention.
     """
     weights = read_once_per_block(generator)
-    weight_bytes = sum(module.weight.nbytes for module in weights)
+    weight_bytes = sum(part.nbytes for module in weights for part in stored(module) if part is not None)
     parameters = sum(module.weight.numel() for module in weights)
     layers, width = generator.config["num_layers"], generator.config["width"]
     per_token, markov = cache_bytes_per_token(generator), cache_bytes_per_token(generator) == 0

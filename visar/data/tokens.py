@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from visar.data.augment import Augmentation, augment
 from visar.data.images import ImageSet, as_float
 from visar.files import atomic_write
+from visar.quantize import values
 
 
 def weights_digest(model: nn.Module) -> str:
     """Hexadecimal sha256 over a model's tensors in the order of their names, as float32."""
     value = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        value.update(name.encode() + tensor.detach().float().cpu().numpy().tobytes())
+        value.update(name.encode() + values(tensor).cpu().numpy().tobytes())
     return value.hexdigest()
 
 

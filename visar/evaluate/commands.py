@@ -93,6 +93,8 @@ class Eval:
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
     """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for every weight of the generator's blocks and head; needs torchao."""
 
 
 def evaluate(
@@ -182,7 +184,7 @@ def _score_model(
     elif options.guidance_schedule != "constant":
         raise ValueError("--guidance-schedule linear needs --guidance-scale")
     prompts = () if options.prompts is None else read_prompts(options.prompts)
-    pipeline = load(options.model, device=world.device, dtype=options.dtype)
+    pipeline = load(options.model, device=world.device, dtype=options.dtype, quantize=options.quantize)
     batch_size = options.batch_size
     if isinstance(batch_size, str):
         batch_size = pipeline.find_batch_size(

@@ -14,22 +14,25 @@ from visar.cache import KVCache
 from visar.kernels.attention import cached_attention
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
 from visar.kernels.overlap import overlaps
-from visar.kernels.product import Weight, product
+from visar.kernels.product import MAX_ROWS, Weight, product
 from visar.layers import RMSNorm
-from visar.quantize import stored
+from visar.quantize import scaled, stored
 
 if TYPE_CHECKING:
     from visar.generators.raster import Block
 
 FEW_ROWS = 4
-"""Most rows (of all positions together) whose products are not the library's."""
+"""Most rows (of all positions together) whose products are not the library's; with quantised weights MAX_ROWS, because
+torchao writes them out in 16 bits before every product."""
 FEW_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """Of the activations; float32 keeps the library's products, whose rounding the plain path shares."""
 
 
 def are_few(rows: int, layer: nn.Linear) -> bool:
     """Whether so many rows go through the kernels of visar/kernels/product.py; an adapter's layer never does."""
-    return rows <= FEW_ROWS and type(layer) is nn.Linear and layer.weight.dtype in FEW_DTYPES
+    if type(layer) is not nn.Linear or layer.weight.dtype not in FEW_DTYPES:
+        return False
+    return rows <= (MAX_ROWS if scaled(layer) else FEW_ROWS)
 
 
 def head(layer: nn.Linear, features_RLD: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ class Tile:
     """Shape of a program.
 
     Attributes:
-        outputs: outputs of a program; hidden units (two weight rows each) when gated. A power of two.
+        outputs: outputs of a program, a power of two; hidden units (two weight rows each) when gated. So many at 2
+            rows, fewer for more rows, so that the sums keep their room.
         inputs: inputs of a tile, a power of two. Where a tile's row is one 16-byte load of every thread (256 inputs
             of 16 bits a warp) nothing of it passes through shared memory.
         warps: of a program.
@@ -51,11 +52,11 @@ TILES: dict[str, Tile] = {
     "head": Tile(8, 1024, 4, 2),
 }
 TILES_8BIT: dict[str, Tile] = {
-    "qkv": Tile(8, 1024, 2, 2),
-    "wo": Tile(4, 1024, 2, 2),
-    "gated": Tile(4, 1024, 2, 2),
-    "down": Tile(4, 1024, 2, 4),
-    "head": Tile(8, 1024, 2, 2),
+    "qkv": Tile(8, 1024, 4, 2),
+    "wo": Tile(4, 1024, 4, 2),
+    "gated": Tile(4, 1024, 4, 2),
+    "down": Tile(4, 1024, 4, 4),
+    "head": Tile(8, 1024, 4, 2),
 }
 
 
@@ -202,10 +203,11 @@ def product(
         tile = (TILES_8BIT if weight.values.itemsize == 1 else TILES)[tile]
     out_MN = x_MK.new_empty(rows, outputs) if residual_MN is None else residual_MN
     second = up or weight
+    block_n = max(2 * tile.outputs // max(triton.next_power_of_2(rows), 2), 1)
     block_k = min(tile.inputs, triton.next_power_of_2(width))
     tiles = triton.cdiv(width, block_k)
     # Pointers of parts that are left out are never followed.
-    _product[(triton.cdiv(outputs, tile.outputs),)](
+    _product[(triton.cdiv(outputs, block_n),)](
         x_MK,
         x_MK if norm is None else norm.weight,
         weight.values,
@@ -221,7 +223,7 @@ def product(
         GATED=up is not None,
         ADD=residual_MN is not None,
         SCALED=weight.scale_N is not None,
-        BLOCK_N=tile.outputs,
+        BLOCK_N=block_n,
         BLOCK_K=block_k,
         TILES=tiles,
         EARLY=min(tile.early, tiles),

@@ -14,6 +14,7 @@ from visar.checkpoints import hub
 from visar.checkpoints.common import State, empty, load_strict
 from visar.files import load_weights, tensors_only
 from visar.pipelines.image import ImagePipeline
+from visar.quantize import check_quantization, quantize_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # A folder of one model names its class only; here is where the class is.
@@ -26,6 +27,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
+    quantize: str = "none",
 ) -> ImagePipeline:
     """A pipeline ready to sample.
 
@@ -35,12 +37,15 @@ def load(
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
+        quantize: "int8" or "fp8" halves the generator's weights once more (visar/quantize.py); "none" = off.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), unknown device or dtype, or files that are damaged or do
-            not fit.
+        ValueError: unknown name (with the nearest ones), unknown device, dtype or quantize, or files that are damaged
+            or do not fit.
+        ImportError: quantize without torchao.
     """
     target, kind = placement(device, dtype)
+    check_quantization(quantize)
     folder = Path(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
@@ -59,7 +64,7 @@ def load(
     if offload:
         pipeline.enable_offload()
     _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)
-    _place(pipeline.generator, target, kind)
+    quantize_(_place(pipeline.generator, target, kind), quantize)
     return pipeline
 
 
