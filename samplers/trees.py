@@ -144,6 +144,8 @@ def draft_dynamic(drafting: Drafting, batch: int, depth: int, children: int, nod
     law_BWV = drafting.begin()[:, None]
     device, vocab_size = law_BWV.device, law_BWV.shape[-1]
     children = min(children, vocab_size)
+    if fits_kernels(law_BWV):
+        return _draft_dynamic_by_kernels(drafting, law_BWV, depth, children, nodes)
     grown = DraftTree.root(batch, device)
     slots_BW = torch.zeros(batch, 1, dtype=torch.int64, device=device)
     score_BW = torch.zeros(batch, 1, device=device)
@@ -152,16 +154,16 @@ def draft_dynamic(drafting: Drafting, batch: int, depth: int, children: int, nod
     parents: list[Tensor] = []
     scores: list[Tensor] = []
     for level in range(1, depth + 1):
-        best = law_BWV.clamp(min=1e-30).log().topk(children, dim=-1)
+        best = ordered(law_BWV, children)
         # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
-        score_BC = (score_BW[..., None] + best.values - 1e-3).flatten(1)
+        score_BC = (score_BW[..., None] + best[0].clamp(min=1e-30).log() - 1e-3).flatten(1)
         parent_BC = candidate_BS.gather(1, slots_BW).repeat_interleave(children, dim=1)
         first = sum(part.shape[1] for part in tokens)
-        tokens.append(best.indices.flatten(1))
+        tokens.append(best[1].flatten(1))
         parents.append(parent_BC)
         scores.append(score_BC)
         if level < depth:
-            chosen_BW = score_BC.topk(min(children, score_BC.shape[1]), dim=1).indices.sort(dim=1).values
+            chosen_BW = ordered(score_BC, min(children, score_BC.shape[1]))[1].sort(dim=1).values
             score_BW = score_BC.gather(1, chosen_BW)
             start = grown.num_nodes + 1
             grown_parents_BW = slots_BW.repeat_interleave(children, dim=1).gather(1, chosen_BW)
@@ -170,12 +172,34 @@ def draft_dynamic(drafting: Drafting, batch: int, depth: int, children: int, nod
             candidate_BS = torch.cat([candidate_BS, first + chosen_BW], dim=1)
             law_BWV = drafting.extend_tree(grown, start, level)
     token_BC, parent_BC, score_BC = torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1)
-    kept_BM = score_BC.topk(min(nodes, score_BC.shape[1]), dim=1).indices.sort(dim=1).values
+    kept_BM = ordered(score_BC, min(nodes, score_BC.shape[1]))[1].sort(dim=1).values
     order = torch.arange(1, kept_BM.shape[1] + 1, device=device).expand_as(kept_BM)
     slot_BC = torch.zeros_like(token_BC).scatter(1, kept_BM, order)
     parent_BM = parent_BC.gather(1, kept_BM)
     parent_slot_BM = torch.where(parent_BM < 0, 0, slot_BC.gather(1, parent_BM.clamp(min=0)))
     return DraftTree.from_parents(token_BC.gather(1, kept_BM), parent_slot_BM)
+
+
+def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest values [..., count] and their indices, the first of equal ones first."""
+    values, index = values.sort(dim=-1, descending=True, stable=True)
+    return values[..., :count], index[..., :count]
+
+
+def _draft_dynamic_by_kernels(drafting: Drafting, law_BWV: Tensor, depth: int, children: int, nodes: int) -> DraftTree:
+    """What `draft_dynamic` does, in two launches a level and one in the end."""
+    from visar.kernels.tree import Growth
+
+    device = law_BWV.device
+    growth = Growth(law_BWV.shape[0], depth, children, device)
+    for level in range(1, depth + 1):
+        with kernels.on(device):
+            growth.add(law_BWV)
+            if level == depth:
+                return DraftTree(*growth.pruned(nodes))
+            parts, first = growth.expand()
+        law_BWV = drafting.extend_tree(DraftTree(*parts), first, level)
+    raise AssertionError("a tree has at least one level")
 
 
 def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[DraftTree, list[Tensor]]:
