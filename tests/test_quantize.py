@@ -93,7 +93,7 @@ def test_steps_by_kernels_are_the_plain_path(device, monkeypatch):
 
     monkeypatch.setattr(decoder, "FEW_DTYPES", (torch.float32,))
     model = small("llamagen-b", "int8", device).generator
-    for batch in (1, 5):  # 2 rows by the kernels of products, 10 by torchao
+    for batch in (1, 5):  # 2 rows by the kernels of products, 10 by tensor-core tiles
         condition, logits = Condition(labels_BA=torch.ones(batch, 1, dtype=torch.int64, device=device)), []
         for model.fused in ("auto", "off"):
             state = model.start(condition, Guidance(2.0))

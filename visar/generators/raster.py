@@ -415,7 +415,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
         draft_BK = draft_BK if tree is None else tree.tokens_BM
         layers = cast(list[Block], list(self.layers))
-        rope, place = self.rope(state.tokens.device), dict(ahead=self.prefix_length - 1, batch=state.batch)
+        rope = self.rope(state.tokens.device)
+        place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch)
         with kernels.on(state.tokens.device):
             if self.config["token_input"] == "table":
                 table = self.tok_embeddings.weight

@@ -1,7 +1,8 @@
 """The layers of a raster transformer on new positions: 5 launches a layer for a few rows, 8 for more.
 
 For a few rows all products are visar/kernels/product.py's, with norms, SwiGLU and residuals inside, and every kernel
-reads its weights or its cache while the one before it ends. For more rows products are the library's.
+reads its weights or its cache while the one before it ends. For more rows products are the library's; those of
+quantised weights `scaled_product`'s, because torchao writes the weights out in 16 bits before every product.
 """
 
 from collections.abc import Sequence
@@ -14,16 +15,15 @@ from visar.cache import KVCache
 from visar.kernels.attention import cached_attention
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
 from visar.kernels.overlap import overlaps
-from visar.kernels.product import MAX_ROWS, Weight, product
-from visar.layers import RMSNorm
+from visar.kernels.product import MAX_ROWS, MAX_SCALED_ROWS, Weight, product, scaled_product
+from visar.layers import RMSNorm, SwiGLU
 from visar.quantize import scaled, stored
 
 if TYPE_CHECKING:
     from visar.generators.raster import Block
 
 FEW_ROWS = 4
-"""Most rows (of all positions together) whose products are not the library's; with quantised weights MAX_ROWS, because
-torchao writes them out in 16 bits before every product."""
+"""Most rows (of all positions together) whose products are not the library's; MAX_ROWS with quantised weights."""
 FEW_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 """Of the activations; float32 keeps the library's products, whose rounding the plain path shares."""
 
@@ -39,10 +39,33 @@ def head(layer: nn.Linear, features_RLD: Tensor) -> Tensor:
     """The layer's outputs [R, L, N] of features."""
     features_MD = features_RLD.flatten(0, 1)
     if not are_few(features_MD.shape[0], layer) or layer.bias is not None:
-        return layer(features_RLD)
+        return _linear(layer, features_MD).unflatten(0, features_RLD.shape[:2])
     weight = Weight(*stored(layer))
     out_MN = product(features_MD.contiguous(), weight, overlap=overlaps(features_MD.device), tile="head")
     return out_MN.unflatten(0, features_RLD.shape[:2])
+
+
+def _takes_scaled(rows: int, layer: nn.Linear) -> bool:
+    """Whether so many rows go through `scaled_product`."""
+    known = type(layer) is nn.Linear and scaled(layer) and layer.bias is None
+    return known and layer.weight.dtype in FEW_DTYPES and rows <= MAX_SCALED_ROWS
+
+
+def _linear(layer: nn.Linear, x_MK: Tensor) -> Tensor:
+    """The layer's outputs [M, N]: the library's product, or of 8-bit weights ours."""
+    if not _takes_scaled(x_MK.shape[0], layer):
+        return layer(x_MK)
+    return scaled_product(x_MK.contiguous(), Weight(*stored(layer)))
+
+
+def _gate_and_up(feed_forward: SwiGLU, x_MD: Tensor) -> Tensor:
+    """`SwiGLU.gate_and_up`, [M, 2F]."""
+    if not all(_takes_scaled(x_MD.shape[0], layer) for layer in (feed_forward.w1, feed_forward.w3)):
+        return feed_forward.gate_and_up(x_MD)
+    both_M2F = x_MD.new_empty(x_MD.shape[0], 2 * feed_forward.w1.out_features)
+    for layer, half_MF in zip((feed_forward.w1, feed_forward.w3), both_M2F.chunk(2, dim=-1), strict=True):
+        scaled_product(x_MD, Weight(*stored(layer)), half_MF)
+    return both_M2F
 
 
 def decode_layers(
@@ -83,11 +106,11 @@ def decode_layers(
     normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
     for i, layer in enumerate(layers):
         after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
-        qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, shape)
+        qkv_RLX = _linear(layer.attention.wqkv, normed_MD).unflatten(0, shape)
         mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
-        delta_MD = layer.attention.wo(mixed_RLD.flatten(0, 1))
+        delta_MD = _linear(layer.attention.wo, mixed_RLD.flatten(0, 1))
         normed_MD = add_rms_norm_(residual_MD, delta_MD, after_attention.weight, after_attention.eps)
-        delta_MD = layer.feed_forward.w2(silu_multiply(layer.feed_forward.gate_and_up(normed_MD)))
+        delta_MD = _linear(layer.feed_forward.w2, silu_multiply(_gate_and_up(layer.feed_forward, normed_MD)))
         normed_MD = add_rms_norm_(residual_MD, delta_MD, after_feed_forward.weight, after_feed_forward.eps)
     return normed_MD.unflatten(0, shape)
 

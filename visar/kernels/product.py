@@ -1,8 +1,9 @@
-"""Matrix products for a few rows: time is the reading of the weights, which starts before the input is there.
+"""Matrix products of a decode step where a library has none that is as fast: few rows, and 8-bit weights.
 
-One program makes a few outputs of all rows: it reads their weights once, in tiles along the inputs, and keeps sums in
-registers. The norm before a product, SwiGLU and the residual behind it are parts of the same launch. From about 8
-rows on a library's tensor-core product is faster. M rows, K inputs, N outputs.
+For a few rows time is the reading of the weights, which starts before the input is there. One program makes a few
+outputs of all rows: it reads their weights once, in tiles along the inputs, and keeps sums in registers. The norm
+before a product, SwiGLU and the residual behind it are parts of the same launch. From about 8 rows on tensor cores
+are faster: a library's product, or for 8-bit weights `scaled_product`. M rows, K inputs, N outputs.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -12,6 +13,7 @@ rows on a library's tensor-core product is faster. M rows, K inputs, N outputs.
 
 from dataclasses import dataclass
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +24,8 @@ from visar.layers import RMSNorm
 
 MAX_ROWS = 8
 """Most rows that `product` takes."""
+MAX_SCALED_ROWS = 128
+"""Most rows that `scaled_product` takes."""
 
 
 @dataclass(frozen=True)
@@ -229,5 +233,67 @@ def product(
         EARLY=min(tile.early, tiles),
         num_warps=tile.warps,
         **launch(overlap),
+    )
+    return out_MN
+
+
+@triton.jit
+def _scaled_product(
+    x_ptr, weight_ptr, scale_ptr, out_ptr, rows, outputs, width, out_stride,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in tl.range(0, width, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        x = tl.load(
+            x_ptr + m[:, None] * width + k[None, :], mask=(m < rows)[:, None] & (k < width)[None, :], other=0.0
+        )
+        inside = (n < outputs)[:, None] & (k < width)[None, :]
+        weight = tl.load(weight_ptr + n[:, None] * width + k[None, :], mask=inside, other=0.0)
+        total += tl.dot(x, tl.trans(weight.to(x.dtype)), input_precision="ieee")
+    total = total * tl.load(scale_ptr + n, mask=n < outputs, other=0.0)[None, :]
+    place = out_ptr + m[:, None] * out_stride + n[None, :]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(m < rows)[:, None] & (n < outputs)[None, :])
+
+
+def scaled_product(x_MK: Tensor, weight: Weight, out_MN: Tensor | None = None) -> Tensor:
+    """x W^T of 8-bit weights by tensor cores, rounded to x's dtype; at most MAX_SCALED_ROWS rows.
+
+    Weights become x's dtype on the way, which all 8-bit values fit into.
+
+    Args:
+        x_MK: float32, bfloat16 or float16, contiguous.
+        weight: with a scale.
+        out_MN: where the result goes, if it is there already; outputs contiguous.
+
+    Raises:
+        ValueError: more rows than MAX_SCALED_ROWS, shapes that do not fit, or a weight without a scale.
+    """
+    (rows, width), outputs = x_MK.shape, weight.values.shape[0]
+    if rows > MAX_SCALED_ROWS or weight.values.shape[1] != width or weight.scale_N is None:
+        raise ValueError(
+            f"x {tuple(x_MK.shape)}, weight {tuple(weight.values.shape)}, scale {weight.scale_N is not None}; at most "
+            f"{MAX_SCALED_ROWS} rows, as many inputs, and a scale"
+        )
+    if out_MN is None:
+        out_MN = x_MK.new_empty(rows, outputs)
+    # Small matrices: more programs, each with fewer outputs.
+    block_n = 16 if outputs <= 2048 else 32
+    _scaled_product[(triton.cdiv(outputs, block_n),)](
+        x_MK,
+        weight.values,
+        weight.scale_N,
+        out_MN,
+        rows,
+        outputs,
+        width,
+        out_MN.stride(0),
+        BLOCK_M=max(triton.next_power_of_2(rows), 16),
+        BLOCK_N=block_n,
+        BLOCK_K=128 if x_MK.dtype != torch.float32 else 32,
+        num_warps=4,
+        num_stages=4 if x_MK.dtype != torch.float32 else 1,
     )
     return out_MN
