@@ -123,6 +123,8 @@ def test_load_and_sample(tmp_path, monkeypatch, capsys):
     pipeline: Any = load("tiny", device="cpu", quantize="int8")
     assert all(stored(layer)[1] is not None for layer in quantized_layers(pipeline.generator).values())
     assert len(pipeline(num_images=2, seed=0).images) == 2
+    with pytest.raises(ValueError, match="a quantised pipeline is not saved"):
+        pipeline.save_pretrained("again")
     assert main(["sample", "tiny", "--quantize", "int8", "--device", "cpu", "--out", "a.png"]) == 0
     assert (tmp_path / "a.png").is_file()
     capsys.readouterr()

@@ -1,6 +1,7 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
 import contextlib
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from visar.pictures import to_pictures
 from visar.pipelines import batching
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampler_options import NEUTRAL, Helpers, guidance_of_defaults, resolve_options
+from visar.quantize import quantized_layers, scaled
 from visar.runtime import EAGER, Runtime
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.tokenizers.decoding import decode_tokens
@@ -87,6 +89,16 @@ class ImagePipeline(DiffusionPipeline):
         self.offload = False
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
+        """Writes the pipeline to a folder, as diffusers does.
+
+        Raises:
+            ValueError: the generator is quantised.
+        """
+        if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
+            raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
+        super().save_pretrained(save_directory, **settings)
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
