@@ -1,0 +1,286 @@
+"""Kernels of speculative passes against the plain PyTorch they stand for; on a GPU, or with TRITON_INTERPRET=1."""
+
+import pytest
+import torch
+from torch import nn
+
+from visar import kernels
+from visar.condition import Condition
+from visar.evaluate.laws import check_law, joint_law
+from visar.generators.raster import RasterGPT
+from visar.generators.tabular import TabularGenerator
+from visar.guidance import Guidance
+from visar.noise import Noise, image_seeds
+from visar.runtime import Runtime
+from visar.samplers.feature_drafters import FeatureDrafter
+from visar.samplers.filtering import draw
+from visar.samplers.grouped import sample_grouped
+from visar.samplers.jacobi import refresh, sample_jacobi
+from visar.samplers.relaxed import judge_relaxed, relaxed_law, sample_lantern
+from visar.samplers.speculative import sample_speculative
+from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
+from visar.samplers.trees import judge_drawn, walk, walk_by_kernel, walk_chains, walk_chosen, walk_drawn
+from visar.samplers.verify import Verdict, one_hot, token_law, verify
+from visar.tree import DraftTree
+
+VOCABULARIES = [50, 128, 300]
+
+
+def plain(monkeypatch, call):
+    """The call's result with every kernel switched off."""
+    with monkeypatch.context() as patch:
+        patch.setenv("VISAR_TRITON", "0")
+        return call()
+
+
+def laws(*shape: int, seed: int = 0, top_k: int = 0) -> torch.Tensor:
+    """Random laws with ties and, with top_k, zeros; sums of few bits, so that their order changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    mass = torch.randint(1, 9, shape, generator=generator).float()
+    if top_k:
+        mass *= torch.rand(shape, generator=generator).argsort(-1).argsort(-1) < top_k
+    return mass / 2.0 ** mass.sum(-1, keepdim=True).log2().ceil()
+
+
+def uniforms(*shape: int, seed: int = 1) -> torch.Tensor:
+    return (torch.randint(2**20, shape, generator=torch.Generator().manual_seed(seed)).float() + 0.5) * 2.0**-20
+
+
+# ------------------------------------------------------------------------------------------------------ law and draw
+@pytest.mark.parametrize("filters", [(1.0, 0, 1.0), (0.7, 7, 1.0), (1.3, 0, 0.8), (1.0, 20, 0.9)])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_law(device, monkeypatch, vocab_size, filters):
+    generator = torch.Generator().manual_seed(vocab_size)
+    logits = (3 * torch.randn(3, 2, vocab_size, generator=generator)).to(device)
+    logits[0, 0, :9] = 2.0
+    logits[0, 1, 5:] = float("-inf")
+    assert kernels.usable(logits)
+    expected = plain(monkeypatch, lambda: token_law(logits, *filters))
+    torch.testing.assert_close(token_law(logits, *filters), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_draw_of_a_mass(device, monkeypatch, vocab_size):
+    mass, uniform = laws(3, 4, vocab_size, top_k=9).to(device), uniforms(3, 4).to(device)
+    mass[0, 0] = one_hot(torch.tensor(vocab_size - 1), vocab_size)
+    expected = plain(monkeypatch, lambda: draw(mass, uniform))
+    assert torch.equal(draw(mass, uniform), expected)
+    assert (mass.gather(2, expected[..., None]) > 0).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- verdicts
+@pytest.mark.parametrize("coupling", ["none", "maximal", "gumbel"])
+@pytest.mark.parametrize("slots", [1, 2, 17])
+@pytest.mark.parametrize("top_k", [0, 12])
+def test_judge(device, monkeypatch, slots, coupling, top_k):
+    """Verdicts and new drafts are those of `verify` and `refresh`."""
+    from visar.kernels.verify import judge
+
+    batch, vocab_size = 3, 140
+    p, q = laws(batch, slots, vocab_size, top_k=top_k), laws(batch, slots, vocab_size, seed=5, top_k=top_k)[:, 1:]
+    q[:, 1::2] = p[:, 1:-1:2]  # accepted for certain; what is left of them is nothing
+    accept, emit, fresh = uniforms(3, batch, slots)
+    draft = plain(monkeypatch, lambda: draw(q, uniforms(batch, slots - 1, seed=3)))
+    judged = torch.tensor([slots - 1, 0, slots // 2])
+    noise = -torch.log(-torch.log(uniforms(batch, slots + 9, vocab_size, seed=4)))
+    length = torch.tensor([0, 9, 4])
+    p, q, accept, emit, fresh, draft, judged, noise, length = (
+        value.to(device) for value in (p, q, accept, emit, fresh, draft, judged, noise, length)
+    )
+
+    def expected() -> tuple[Verdict, torch.Tensor]:
+        verdict = verify(p, q, draft, accept[:, :-1], emit, judged_B=judged)
+        place = length[:, None] + torch.arange(slots, device=device)
+        gumbel = noise.gather(1, place[..., None].expand(-1, -1, vocab_size))
+        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel)
+
+    verdict, drafts = plain(monkeypatch, expected)
+    given = dict(coupling=coupling, fresh_BL=fresh, gumbel_BTV=noise, length_B=length)
+    _, got, new = judge(p, q, draft, accept, emit, judged_B=judged, **given)
+    got = Verdict(*got)
+    assert torch.equal(new, drafts)
+    for name in ("tokens_BL", "count_B", "kept_B", "accepted_BK"):
+        assert torch.equal(getattr(got, name), getattr(verdict, name)), name
+    assert torch.equal(verify(p, q, draft, accept[:, :-1], emit, judged_B=judged).tokens_BL, verdict.tokens_BL)
+    # From logits and by chances that are given.
+    logits, chance = p.log(), torch.rand(batch, slots - 1, device=device)
+    law, got, _ = judge(logits, q, draft, accept, emit, filters=(1.0, 0, 1.0), chance_BK=chance)
+    torch.testing.assert_close(law, torch.softmax(logits, -1))
+    expected_verdict = plain(monkeypatch, lambda: verify(law, q, draft, accept[:, :-1], emit, chance_BK=chance))
+    assert torch.equal(got[1], expected_verdict.count_B) and torch.equal(got[3], expected_verdict.accepted_BK)
+
+
+# -------------------------------------------------------------------------------------------------------------- trees
+def random_tree(batch: int, nodes: int, vocab_size: int, device: torch.device) -> DraftTree:
+    """Trees whose siblings differ in their tokens."""
+    generator = torch.Generator().manual_seed(nodes)
+    parents = torch.stack([torch.randint(0, node // 2 + 1, (batch,), generator=generator) for node in range(nodes)], 1)
+    tokens = torch.stack([torch.randperm(vocab_size, generator=generator)[:nodes] for _ in range(batch)])
+    return DraftTree.from_parents(tokens.to(device), parents.to(device))
+
+
+def test_tree_of_one_row_is_begun_for_every_row():
+    tree = random_tree(1, 7, 20, torch.device("cpu"))
+    part = tree.begun(tree.tokens_BM.expand(3, -1), 4)
+    whole = DraftTree.from_parents(part.tokens_BM, part.parents_BM)
+    assert torch.equal(part.seen_BLL, whole.seen_BLL) and torch.equal(part.depth_BL, whole.depth_BL)
+
+
+@pytest.mark.parametrize("kind", ["drawn", "chosen", "moved", "ratio"])
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_walk(device, monkeypatch, vocab_size, kind):
+    batch, nodes = 6, 11
+    tree = random_tree(batch, nodes, vocab_size, device)
+    depth = int(tree.depth_BL.max())
+    p = laws(batch, nodes + 1, vocab_size).to(device)
+    q = laws(batch, nodes, vocab_size, seed=2, top_k=vocab_size // 2).to(device)
+    q.scatter_(2, tree.tokens_BM[..., None], 2.0 / vocab_size)
+    accept, emit = uniforms(batch, nodes).to(device), uniforms(batch).to(device)
+    if kind == "chosen":
+        accept *= 4.0 / vocab_size  # so that unlikely drafts are accepted too
+    near = torch.stack([torch.arange(1, 8).add(code) % vocab_size for code in range(vocab_size)]).int().to(device)
+    bounds = dict(max_moved=0.02 if kind == "moved" else None, max_ratio=3.0 if kind == "ratio" else None)
+
+    def expected():
+        if kind == "chosen":
+            return walk_chosen(p, tree, accept, emit, depth)
+        judge = judge_drawn(tree, q)
+        if kind in ("moved", "ratio"):
+            judge = judge_relaxed(tree, q, lambda law, token: relaxed_law(law, token, near, **bounds))
+        return walk(p, tree, judge, accept, emit, depth)
+
+    way = plain(monkeypatch, expected)
+    if kind == "chosen":
+        got = walk_chosen(p, tree, accept, emit, depth)
+    elif kind == "drawn":
+        got = walk_drawn(p, tree, q, accept, emit, depth)
+    else:
+        got = walk_by_kernel(p, tree, q, accept, emit, depth, neighbours_Vk=near, **bounds)
+    assert way.kept_B.max() > 0 and (way.judged_B > way.kept_B).any()
+    for name in ("slots_BD", "kept_B", "judged_B", "refused_B"):
+        assert torch.equal(getattr(got, name), getattr(way, name)), name
+    torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-4)
+    assert torch.equal(got.tokens_BL, way.tokens_BL)
+
+
+def test_walk_of_chains(device, monkeypatch):
+    batch, depth, chains, vocab_size = 5, 3, 4, 140
+    p = laws(batch, 1 + depth * chains, vocab_size, top_k=40).to(device)
+    levels = [laws(batch, 1, vocab_size, seed=7 + d, top_k=30).expand(-1, chains, -1).to(device) for d in range(depth)]
+    tokens = plain(monkeypatch, lambda: torch.cat([draw(q, uniforms(batch, chains).to(device)) for q in levels], 1))
+    parents = torch.tensor([max(0, node + 1 - chains) for node in range(depth * chains)], device=device)
+    tree = DraftTree.from_parents(tokens, parents.expand(batch, -1))
+    accept, emit = uniforms(batch, depth, chains).to(device), uniforms(batch).to(device)
+    way = plain(monkeypatch, lambda: walk_chains(p, tree, levels, accept, emit))
+    got = walk_chains(p, tree, levels, accept, emit)
+    assert way.kept_B.max() > 0
+    for name in ("slots_BD", "kept_B", "judged_B", "refused_B", "tokens_BL"):
+        assert torch.equal(getattr(got, name), getattr(way, name)), name
+    torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("nodes", [6, 40])
+def test_tree_attention(device, dtype, nodes, first):
+    from visar.cache import visible_tree
+    from visar.kernels.tree import tree_attention
+    from visar.rope import rope_table, rotate
+
+    batch, rows, heads, width, prefix = 2, 4, 2, 32, 3
+    generator = torch.Generator().manual_seed(nodes)
+    tree = random_tree(batch, nodes, 99, device)
+    rope = rope_table("2d", prefix_length=prefix, grid=(3, 30), head_width=width).to(device)
+    slots = rope.shape[0] + nodes
+    length = torch.tensor([0, 87], device=device)
+    keys, values = (torch.randn(rows, heads, slots, width, generator=generator).to(device, dtype) for _ in range(2))
+    valid = torch.rand(rows, slots, generator=generator) < 0.8
+    valid[:, prefix - 1 :] = True
+    valid = valid.to(device)
+    qkv = torch.randn(rows, nodes + 1 - first, 3 * heads * width, generator=generator).to(device, dtype)
+    root = (length[:, None] + prefix - 1).repeat(2, 1)
+    place = root + tree.depth_BL.repeat(2, 1)[:, first:]
+    table = rope[place.clamp(max=len(rope) - 1)]
+    query, key, value = qkv.unflatten(-1, (3, heads, width)).unbind(2)
+    query, key, value = rotate(query, table).transpose(1, 2), rotate(key, table).transpose(1, 2), value.transpose(1, 2)
+    slot = root + torch.arange(first, nodes + 1, device=device)
+    all_keys, all_values = keys.clone(), values.clone()
+    index = slot[:, None, :, None].expand_as(key)
+    all_keys.scatter_(2, index, key)
+    all_values.scatter_(2, index, value)
+    mask = visible_tree(root, tree.seen_BLL.repeat(2, 1, 1), slots, valid)[:, :, first:]
+    expected = nn.functional.scaled_dot_product_attention(query, all_keys, all_values, attn_mask=mask)
+    got = tree_attention(
+        qkv, keys, values, rope, length, ahead=prefix - 1, batch=batch, key_valid_RS=valid,
+        depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first,
+    )  # fmt: skip
+    limit = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=3e-2, rtol=3e-2)
+    torch.testing.assert_close(got, expected.transpose(1, 2).flatten(2), **limit)
+    torch.testing.assert_close(keys, all_keys, **limit)
+    assert torch.equal(values, all_values)
+
+
+# ----------------------------------------------------------------------------------------------------------- samplers
+BOOK = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+SAMPLERS = {
+    "jacobi": (sample_jacobi, dict(window=5)),
+    "jacobi alone": (sample_jacobi, dict(window=1)),
+    "jacobi maximal": (sample_jacobi, dict(window=7, coupling="maximal", initial="left_law", adaptive=True)),
+    "jacobi gumbel": (sample_jacobi, dict(window=5, coupling="gumbel", initial="left_mode")),
+    "jacobi above": (sample_jacobi, dict(window=6, initial="above")),
+    "jacobi above law": (sample_jacobi, dict(window=6, initial="above_law", top_p=0.9)),
+    "grouped": (sample_grouped, dict(window=5, codebook=BOOK)),
+    "speculative": (sample_speculative, dict(num_drafts=3)),
+    "static tree": (sample_static_tree, dict(branches=(3, 2))),
+    "dynamic tree": (sample_dynamic_tree, dict(depth=3, children=2, nodes=7)),
+    "k_seq": (sample_k_seq, dict(num_chains=3, num_drafts=2)),
+    "lantern": (sample_lantern, dict(codebook=BOOK, max_moved=0.3, depth=2, children=3, nodes=8)),
+}
+LEARNED = ["speculative", "static tree", "dynamic tree"]
+CASES = [(name, False) for name in SAMPLERS] + [(name, True) for name in LEARNED]
+
+
+@pytest.mark.parametrize(("name", "learned"), CASES)
+def test_samplers_draw_the_same_ids(device, monkeypatch, name, learned):
+    """With and without kernels, guided, with three images; on a GPU captured too."""
+    torch.manual_seed(0)
+    size = dict(vocab_size=24, grid=(2, 3), width=32, num_heads=2, hidden_width=48)
+    model = RasterGPT(num_classes=3, num_layers=1, **size).eval()
+    nn.init.normal_(model.output.weight, std=0.5)
+    sampler, settings = SAMPLERS[name]
+    if learned:
+        drafter = FeatureDrafter(**size).eval()
+        drafter.reset_parameters(torch.Generator().manual_seed(0))
+        settings = {**settings, "drafter": drafter.to(device)}
+    model = model.to(device)
+    condition = Condition(labels_BA=torch.tensor([[0], [2], [1]], device=device))
+    runtime = Runtime()
+
+    def call():
+        noise = Noise(image_seeds(5, 3), device)
+        return sampler(model, condition, noise=noise, guidance=Guidance(scale=1.5), runtime=runtime, **settings)
+
+    got = call()
+    if device.type == "cuda":
+        assert torch.equal(call().tokens, got.tokens)
+    runtime.clear()
+    expected = plain(monkeypatch, call)
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.outcome_BN, expected.outcome_BN)
+    assert got.statistics.tokens_per_pass == expected.statistics.tokens_per_pass
+    assert got.statistics.proposed == expected.statistics.proposed
+    assert got.statistics.accepted == expected.statistics.accepted
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["jacobi", "jacobi maximal", "jacobi gumbel", "static tree", "dynamic tree", "k_seq"])
+def test_law_through_kernels(name):
+    device = torch.device("cuda")
+    torch.manual_seed(0)
+    model = TabularGenerator(vocab_size=4, grid=(2, 2)).to(device)
+    sampler, settings = SAMPLERS[name]
+    n = 20_000
+    condition = Condition(labels_BA=torch.zeros(n, 1, dtype=torch.int64, device=device))
+    assert kernels.usable(model.table)
+    out = sampler(model, condition, noise=Noise(image_seeds(0, n), device), **settings)
+    check = check_law(out.tokens, joint_law(model, condition.rows(torch.zeros(1, dtype=torch.int64))), 4)
+    assert check.passed, check
