@@ -134,7 +134,7 @@ def test_walk(device, monkeypatch, vocab_size, kind):
     depth = int(tree.depth_BL.max())
     p = laws(batch, nodes + 1, vocab_size).to(device)
     q = laws(batch, nodes, vocab_size, seed=2, top_k=vocab_size // 2).to(device)
-    q.scatter_(2, tree.tokens_BM[..., None], 2.0 / vocab_size)
+    q.scatter_(2, tree.tokens_BM[..., None], (2.0 if kind == "drawn" else 8.0) / vocab_size)
     accept, emit = uniforms(batch, nodes).to(device), uniforms(batch).to(device)
     if kind == "chosen":
         accept *= 4.0 / vocab_size  # so that unlikely drafts are accepted too

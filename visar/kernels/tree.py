@@ -9,7 +9,7 @@ width, V codes, C candidates.
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING

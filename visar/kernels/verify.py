@@ -8,7 +8,7 @@ B images, K drafts, L = K + 1 slots, V codes, N tokens, T positions with slack, 
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
 import torch
 import triton
