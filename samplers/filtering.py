@@ -88,7 +88,7 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
 
     Returns: int64 [...]; a code of no mass is never drawn.
     """
-    if fits_kernels(mass):
+    if fits_kernels(mass) and uniform.shape == mass.shape[:-1]:
         from visar.kernels.verify import draw_mass
 
         with kernels.on(mass.device):
