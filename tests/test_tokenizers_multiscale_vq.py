@@ -253,3 +253,17 @@ def test_a_collapsed_codebook_recovers_at_every_scale():
     assert max(collapsed.fraction) <= 4 / 64
     assert min(revived.perplexity) > 3 * max(collapsed.perplexity)
     assert error < collapsed_error / 2
+
+
+# ------------------------------------------------------------------------------------------------------ enlarging
+def test_maps_are_enlarged_as_by_interpolation():
+    quantizer = MultiScaleQuantizer(8, 3, (1, (2, 3), (5, 7), (12, 16)))
+    for scale, (height, width) in enumerate(quantizer.scales[:-1]):
+        maps = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(scale))
+        expected = torch.nn.functional.interpolate(maps, size=(12, 16), mode="bicubic")
+        torch.testing.assert_close(quantizer.enlarge(maps, scale), expected, atol=2e-6, rtol=0)
+    assert not any("enlarging" in key for key in quantizer.state_dict())
+    with torch.device("meta"):
+        empty = MultiScaleQuantizer(8, 3, (1, 2, 4))
+    filled = empty.to_empty(device="cpu")
+    assert torch.equal(filled.enlarge(torch.ones(1, 1, 2, 2), 1), torch.ones(1, 1, 4, 4))

@@ -6,7 +6,6 @@ Training parts that the release lacks (tail dropout, moving averages, revival of
 B images, S scales, L positions of one scale, N all positions, V codes, C code width, h w the finest grid.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import cast
 
@@ -59,24 +58,11 @@ def phi_choice(num_scales: int, num_phi: int) -> tuple[int, ...]:
     return tuple(choice)
 
 
-@functools.lru_cache(maxsize=256)
-def _cubic_weights(size: int, larger: int, device: torch.device) -> Tensor:
-    """Weights float32 [larger, size] of cubic interpolation along one axis."""
-    unit = torch.eye(size, dtype=torch.float64)[None, :, :, None]
+def cubic_weights(size: int, larger: int) -> Tensor:
+    """Weights of cubic interpolation along one axis, float32 [larger, size], on the CPU."""
+    unit = torch.eye(size, dtype=torch.float64, device="cpu")[None, :, :, None]
     weights = functional.interpolate(unit, size=(larger, 1), mode="bicubic")
-    return weights[0, :, :, 0].t().float().contiguous().to(device)
-
-
-def enlarge(maps_BChw: Tensor, size: Scale) -> Tensor:
-    """Bicubic interpolation of float32 maps to a size, as two products.
-
-    The same numbers as `torch.nn.functional.interpolate` to rounding. Its CUDA kernel has one thread a pixel that goes
-    through all images and channels, which takes tens of milliseconds for the small maps of a pyramid.
-    """
-    rows, columns = (
-        _cubic_weights(here, there, maps_BChw.device) for here, there in zip(maps_BChw.shape[2:], size, strict=True)
-    )
-    return rows @ maps_BChw @ columns.t()
+    return weights[0, :, :, 0].t().float().contiguous()
 
 
 class ScalePyramid(nn.Module):
@@ -110,6 +96,11 @@ class ScalePyramid(nn.Module):
         self.phi = nn.ModuleList(
             nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_phi or len(self.scales))
         )
+        # Not buffers: they have values when the weights are on the meta device.
+        self._enlarging = [
+            tuple(cubic_weights(here, there) for here, there in zip(scale, self.scales[-1], strict=True))
+            for scale in self.scales[:-1]
+        ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalePyramid":
         """Moves between devices, but keeps float32 (see the class)."""
@@ -118,6 +109,8 @@ class ScalePyramid(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        if self.embedding.weight.device.type != "meta":
+            self._enlarging = [tuple(move(weights) for weights in pair) for pair in self._enlarging]
         return super()._apply(move, recurse)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -152,6 +145,15 @@ class ScalePyramid(nn.Module):
         whole = [sum(self.sizes[: scale + 1]) for scale in range(len(self.sizes))]
         raise ValueError(f"{num_tokens} tokens are not a whole number of scales; allowed: {whole}")
 
+    def enlarge(self, maps_BChw: Tensor, scale: int) -> Tensor:
+        """Float32 maps of a scale (not the finest) resized to the finest grid by bicubic interpolation.
+
+        Two products instead of `torch.nn.functional.interpolate`, whose CUDA kernel has one thread a pixel for all
+        images and channels and takes milliseconds for maps of this size. The same numbers to rounding.
+        """
+        rows, columns = (weights.to(maps_BChw.device) for weights in self._enlarging[scale])
+        return rows @ maps_BChw @ columns.t()
+
     def contribution(self, scale: int, codes_BLC: Tensor) -> Tensor:
         """What a scale adds to the map: phi of its codes, bicubically resized to the finest grid; [B, C, h, w].
 
@@ -162,7 +164,7 @@ class ScalePyramid(nn.Module):
         with torch.autocast(codes_BLC.device.type, enabled=False):
             codes = codes_BLC.float().transpose(1, 2).unflatten(2, self.scales[scale])
             if scale < len(self.scales) - 1:
-                codes = enlarge(codes, self.scales[-1])
+                codes = self.enlarge(codes, scale)
             smoothed = self.phi[self.phi_of_scale[scale]](codes)
             return (1 - self.phi_ratio) * codes + self.phi_ratio * smoothed
 
