@@ -97,6 +97,20 @@ def test_captured_steps_give_the_tokens_of_eager_ones():
             torch.testing.assert_close(eager.latent_BChw, captured.latent_BChw, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("model_class", [NextScaleTransformer, HierarchicalMaskedTransformer])
+def test_a_model_that_was_made_on_the_gpu_is_captured(model_class):
+    sizes = dict(vocab_size=64, codebook_width=8, scales=SCALES, width=64, num_layers=8, num_heads=2, num_classes=5)
+    with torch.device("cuda"):
+        model = model_class(**sizes).eval()
+    model.reset_parameters(torch.Generator("cuda").manual_seed(0))
+    condition = Condition(labels_BA=torch.tensor([[0], [1]], device="cuda"))
+    runtime = Runtime()
+    tokens = [
+        sample_next_scale(model, condition, noise=Noise([1, 2], "cuda"), runtime=runtime).tokens for _ in range(3)
+    ]
+    assert torch.equal(tokens[0], tokens[1]) and torch.equal(tokens[0], tokens[2])
+
+
 def test_gpu_tokens_are_those_of_the_cpu():
     torch.manual_seed(0)
     model = make(NextScaleTransformer)

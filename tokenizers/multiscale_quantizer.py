@@ -97,9 +97,9 @@ class ScalePyramid(nn.Module):
             nn.Conv2d(channels, channels, 3, padding=1) for _ in range(num_phi or len(self.scales))
         )
         # Not buffers: they have values when the weights are on the meta device.
+        rows, columns = self.scales[-1]
         self._enlarging = [
-            tuple(cubic_weights(here, there) for here, there in zip(scale, self.scales[-1], strict=True))
-            for scale in self.scales[:-1]
+            (cubic_weights(height, rows), cubic_weights(width, columns)) for height, width in self.scales[:-1]
         ]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ScalePyramid":
@@ -110,7 +110,7 @@ class ScalePyramid(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         if self.embedding.weight.device.type != "meta":
-            self._enlarging = [tuple(move(weights) for weights in pair) for pair in self._enlarging]
+            self._enlarging = [(move(rows), move(columns)) for rows, columns in self._enlarging]
         return super()._apply(move, recurse)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -151,7 +151,10 @@ class ScalePyramid(nn.Module):
         Two products instead of `torch.nn.functional.interpolate`, whose CUDA kernel has one thread a pixel for all
         images and channels and takes milliseconds for maps of this size. The same numbers to rounding.
         """
-        rows, columns = (weights.to(maps_BChw.device) for weights in self._enlarging[scale])
+        rows, columns = self._enlarging[scale]
+        if rows.device != maps_BChw.device:
+            # A pyramid that was made on its device has not been moved. Kept there: a captured step must not copy.
+            rows, columns = self._enlarging[scale] = (rows.to(maps_BChw.device), columns.to(maps_BChw.device))
         return rows @ maps_BChw @ columns.t()
 
     def contribution(self, scale: int, codes_BLC: Tensor) -> Tensor:
