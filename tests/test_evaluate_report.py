@@ -122,7 +122,7 @@ def test_comparison_of_two_samplers(tmp_path: Path, extractor: Extractor, refere
     write_comparison(reports, tmp_path / "compare")
     assert "| fast |" in (tmp_path / "compare" / "compare.md").read_text()
     assert len(json.loads((tmp_path / "compare" / "compare.json").read_text())) == 2
-    assert Image.open(tmp_path / "compare" / "pareto.png").size == (900, 600)
+    assert Image.open(tmp_path / "compare" / "pareto.png").size == (900, 650)
 
 
 def test_what_does_not_compare_is_refused(tmp_path: Path, extractor: Extractor, reference: Reference) -> None:
@@ -149,7 +149,10 @@ def test_pareto_picture_marks_the_points(tmp_path: Path) -> None:
     pixels = np.asarray(Image.open(path))
     assert (pixels == (40, 90, 180)).all(axis=-1).sum() > 300  # the frontier
     single = draw_pareto(points[:1], tmp_path / "one.png", cost_name="passes", distance_name="FD-Lite0")
-    assert Image.open(single).size == (900, 600)
+    assert Image.open(single).size == (900, 630)
+    same = draw_pareto([points[0]] * 3, tmp_path / "same.png", cost_name="passes", distance_name="FD-Lite0")
+    ink = [(np.asarray(Image.open(picture))[:600] < 90).all(axis=-1).sum() for picture in (single, same)]
+    assert ink[1] > ink[0] + 30  # the numbers of runs at one place do not cover each other
     for wrong in ([], [Point("x", 0.0, 1.0)], [Point("x", 1.0, float("nan"))]):
         with pytest.raises(ValueError, match="above 0"):
             draw_pareto(wrong, tmp_path / "x.png", cost_name="passes", distance_name="FD")

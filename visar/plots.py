@@ -34,6 +34,7 @@ class Axes:
         self.size, self.log_x, self.log_y = size, log_x, log_y
         self.image = Image.new("RGB", size, "white")
         self.draw, self.font = ImageDraw.Draw(self.image), ImageFont.load_default(size=15)
+        self._labels: list[tuple[float, float, float, float]] = []
         self._x = _padded([self._scaled(value, log_x) for value in x_values])
         self._y = _padded([self._scaled(value, log_y) for value in y_values])
         left, top, right, bottom = _MARGIN
@@ -71,12 +72,31 @@ class Axes:
         self.draw.line([self.place(x, y) for x, y in points], fill=color, width=2)
 
     def point(self, x: float, y: float, label: str, color: tuple[int, int, int] = INK) -> None:
-        """A disc at a pair of values, with its label beside it, on the side where there is room."""
+        """A disc at a pair of values, and its label beside it or, where another one is, further up."""
         across, up = self.place(x, y)
         self.draw.ellipse([across - 5, up - 5, across + 5, up + 5], fill=color)
         on_right = across > self.size[0] - _MARGIN[2] - 160
-        offset, anchor = (-9, "rb") if on_right else (9, "lb")
-        self.draw.text((across + offset, up - 9), label, INK, self.font, anchor)
+        place, anchor = (across + (-9 if on_right else 9), up - 9.0), "rb" if on_right else "lb"
+        box = self.draw.textbbox(place, label, self.font, anchor)
+        while any(_overlap(box, other) for other in self._labels):
+            place = (place[0], place[1] - 4)
+            box = self.draw.textbbox(place, label, self.font, anchor)
+        self._labels.append(box)
+        self.draw.text(place, label, INK, self.font, anchor)
+
+    def legend(self, lines: Sequence[str]) -> None:
+        """Lines of text below the plot; the picture grows."""
+        width, height = self.image.size
+        grown = Image.new("RGB", (width, height + 20 * len(lines) + 10), "white")
+        grown.paste(self.image)
+        self.image, self.draw = grown, ImageDraw.Draw(grown)
+        for index, line in enumerate(lines):
+            self.draw.text((_MARGIN[0], height + 20 * index), line, INK, self.font)
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    """Whether two boxes (left, top, right, bottom) share a point."""
+    return one[0] <= other[2] and other[0] <= one[2] and one[1] <= other[3] and other[1] <= one[3]
 
 
 def _padded(values: list[float]) -> tuple[float, float]:

@@ -43,6 +43,14 @@ def draw_pareto(
 ) -> Path:
     """Writes the picture as PNG: cost to the right on a logarithmic scale, distance upwards, frontier as a line.
 
+    Points are numbered in their order; what the numbers are stands below.
+
+    Args:
+        points: of the runs.
+        path: of the picture.
+        cost_name, distance_name: written beside the axes.
+        size: of the plot without the lines below it, in pixels.
+
     Raises:
         ValueError: no point, a cost that is not above 0, a distance that is not finite, or a path that is not .png.
     """
@@ -52,18 +60,23 @@ def draw_pareto(
     wrong = [point for point in points if not point.cost > 0 or not math.isfinite(point.distance)]
     if not points or wrong:
         raise ValueError(f"{wrong[0] if wrong else 'no point'}: costs must be above 0 and distances finite")
+    distances = [point.distance for point in points]
     axes = Axes(
         [point.cost for point in points],
-        [point.distance for point in points],
+        distances,
         x_name=cost_name,
         y_name=f"{distance_name} (lower is better)",
         log_x=True,
+        log_y=min(distances) > 0 and max(distances) > 2 * min(distances),
         size=size,
     )
     best = frontier(points)
     axes.line([(point.cost, point.distance) for point in best])
-    for point in points:
-        axes.point(point.cost, point.distance, point.label, BLUE if point in best else INK)
+    names = []
+    for number, point in enumerate(points, start=1):
+        axes.point(point.cost, point.distance, str(number), BLUE if point in best else INK)
+        names.append(f"{number}  {point.label}  ({point.cost:.3g}, {point.distance:.4g})")
+    axes.legend(names)
     with atomic_write(path) as temporary:
         axes.image.save(temporary, format="PNG")
     return path

@@ -318,7 +318,8 @@ def make_statistics(
 def write_comparison(reports: list[Report], out: str | Path) -> None:
     """Writes compare.json, compare.md and pareto.png of comparable reports; the first row is what ratios refer to.
 
-    There is no pareto.png if some pictures were not made here, so that their passes are not known.
+    In pareto.png the cost is the time of an image at the largest batch size that was timed (`--speed-batches`) in all
+    runs, else the number of forward passes; without either there is no picture.
 
     Raises:
         ValueError: the reports do not compare, or there is none.
@@ -334,10 +335,24 @@ def write_comparison(reports: list[Report], out: str | Path) -> None:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with atomic_write(out / "compare.json") as path:
         path.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n", encoding="utf-8")
-    if all(report.passes for report in reports):
+    costs = _costs(reports)
+    if costs is not None:
+        cost_name, values = costs
         draw_pareto(
-            [Point(report.name, report.passes, report.metrics.distance) for report in reports],
+            [Point(r.name, cost, r.metrics.distance) for r, cost in zip(reports, values, strict=True)],
             out / "pareto.png",
-            cost_name="forward passes per image",
+            cost_name=cost_name,
             distance_name=reports[0].metrics.distance_name,
         )
+
+
+def _costs(reports: list[Report]) -> tuple[str, list[float]] | None:
+    """What a run costs, by name and for every report; None where it is not known of all."""
+    timed = [{row.batch: row.images_per_s for row in report.speed} for report in reports]
+    common = set(timed[0]).intersection(*timed[1:])
+    if common:
+        batch = max(common)
+        return f"ms an image at batch {batch}", [1000 / rates[batch] for rates in timed]
+    if all(report.passes for report in reports):
+        return "forward passes per image", [report.passes or 0.0 for report in reports]
+    return None
