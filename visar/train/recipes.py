@@ -47,10 +47,15 @@ _RASTER = TrainGenerator(
 # the residuals of every scale alike.
 _MSVQ = replace(_VQ, out=Path("runs/emoji-msvq"), preset="msvq-4-64")
 
+# All codes of a scale are drawn independently, so what a model was not shown in training it meets in sampling: hence
+# self-correction.
 _VAR = replace(
     _RASTER,
     out=Path("runs/emoji-var"),
     tokenizer="emoji-msvq",
+    optimizer="muon",
+    learning_rate=3e-3,
+    self_correction=0.3,
     hidden_width=928,
     words="sum",
     word_dropout=0.25,
@@ -145,7 +150,9 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     "emoji-var-small": replace(_VAR, out=Path("runs/emoji-var-small"), width=128, num_layers=6, hidden_width=512),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
-    "emoji-hmar-refinement": replace(_HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", steps=4000),
+    "emoji-hmar-refinement": replace(
+        _HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", self_correction=0.0, steps=4000
+    ),
     "emoji-raster-eagle": _EAGLE,
     "emoji-raster-heads": replace(_EAGLE, out=Path("runs/emoji-raster-heads"), kind="heads", steps=4000),
 }
