@@ -8,7 +8,7 @@ width, V codes, C code width, S cache slots.
 """
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,10 +16,17 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visar import kernels
 from visar.cache import KVCache, visible, visible_tree
 from visar.condition import Condition
-from visar.generators.raster_conditions import CaptionPrefix, LabelPrefix, check_condition, null_condition, prefix
+from visar.generators import raster_kernels
+from visar.generators.raster_conditions import (
+    CaptionPrefix,
+    LabelPrefix,
+    causal_mask,
+    check_condition,
+    null_condition,
+    prefix,
+)
 from visar.generators.raster_state import RasterState
 from visar.guidance import OFF, Guidance, combine, double, repeat
 from visar.layers import RMSNorm, SwiGLU
@@ -274,12 +281,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         prefix_BPD, valid_BP = self.prefix(condition)
         x = self.input_dropout(torch.cat([prefix_BPD, self.embed(tokens_BN[:, : self.num_tokens - 1])], dim=1))
         length = x.shape[1]
-        mask = None
-        if valid_BP is not None:
-            valid = functional.pad(valid_BP, (0, length - self.prefix_length), value=True)
-            causal = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
-            itself = torch.eye(length, dtype=torch.bool, device=x.device)
-            mask = ((causal & valid[:, None]) | itself)[:, None]
+        mask = None if valid_BP is None else causal_mask(valid_BP, length, x.device)
         rope = self.rope(x.device)[None, :length]
         for layer in self.layers:
             x = layer(x, rope, mask)
@@ -308,37 +310,14 @@ class RasterGPT(ModelMixin, ConfigMixin):
             ValueError: see `check_condition`.
         """
         self.check_condition(condition)
-        if self._takes_kernels():
-            for layer in cast(list[Block], list(self.layers)):
-                layer.feed_forward.join()
+        if raster_kernels.usable(self):
+            raster_kernels.prepare(self)
         guided = guidance.active(self.num_tokens)
         rows = double(condition, self.null_condition(condition)) if guided else condition
         prefix_RPD, valid_RP = self.prefix(rows)
-        device, slack = prefix_RPD.device, window + 1
         if state is None:
-            slots = self.prefix_length + self.num_tokens + slack
-            dtype = prefix_RPD.dtype
-            cache = KVCache(
-                num_layers=len(self.layers),
-                rows=rows.batch,
-                num_heads=self.config["num_heads"],
-                num_slots=slots,
-                head_width=self.config["width"] // self.config["num_heads"],
-                ragged=ragged,
-                device=device,
-                dtype=dtype,
-            )
-            state = RasterState(
-                tokens=torch.zeros(condition.batch, self.num_tokens + slack, dtype=torch.int64, device=device),
-                length=torch.zeros(condition.batch if ragged else 1, dtype=torch.int64, device=device),
-                prefix_last_RD=torch.empty(rows.batch, prefix_RPD.shape[-1], device=device, dtype=dtype),
-                key_valid_RS=None
-                if valid_RP is None
-                else torch.ones(rows.batch, slots, dtype=torch.bool, device=device),
-                scale_N=torch.ones(self.num_tokens + slack, device=device) if guided else None,
-                cache=cache,
-                block=0,
-            )
+            padded = valid_RP is not None
+            state = RasterState.allocate(self, prefix_RPD, guided=guided, padded=padded, ragged=ragged, window=window)
         state.length.zero_()
         state.tokens.zero_()
         state.prefix_last_RD.copy_(prefix_RPD[:, -1])
@@ -355,10 +334,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         """Writes keys and values of all prefix positions but the last (which every first step reads anew)."""
         length = x.shape[1]
         position = torch.arange(length, device=x.device).expand(x.shape[0] if state.cache.ragged else 1, -1)
-        mask = torch.ones(length, length, dtype=torch.bool, device=x.device).tril()[None, None]
-        if valid_RP is not None:
-            itself = torch.eye(length, dtype=torch.bool, device=x.device)
-            mask = (mask & valid_RP[:, None, None, :length]) | itself
+        mask = causal_mask(valid_RP, length, x.device)
         rope = self.rope(x.device)[None, :length]
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, length))
@@ -368,8 +344,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
         Commits nothing. `tree` instead of `draft_BK`: one vector for the root and one a node.
         """
-        if self._takes_kernels():
-            return self._features_by_kernels(state, draft_BK, tree)
+        if raster_kernels.usable(self):
+            return raster_kernels.features(self, state, draft_BK, tree)
         x = self._inputs(state, draft_BK if tree is None else tree.tokens_BM)
         root = state.length[:, None] + self.prefix_length - 1
         position = root + torch.arange(x.shape[1], device=x.device)
@@ -399,64 +375,21 @@ class RasterGPT(ModelMixin, ConfigMixin):
         first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
         return torch.cat([first[:, None], x[:, 1:]], dim=1)
 
-    def _takes_kernels(self) -> bool:
-        """Whether decoding runs by kernels: not in training, where dropout and gradients are needed."""
-        weight = self.output.weight
-        inference = not (self.training or (weight.requires_grad and torch.is_grad_enabled()))
-        mixed = torch.is_autocast_enabled(weight.device.type) or weight.dtype != self.norm.weight.dtype
-        return self.fused == "auto" and inference and not mixed and kernels.usable(weight)
-
-    def _features_by_kernels(self, state: RasterState, draft_BK: Tensor | None, tree: DraftTree | None) -> Tensor:
-        """What `features` does, in 5 or 8 launches a layer."""
-        from visar.kernels.decoder import decode_layers
-        from visar.kernels.elementwise import first_inputs
-        from visar.kernels.overlap import overlaps
-        from visar.kernels.tree import decode_tree
-
-        draft_BK = draft_BK if tree is None else tree.tokens_BM
-        layers = cast(list[Block], list(self.layers))
-        rope = self.rope(state.tokens.device)
-        place: dict = dict(ahead=self.prefix_length - 1, batch=state.batch)
-        with kernels.on(state.tokens.device):
-            if self.config["token_input"] == "table":
-                table = self.tok_embeddings.weight
-                early = overlaps(table.device)
-                x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD, early)
-            else:
-                x_RLD = self._inputs(state, draft_BK)
-            mask = state.key_valid_RS
-            if tree is not None:
-                nodes = (tree.depth_BL, tree.seen_BLL)
-                return decode_tree(layers, self.norm, x_RLD, state.cache, rope, state.length, mask, *nodes, **place)
-            return decode_layers(layers, self.norm, x_RLD, state.cache, rope, state.length, key_valid_RS=mask, **place)
-
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
         return self._head(self.features(state, draft_BK))
 
     def _head(self, features_RLD: Tensor) -> Tensor:
         """Logits [R, L, V] of features while decoding."""
-        if not self._takes_kernels():
-            return self.output(features_RLD)
-        from visar.kernels.decoder import head
-
-        with kernels.on(features_RLD.device):
-            return head(self.output, features_RLD)
+        return raster_kernels.logits(self, features_RLD) if raster_kernels.usable(self) else self.output(features_RLD)
 
     def guided_logits(self, state: RasterState, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor:
         """Guided float32 logits [B, L, V] from `features`; depth_BL: how far each slot is ahead, for trees."""
         logits_RLV = self._head(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
-        if self._takes_kernels():
-            from visar.kernels.elementwise import guide
-            from visar.kernels.overlap import overlaps
-            from visar.kernels.tree import guide_tree
-
-            with kernels.on(logits_RLV.device):
-                if depth_BL is not None:
-                    return guide_tree(logits_RLV, state.scale_N, state.length, depth_BL)
-                return guide(logits_RLV, state.scale_N, state.length, overlaps(logits_RLV.device))
+        if raster_kernels.usable(self):
+            return raster_kernels.guided(logits_RLV, state.scale_N, state.length, depth_BL)
         if depth_BL is None:
             depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
         return combine(logits_RLV, state.scale_N[state.length[:, None] + depth_BL][..., None])
@@ -485,11 +418,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def commit(self, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:
         """Commits the first count_B tokens (0 ... K) of every row of a ragged state, none beyond the last position."""
-        if self._takes_kernels():
-            from visar.kernels.verify import commit
-
-            with kernels.on(tokens_BK.device):
-                return commit(state.tokens, state.length, tokens_BK, count_B, self.num_tokens)
+        if raster_kernels.usable(self):
+            return raster_kernels.commit(self, state, tokens_BK, count_B)
         offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
         position = state.length[:, None] + offset
         state.tokens.scatter_(1, position.clamp(max=state.tokens.shape[1] - 1), tokens_BK)
@@ -503,13 +433,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
             tokens_BL: the nodes' tokens and the one drawn after them, as in `commit`, L = K + 1.
             count_B: how many of them are committed, 0 ... L.
         """
-        if self._takes_kernels():
-            from visar.kernels.tree import move_path
-
-            with kernels.on(slots_BK.device):
-                move_path(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=self.prefix_length - 1)
-            return self.commit(state, tokens_BL, count_B)
-        root = state.length[:, None] + self.prefix_length - 1
-        target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
-        state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
+        if raster_kernels.usable(self):
+            raster_kernels.move_path(self, state, slots_BK)
+        else:
+            root = state.length[:, None] + self.prefix_length - 1
+            target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
+            state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
         self.commit(state, tokens_BL, count_B)

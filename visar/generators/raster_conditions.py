@@ -1,6 +1,6 @@
 """What a raster transformer is told: its prefix from classes, attributes, words or captions.
 
-B images, P prefix positions, D width.
+B images, R rows (2B when guided), P prefix positions, L positions of one call, D width.
 """
 
 from collections.abc import Mapping
@@ -111,3 +111,15 @@ def prefix(model: "RasterGPT", condition: Condition) -> tuple[Tensor, Tensor | N
         return (label + mean.to(label.dtype))[:, None], None
     embedding = torch.cat([vectors + model.word_position, label[:, None]], dim=1)
     return embedding, functional.pad(given, (0, 1), value=True)
+
+
+def causal_mask(valid_RP: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """Mask of reading L positions from the prefix on without a cache, bool [1 or R, 1, L, L].
+
+    A position sees itself and those before it that are valid; all behind the prefix are, and all if valid_RP is None.
+    """
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()[None, None]
+    if valid_RP is None:
+        return causal
+    valid_RL = functional.pad(valid_RP[:, :length], (0, max(length - valid_RP.shape[1], 0)), value=True)
+    return (causal & valid_RL[:, None, None]) | torch.eye(length, dtype=torch.bool, device=device)

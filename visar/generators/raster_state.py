@@ -1,13 +1,18 @@
 """Where a raster transformer is in decoding a batch.
 
-B images, R rows (2B when guided), N image tokens, D width, S cache slots.
+B images, R rows (2B when guided), P prefix positions, N image tokens, D width, S cache slots.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from visar.cache import KVCache
+
+if TYPE_CHECKING:
+    from visar.generators.raster import RasterGPT
 
 
 @dataclass
@@ -32,6 +37,42 @@ class RasterState:
     scale_N: Tensor | None
     cache: KVCache
     block: int
+
+    @classmethod
+    def allocate(
+        cls, model: "RasterGPT", prefix_RPD: Tensor, *, guided: bool, padded: bool, ragged: bool, window: int
+    ) -> "RasterState":
+        """Buffers on the prefix's device and in its dtype; `RasterGPT.start` fills them.
+
+        Args:
+            model: whose sizes they have.
+            prefix_RPD: prefix of the batch, doubled when guided.
+            guided: rows are doubled.
+            padded: not all prefix positions are valid.
+            ragged, window: as in `RasterGPT.start`.
+        """
+        device, dtype, rows, slack = prefix_RPD.device, prefix_RPD.dtype, prefix_RPD.shape[0], window + 1
+        batch = rows // 2 if guided else rows
+        slots = model.prefix_length + model.num_tokens + slack
+        cache = KVCache(
+            num_layers=len(model.layers),
+            rows=rows,
+            num_heads=model.config["num_heads"],
+            num_slots=slots,
+            head_width=model.config["width"] // model.config["num_heads"],
+            ragged=ragged,
+            device=device,
+            dtype=dtype,
+        )
+        return cls(
+            tokens=torch.zeros(batch, model.num_tokens + slack, dtype=torch.int64, device=device),
+            length=torch.zeros(batch if ragged else 1, dtype=torch.int64, device=device),
+            prefix_last_RD=torch.empty(rows, prefix_RPD.shape[-1], device=device, dtype=dtype),
+            key_valid_RS=torch.ones(rows, slots, dtype=torch.bool, device=device) if padded else None,
+            scale_N=torch.ones(model.num_tokens + slack, device=device) if guided else None,
+            cache=cache,
+            block=0,
+        )
 
     @property
     def batch(self) -> int:
