@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from visar.checkpoints.hub import OFFICIAL, embedded_names
-from visar.cli import COMMANDS, Sample, main
+from visar.cli import COMMANDS, main
+from visar.cli_sample import Sample
 from visar.evaluate.extractors import EXTRACTORS
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
