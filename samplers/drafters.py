@@ -243,7 +243,7 @@ class NgramDrafting:
 
     def _by_kernel(self, draft_BM: Tensor, parents_BM: Tensor | None, first: int, nodes: int, depth: int) -> Tensor:
         """Laws [B, W, V] behind W nodes, or behind a chain, in one launch."""
-        from visar.kernels.tree import ngram_laws
+        from visar.kernels.ngram import ngram_laws
 
         with kernels.on(draft_BM.device):
             return ngram_laws(

@@ -236,7 +236,7 @@ class FeatureDrafting:
     ) -> Tensor:
         """What `_read` does, at slots length + ahead ... of every row, or at a tree's slots from `first` on."""
         from visar.kernels.attention import cached_attention
-        from visar.kernels.tree import tree_attention
+        from visar.kernels.tree_attention import tree_attention
 
         parts, table = self.target.state.parts, self.drafter.rope(hidden_RLD.device)
         embedded_RLD = repeat(self.target.model.embed(tokens_BL), parts).to(hidden_RLD.dtype)

@@ -55,7 +55,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def fits_kernels(logits: Tensor) -> bool:
-    """Whether the kernels of visar/kernels/draw.py and visar/kernels/verify.py take these logits or laws [..., V]."""
+    """Whether kernels that hold a whole law (visar/kernels/laws.py) take these logits or laws [..., V]."""
     fits = logits.dtype == torch.float32 and logits.dim() > 1 and logits.shape[-1] <= kernels.MAX_CODES
     return fits and not logits.requires_grad and kernels.usable(logits)
 
@@ -89,7 +89,7 @@ def draw(mass: Tensor, uniform: Tensor) -> Tensor:
     Returns: int64 [...]; a code of no mass is never drawn.
     """
     if fits_kernels(mass) and uniform.shape == mass.shape[:-1]:
-        from visar.kernels.verify import draw_mass
+        from visar.kernels.draw import draw_mass
 
         with kernels.on(mass.device):
             return draw_mass(mass, uniform)

@@ -284,7 +284,8 @@ def run_jacobi(
             mark_B.copy_(torch.where(due, state.length, mark_B))
 
     def turn_by_kernels(logits_BLV: Tensor, uniform_BL3: Tensor) -> None:
-        from visar.kernels.verify import carry, judge
+        from visar.kernels.jacobi import carry
+        from visar.kernels.verify import judge
 
         drafts_now = logits_BLV.shape[1] - 1
         fresh_BL, accept_BL, emit_BL = uniform_BL3.unbind(-1)

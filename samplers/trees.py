@@ -98,7 +98,7 @@ def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: T
     shape = fixed_tree(tuple(parents), device)
     law_BWV = drafting.begin()[:, None]
     if fits_kernels(law_BWV):
-        from visar.kernels.tree import draw_siblings
+        from visar.kernels.tree_drafting import draw_siblings
 
         tokens_BM = torch.empty(uniform_BM.shape, dtype=torch.int64, device=device)
         q_BMV = law_BWV.new_empty(*uniform_BM.shape, law_BWV.shape[-1])
@@ -188,7 +188,7 @@ def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 def _draft_dynamic_by_kernels(drafting: Drafting, law_BWV: Tensor, depth: int, children: int, nodes: int) -> DraftTree:
     """What `draft_dynamic` does, in two launches a level and one in the end."""
-    from visar.kernels.tree import Growth
+    from visar.kernels.tree_drafting import Growth
 
     device = law_BWV.device
     growth = Growth(law_BWV.shape[0], depth, children, device)
@@ -317,8 +317,8 @@ def walk_by_kernel(
     depth: int,
     **relaxed: Any,
 ) -> Walk:
-    """`visar.kernels.tree.walk` of a tree; `relaxed`: its settings of LANTERN."""
-    from visar.kernels.tree import walk as walk_tree
+    """`visar.kernels.tree_walks.walk` of a tree; `relaxed`: its settings of LANTERN."""
+    from visar.kernels.tree_walks import walk as walk_tree
 
     with kernels.on(p_BLV.device):
         nodes = (tree.tokens_BM, tree.parents_BM)
@@ -383,7 +383,7 @@ def walk_chains(
     [p - min(q, p / r) a / beta]+ with a = 1 - (1 - beta)^k.
     """
     if fits_kernels(p_BLV):
-        from visar.kernels.tree import walk_chains as walk_all
+        from visar.kernels.tree_walks import walk_chains as walk_all
 
         with kernels.on(p_BLV.device):
             accept_BM = accept_uniform_BDk.flatten(1)

@@ -33,7 +33,7 @@ def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> T
     """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
     logits = logits.float()
     if fits_kernels(logits):
-        from visar.kernels.verify import law
+        from visar.kernels.draw import law
 
         with kernels.on(logits.device):
             return law(logits, temperature, top_k, top_p)

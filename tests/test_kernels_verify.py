@@ -183,7 +183,7 @@ def test_walk_of_chains(device, monkeypatch):
 @pytest.mark.parametrize("nodes", [6, 40])
 def test_tree_attention(device, dtype, nodes, first):
     from visar.cache import visible_tree
-    from visar.kernels.tree import tree_attention
+    from visar.kernels.tree_attention import tree_attention
     from visar.rope import rope_table, rotate
 
     batch, rows, heads, width, prefix = 2, 4, 2, 32, 3

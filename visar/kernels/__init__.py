@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_CODES = 65536
-"""Largest vocabulary that the draw's kernel takes."""
+"""Largest vocabulary of which a program holds a whole law."""
 
 
 def usable(tensor: Tensor) -> bool:

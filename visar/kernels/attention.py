@@ -17,11 +17,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from visar.kernels.overlap import launch
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
-_NOTHING = tl.constexpr(-1.0e30)
+NOTHING = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def _rotated(base_ptr, offset, partner, inside, cos, sin, sign):
+def rotated(base_ptr, offset, partner, inside, cos, sin, sign):
     """Elements of a vector rotated in pairs (2i, 2i + 1), rounded to their own dtype, as float32."""
     x = tl.load(base_ptr + offset, mask=inside, other=0.0)
     other = tl.load(base_ptr + partner, mask=inside, other=0.0)
@@ -78,8 +78,8 @@ def _one_token(
         gdc_wait()
 
     new = qkv_ptr + row * (3 * HEADS * WIDTH) + head * WIDTH
-    query = _rotated(new, e, e ^ 1, real, cos, sin, sign).to(tl.float32) * scale
-    new_key = _rotated(new + HEADS * WIDTH, e, e ^ 1, real, cos, sin, sign)
+    query = rotated(new, e, e ^ 1, real, cos, sin, sign).to(tl.float32) * scale
+    new_key = rotated(new + HEADS * WIDTH, e, e ^ 1, real, cos, sin, sign)
     new_value = tl.load(new + 2 * HEADS * WIDTH + e, mask=real, other=0.0)
     tl.store(keys_ptr + line + root * WIDTH + e, new_key, mask=real)
     tl.store(values_ptr + line + root * WIDTH + e, new_value, mask=real)
@@ -90,7 +90,7 @@ def _one_token(
     out = new_value.to(tl.float32)
     if MASKED:
         seen_itself = tl.load(valid_ptr + row * slots + root) != 0
-        top = tl.where(seen_itself, top, _NOTHING)
+        top = tl.where(seen_itself, top, NOTHING)
         total = tl.where(seen_itself, 1.0, 0.0)
         out = tl.where(seen_itself, out, 0.0)
     mask = valid_ptr + row * slots
@@ -107,14 +107,14 @@ def _one_token(
 
 
 @triton.jit
-def _turns(rope_ptr, place, e, inside, places, WIDTH: tl.constexpr):
+def turns(rope_ptr, place, e, inside, places, WIDTH: tl.constexpr):
     """Cosines and sines of places, [places, E]."""
     turn = rope_ptr + tl.minimum(place, places - 1)[:, None] * WIDTH + ((e // 2) * 2)[None, :]
     return tl.load(turn, mask=inside, other=0.0), tl.load(turn + 1, mask=inside, other=0.0)
 
 
 @triton.jit
-def _absorb(query, key, value, seen, scale, top, total, out):
+def absorb(query, key, value, seen, scale, top, total, out):
     """Running softmax over one more tile of keys: its maximum, sum and weighted values."""
     score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
     score = tl.where(seen, score, float("-inf"))
@@ -153,17 +153,17 @@ def _window(
     # This program's queries, and the keys and values of the same positions, which it writes to the cache.
     place_Q = first + tl.arange(0, QUERIES)
     inside_QE = (place_Q < positions)[:, None] & real[None, :]
-    cos_QE, sin_QE = _turns(rope_ptr, root + place_Q, e, inside_QE, places, WIDTH)
+    cos_QE, sin_QE = turns(rope_ptr, root + place_Q, e, inside_QE, places, WIDTH)
     offset_QE = place_Q[:, None] * stride + e[None, :]
     partner_QE = place_Q[:, None] * stride + (e ^ 1)[None, :]
-    query_QE = _rotated(new_query, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
-    key_QE = _rotated(new_key, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
+    query_QE = rotated(new_query, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
+    key_QE = rotated(new_key, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
     value_QE = tl.load(new_value + offset_QE, mask=inside_QE, other=0.0)
     target_QE = line + (root + place_Q)[:, None] * WIDTH + e[None, :]
     tl.store(keys_ptr + target_QE, key_QE, mask=inside_QE)
     tl.store(values_ptr + target_QE, value_QE, mask=inside_QE)
 
-    top_Q = tl.full([QUERIES], _NOTHING, tl.float32)
+    top_Q = tl.full([QUERIES], NOTHING, tl.float32)
     total_Q = tl.zeros([QUERIES], tl.float32)
     out_QE = tl.zeros([QUERIES, WIDTH_POW2], tl.float32)
     for start in tl.range(0, root, BLOCK):
@@ -175,27 +175,27 @@ def _window(
         value = tl.load(values_ptr + tile, mask=inside, other=0.0)
         if MASKED:
             seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
-        top_Q, total_Q, out_QE = _absorb(query_QE, key, value, seen[None, :], scale, top_Q, total_Q, out_QE)
+        top_Q, total_Q, out_QE = absorb(query_QE, key, value, seen[None, :], scale, top_Q, total_Q, out_QE)
 
     # Earlier positions of the window are rotated anew rather than read from what other programs write.
     for before in tl.range(0, first, QUERIES):
         place_W = before + tl.arange(0, QUERIES)
         inside_WE = (place_W < positions)[:, None] & real[None, :]
-        cos_WE, sin_WE = _turns(rope_ptr, root + place_W, e, inside_WE, places, WIDTH)
+        cos_WE, sin_WE = turns(rope_ptr, root + place_W, e, inside_WE, places, WIDTH)
         offset_WE = place_W[:, None] * stride + e[None, :]
         partner_WE = place_W[:, None] * stride + (e ^ 1)[None, :]
-        key_WE = _rotated(new_key, offset_WE, partner_WE, inside_WE, cos_WE, sin_WE, sign)
+        key_WE = rotated(new_key, offset_WE, partner_WE, inside_WE, cos_WE, sin_WE, sign)
         value_WE = tl.load(new_value + offset_WE, mask=inside_WE, other=0.0)
         seen_W = place_W < positions
         if MASKED:
             seen_W = seen_W & (tl.load(valid + root + place_W, mask=seen_W, other=0) != 0)
-        top_Q, total_Q, out_QE = _absorb(query_QE, key_WE, value_WE, seen_W[None, :], scale, top_Q, total_Q, out_QE)
+        top_Q, total_Q, out_QE = absorb(query_QE, key_WE, value_WE, seen_W[None, :], scale, top_Q, total_Q, out_QE)
 
     own_Q = place_Q < positions
     if MASKED:
         own_Q = own_Q & (tl.load(valid + root + place_Q, mask=own_Q, other=0) != 0)
     causal_QQ = own_Q[None, :] & (place_Q[None, :] <= place_Q[:, None])
-    top_Q, total_Q, out_QE = _absorb(query_QE, key_QE, value_QE, causal_QQ, scale, top_Q, total_Q, out_QE)
+    top_Q, total_Q, out_QE = absorb(query_QE, key_QE, value_QE, causal_QQ, scale, top_Q, total_Q, out_QE)
     out_QE = out_QE / tl.maximum(total_Q, 1.0e-30)[:, None]
     result = out_ptr + (row * positions + place_Q)[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
     tl.store(result, out_QE.to(value_QE.dtype), mask=inside_QE)

@@ -1,133 +1,25 @@
-"""Laws, verdicts and new drafts of a speculative pass: one program a row of the window, or one an image.
+"""The verdict on a drafted window: which drafts stay, the token after them, what is counted, and the commit.
 
-The plain counterparts are in visar/samplers/filtering.py, visar/samplers/verify.py and visar/samplers/jacobi.py. The
-same uniform numbers are used in the same way; sums are rounded in another order.
+The accept/resample rule (arXiv 2211.17192, algorithm 1) is applied to all rows of the window at once, one program a
+row; then one program an image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
+`refresh` of visar/samplers/jacobi.py for the new drafts.
 
-B images, K drafts, L = K + 1 slots, V codes, N tokens, T positions with slack, S remembered laws, M rows.
+B images, K drafts, L = K + 1 slots, V codes, W largest window, T positions with slack.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
-# pyright: reportGeneralTypeIssues=false, reportArgumentType=false
+# pyright: reportGeneralTypeIssues=false
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.draw import _kept
+from visar.kernels.laws import at, chance_of, codes_of, filtered, filters_of, inverted, likeliest, residual_of, tile
 
-COLUMNS = 128
-"""Codes of a block of the inversion, as in visar.samplers.filtering.draw."""
-
-_TINY = tl.constexpr(1.1754943508222875e-38)
-
-
-def tile(codes: int) -> dict:
-    """Launch options of a program that holds laws of V codes."""
-    rows = triton.next_power_of_2(triton.cdiv(codes, COLUMNS))
-    return dict(ROWS=rows, COLUMNS=COLUMNS, num_warps=min(max(rows // 4, 4), 32))
-
-
-# ---------------------------------------------------------------------------------------------------------- functions
-@triton.jit
-def codes_of(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Numbers of all codes, in blocks."""
-    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-
-
-@triton.jit
-def inverted(mass, uniform, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """A code in proportion to its mass: inversion in blocks and then inside the block."""
-    row = tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    block = tl.sum(mass, axis=1)
-    running = tl.cumsum(block, axis=0)
-    rest = uniform * tl.sum(block, axis=0)
-    last = tl.max(tl.where(block > 0, row, 0), axis=0)
-    chosen = tl.min(tl.where((running > rest) & (block > 0), row, last), axis=0)
-    rest -= tl.sum(tl.where(row == chosen, running - block, 0.0), axis=0)
-    cell = tl.sum(tl.where(row[:, None] == chosen, mass, 0.0), axis=0)
-    running_cell = tl.cumsum(cell, axis=0)
-    last_cell = tl.max(tl.where(cell > 0, column, 0), axis=0)
-    picked = tl.min(tl.where((running_cell > rest) & (cell > 0), column, last_cell), axis=0)
-    return (chosen * COLUMNS + picked).to(tl.int64)
-
-
-@triton.jit
-def at(law, code, token):
-    """Entry of one code."""
-    return tl.sum(tl.where(code == token, law, 0.0))
-
-
-@triton.jit
-def chance_of(target, drafted):
-    """min(1, p(x) / q(x)), as visar.samplers.verify.acceptance."""
-    return tl.where(target < drafted, target / tl.maximum(drafted, _TINY), tl.where(target > 0, 1.0, 0.0))
-
-
-@triton.jit
-def residual_of(p, q):
-    """[p - q]+; p where nothing is left."""
-    mass = tl.maximum(p - q, 0.0)
-    return tl.where(tl.sum(mass) > 0, mass, p)
-
-
-@triton.jit
-def likeliest(score, code):
-    """The first code of the largest score."""
-    return tl.min(tl.where(score == tl.max(score), code, 2147483647)).to(tl.int64)
-
-
-# ---------------------------------------------------------------------------------------------------- laws and draws
-@triton.jit
-def _law(
-    logits_ptr, out_ptr, codes, temperature, top_k, top_p,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-):  # fmt: skip
-    line = tl.program_id(0).to(tl.int64) * codes
-    code = codes_of(ROWS, COLUMNS)
-    inside = code < codes
-    x = tl.load(logits_ptr + line + code, mask=inside, other=float("-inf")).to(tl.float32) / temperature
-    _, mass = _kept(x, inside, top_k, top_p, TOP_K, TOP_P)
-    tl.store(out_ptr + line + code, mass / tl.sum(mass), mask=inside)
-
-
-def filters_of(codes: int, temperature: float, top_k: int, top_p: float) -> tuple[tuple, dict]:
-    """Arguments of a kernel that makes laws from logits."""
-    return (float(temperature), min(top_k, codes), float(top_p)), dict(TOP_K=0 < top_k < codes, TOP_P=top_p < 1.0)
-
-
-def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """`visar.samplers.verify.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
-    logits = logits.contiguous()
-    codes = logits.shape[-1]
-    out = torch.empty(logits.shape, device=logits.device)
-    settings, switches = filters_of(codes, temperature, top_k, top_p)
-    if out.numel():
-        _law[(logits.numel() // codes,)](logits, out, codes, *settings, **switches, **tile(codes))
-    return out
-
-
-@triton.jit
-def _draw_mass(mass_ptr, uniform_ptr, out_ptr, codes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    line = tl.program_id(0).to(tl.int64)
-    code = codes_of(ROWS, COLUMNS)
-    mass = tl.load(mass_ptr + line * codes + code, mask=code < codes, other=0.0)
-    tl.store(out_ptr + line, inverted(mass, tl.load(uniform_ptr + line), ROWS, COLUMNS))
-
-
-def draw_mass(mass: Tensor, uniform: Tensor) -> Tensor:
-    """`visar.samplers.filtering.draw` of float32 [..., V], V <= visar.kernels.MAX_CODES."""
-    mass, uniform = mass.contiguous(), uniform.contiguous()
-    out = torch.empty(uniform.shape, dtype=torch.int64, device=mass.device)
-    if out.numel():
-        _draw_mass[(out.numel(),)](mass, uniform, out, mass.shape[-1], **tile(mass.shape[-1]))
-    return out
-
-
-# ------------------------------------------------------------------------------------------------------------ verdict
 _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
+"""Numbers of the couplings of visar.samplers.jacobi.refresh."""
 
 
 @triton.jit
@@ -139,6 +31,7 @@ def _judge(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     LOGITS: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
 ):  # fmt: skip
+    """One row: its law, its draft's own outcome, the token if this row is where the pass ends, and a new draft."""
     line = tl.program_id(0).to(tl.int64)
     image = line // slots
     slot = line % slots
@@ -146,7 +39,7 @@ def _judge(
     inside = code < codes
     if LOGITS:
         x = tl.load(given_ptr + line * codes + code, mask=inside, other=float("-inf")) / temperature
-        _, p = _kept(x, inside, top_k, top_p, TOP_K, TOP_P)
+        _, p = filtered(x, inside, top_k, top_p, TOP_K, TOP_P)
         p = p / tl.sum(p)
         tl.store(p_ptr + line * codes + code, p, mask=inside)
     else:
@@ -171,6 +64,7 @@ def _judge(
     emitted = inverted(mass, emit, ROWS, COLUMNS)
     tl.store(emitted_ptr + line, emitted)
 
+    # The new draft stays fair by the rule of visar.samplers.jacobi: drawn anew, by the verdict, or by fixed noise.
     if REFRESH == 1:
         fresh = tl.load(fresh_ptr + image * fresh_image + slot * fresh_slot)
         tl.store(next_ptr + line, inverted(p, fresh, ROWS, COLUMNS))
@@ -188,7 +82,7 @@ def _judge(
 
 
 @triton.jit
-def counted(
+def _counted(
     count, kept, judged, left, refused, image, num_tokens, window,
     per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -208,6 +102,7 @@ def _settle(
     per_pass_ptr, drafts_ptr, outcome_ptr, slots, draft_image, num_tokens, window, outcome_image,
     SLOTS: tl.constexpr, LIMITED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
+    """One image: the drafts before the first rejection and the token of the row that they end at."""
     image = tl.program_id(0).to(tl.int64)
     slot = tl.arange(0, SLOTS).to(tl.int64)
     drafted = slot < slots - 1
@@ -225,7 +120,7 @@ def _settle(
     if COUNT:
         left = num_tokens - tl.load(length_ptr + image)
         judged = tl.minimum(tl.minimum(kept + 1, most), left)
-        counted(
+        _counted(
             kept + 1, kept, judged, left, judged > kept, image, num_tokens, window,
             per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS,
         )  # fmt: skip
@@ -348,7 +243,7 @@ def _count(
     judged = tl.load(judged_ptr + image)
     left = tl.load(left_ptr + image)
     refused = tl.load(refused_ptr + image) != 0
-    counted(
+    _counted(
         count, kept, judged, left, refused, image, num_tokens, window,
         per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS,
     )  # fmt: skip
@@ -411,127 +306,4 @@ def commit(tokens_BT: Tensor, length_B: Tensor, new_BL: Tensor, count_B: Tensor,
         num_tokens,
         NEW=triton.next_power_of_2(new),
         num_warps=1,
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------- new drafts
-
-
-@triton.jit
-def _carry(
-    next_ptr, p_ptr, count_ptr, size_ptr, length_ptr, tokens_ptr, uniform_ptr, recent_ptr, draft_ptr, law_ptr,
-    codes, slots, drafts, columns, remembered, token_image, uniform_image,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, TOKEN: tl.constexpr, MODE: tl.constexpr,
-    LAW: tl.constexpr,
-):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
-    slot = tl.program_id(1)
-    code = codes_of(ROWS, COLUMNS)
-    inside = code < codes
-    length = tl.load(length_ptr + image)
-    count = tl.load(count_ptr + image)
-    window = p_ptr + image * slots * codes + code
-    ring = recent_ptr + image * remembered * codes + code
-    if slot < drafts:
-        carried = tl.load(size_ptr + image) - count
-        target = law_ptr + (image * drafts + slot) * codes + code
-        if slot < carried:
-            source = count + slot
-            tl.store(draft_ptr + image * drafts + slot, tl.load(next_ptr + image * slots + source))
-            tl.store(target, tl.load(window + source * codes, mask=inside, other=0.0), mask=inside)
-        else:
-            position = length + slot
-            uniform = tl.load(uniform_ptr + image * uniform_image + position)
-            token = tl.minimum((uniform * codes).to(tl.int64), codes - 1)
-            if TOKEN or MODE or LAW:
-                known = length + tl.maximum(carried, 0)
-                if LEFT:
-                    source = tl.minimum(position - 1, known - 1)
-                    found = (position % columns != 0) & (source >= 0)
-                else:
-                    source = position - columns * ((position - known) // columns + 1)
-                    found = source >= 0
-                # Rows of this pass: row `count` is the conditional of position `length`.
-                index = source - length + count
-                if TOKEN:
-                    if found:
-                        if source < length:
-                            token = tl.load(tokens_ptr + image * token_image + source)
-                        else:
-                            token = tl.load(next_ptr + image * slots + index)
-                else:
-                    here = found & (index >= 0)
-                    law = tl.load(window + tl.maximum(index, 0) * codes, mask=inside & here, other=0.0)
-                    past = found & (index < 0)
-                    law += tl.load(ring + (source % remembered) * codes, mask=inside & past, other=0.0)
-                    if MODE:
-                        token = tl.where(found, likeliest(tl.where(inside, law, -1.0), code), token)
-                    if LAW:
-                        law = tl.where(found, law, tl.where(code == token, 1.0, 0.0))
-                        token = inverted(law, uniform, ROWS, COLUMNS)
-            if not LAW:
-                law = tl.where(code == token, 1.0, 0.0)
-            tl.store(draft_ptr + image * drafts + slot, token)
-            tl.store(target, law, mask=inside)
-    if MODE or LAW:
-        # The laws of the committed positions, at their position modulo S: what is read above lies elsewhere.
-        if (slot < count) & (slot + remembered >= count):
-            position = tl.maximum(length - count + slot, 0)
-            tl.store(
-                ring + (position % remembered) * codes,
-                tl.load(window + slot * codes, mask=inside, other=0.0),
-                mask=inside,
-            )
-
-
-def carry(
-    initial: str,
-    next_BL: Tensor,
-    p_BLV: Tensor,
-    count_B: Tensor,
-    size_B: Tensor,
-    length_B: Tensor,
-    tokens_BT: Tensor,
-    guess_uniform_BT: Tensor,
-    recent_BSV: Tensor,
-    draft_BK: Tensor,
-    law_BKV: Tensor,
-    columns: int,
-) -> None:
-    """Makes the rows behind the committed tokens the next pass's drafts and laws, and guesses the slots beyond them.
-
-    Args:
-        initial: see `visar.samplers.jacobi.sample_jacobi`.
-        next_BL, p_BLV: new drafts and laws of this pass; count_B: how many tokens it committed; size_B: slots of the
-            next pass.
-        length_B, tokens_BT: committed tokens, after this pass.
-        guess_uniform_BT: a uniform number a position.
-        recent_BSV: laws of the last S positions, each at its position modulo S; updated.
-        draft_BK, law_BKV: written.
-    """
-    batch, slots, codes = p_BLV.shape
-    drafts, remembered = draft_BK.shape[1], recent_BSV.shape[1]
-    _carry[(batch, max(slots, drafts))](
-        next_BL,
-        p_BLV,
-        count_B,
-        size_B,
-        length_B,
-        tokens_BT,
-        guess_uniform_BT,
-        recent_BSV if remembered else p_BLV,
-        draft_BK,
-        law_BKV,
-        codes,
-        slots,
-        drafts,
-        columns,
-        remembered,
-        tokens_BT.stride(0),
-        guess_uniform_BT.stride(0),
-        LEFT=initial.startswith("left"),
-        TOKEN=initial in ("left", "above"),
-        MODE=initial == "left_mode",
-        LAW=initial.endswith("law"),
-        **tile(codes),
     )

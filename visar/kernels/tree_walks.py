@@ -1,0 +1,272 @@
+"""The way through a tree of drafts that the target has read: which nodes are accepted, and the token after them.
+
+One program an image. `walk` judges siblings one after another (arXiv 2402.14160), for LANTERN (2410.03355) against
+the law in which a draft has its neighbours' probability; `walk_chains` judges k chains a depth at a time by K-SEQ
+(SpecTr, 2310.15141, algorithm 3). The plain counterparts are in visar/samplers/trees.py and visar/samplers/relaxed.py.
+
+B images, M nodes, L = M + 1 slots, D depth, k chains or neighbours of a code, V codes.
+"""
+
+# Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
+# pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
+# pyright: reportGeneralTypeIssues=false
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from visar.kernels.laws import at, chance_of, codes_of, inverted, residual_of, tile
+
+
+@triton.jit
+def _ended(
+    law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr,
+    law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
+    tl.store(law_ptr + image * codes + code, law, mask=inside)
+    emitted = inverted(law, tl.load(emit_ptr + image), ROWS, COLUMNS)
+    tl.store(slots_ptr + image * depth + step, slots_D, mask=step < depth)
+    tokens = tl.where(step == kept, emitted, tokens_D)
+    tl.store(tokens_ptr + image * (depth + 1) + step, tokens, mask=step < depth + 1)
+    tl.store(kept_ptr + image, kept)
+    tl.store(judged_ptr + image, judged)
+    tl.store(refused_ptr + image, refused.to(tl.uint8))
+
+
+@triton.jit
+def _walk(
+    p_ptr, q_ptr, draft_ptr, parents_ptr, accept_ptr, emit_ptr, table_ptr,
+    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    codes, nodes, depth, draft_image, parents_image, accept_image, neighbours, max_moved, max_ratio,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, NEAR: tl.constexpr,
+    DRAWN: tl.constexpr, MOVED: tl.constexpr, RATIO: tl.constexpr,
+):  # fmt: skip
+    """Nodes in the order of their slots; `law` is the current node's, less its rejected children."""
+    image = tl.program_id(0).to(tl.int64)
+    code = codes_of(ROWS, COLUMNS)
+    inside = code < codes
+    step = tl.arange(0, STEPS)
+    slots_D = tl.zeros([STEPS], tl.int64)
+    tokens_D = tl.zeros([STEPS], tl.int64)
+    rows = p_ptr + image * (nodes + 1) * codes + code
+    law = tl.load(rows, mask=inside, other=0.0)
+    current = tl.full([], 0, tl.int64)
+    kept = tl.full([], 0, tl.int64)
+    judged = tl.full([], 0, tl.int64)
+    refused = tl.full([], 0, tl.int32)
+    for node in range(nodes):
+        parent = tl.load(parents_ptr + image * parents_image + node)
+        if parent == current:
+            token = tl.load(draft_ptr + image * draft_image + node)
+            accept = tl.load(accept_ptr + image * accept_image + node)
+            if MOVED or RATIO:
+                # The nearest codes' probability goes to the draft; the row of the final law holds it meanwhile.
+                law_row = law_ptr + image * codes
+                own = at(law, code, token)
+                tl.store(law_row + code, law, mask=inside)
+                tl.debug_barrier()
+                rank = tl.arange(0, NEAR)
+                listed = rank < neighbours
+                near = tl.load(table_ptr + token * neighbours + rank, mask=listed, other=0)
+                moved = tl.cumsum(tl.load(law_row + near, mask=listed, other=0.0, cache_modifier=".cg"), axis=0)
+                allowed = listed
+                if MOVED:
+                    allowed = allowed & (moved <= max_moved)
+                if RATIO:
+                    allowed = allowed & (moved <= (max_ratio - 1) * own)
+                tl.debug_barrier()
+                tl.store(law_row + near, tl.zeros([NEAR], tl.float32), mask=allowed)
+                tl.debug_barrier()
+                law = tl.load(law_row + code, mask=inside, other=0.0, cache_modifier=".cg")
+                law = tl.where(code == token, own + tl.max(tl.where(allowed, moved, 0.0), axis=0), law)
+                tl.debug_barrier()
+            chance = at(law, code, token)
+            if DRAWN:
+                q = tl.load(q_ptr + (image * nodes + node) * codes + code, mask=inside, other=0.0)
+                chance = chance_of(chance, at(q, code, token))
+                rest = residual_of(law, q)
+            else:
+                others = tl.where(code == token, 0.0, law)
+                rest = tl.where(tl.sum(others) > 0, others, law)
+            slot = tl.where(accept < chance, node + 1, 0)
+            accepted = slot > 0
+            behind = tl.load(rows + (node + 1) * codes, mask=inside & accepted, other=0.0)
+            law = tl.where(accepted, behind, rest / tl.sum(rest))
+            mark = accepted & (step == kept)
+            slots_D = tl.where(mark, slot, slots_D)
+            tokens_D = tl.where(mark, token, tokens_D)
+            current = tl.where(accepted, slot, current)
+            kept += accepted.to(tl.int64)
+            judged += 1
+            refused = tl.where(accepted, 0, 1)
+    _ended(
+        law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
+        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+def _way(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Fields of `visar.samplers.trees.Walk`, to be written, and the same as kernels take them: bools as bytes."""
+    slots_BD = torch.empty(batch, depth, dtype=torch.int64, device=device)
+    tokens_BL = torch.empty(batch, depth + 1, dtype=torch.int64, device=device)
+    kept_B, judged_B = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
+    refused_B = torch.empty(batch, dtype=torch.bool, device=device)
+    law_BV = torch.empty(batch, codes, device=device)
+    way = (slots_BD, tokens_BL, kept_B, judged_B, refused_B, law_BV)
+    return way, (*way[:4], refused_B.view(torch.uint8), law_BV)
+
+
+def walk(
+    p_BLV: Tensor,
+    q_BMV: Tensor | None,
+    draft_BM: Tensor,
+    parents_BM: Tensor,
+    accept_uniform_BM: Tensor,
+    emit_uniform_B: Tensor,
+    depth: int,
+    *,
+    neighbours_Vk: Tensor | None = None,
+    max_moved: float | None = None,
+    max_ratio: float | None = None,
+) -> tuple[Tensor, ...]:
+    """The way through a tree, one program an image: fields of `visar.samplers.trees.Walk`.
+
+    Args:
+        q_BMV: laws that the nodes were drawn from; None: they were chosen without a draw.
+        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_law`; None judges exactly.
+        The others: see `visar.samplers.trees.walk`.
+    """
+    batch, slots, codes = p_BLV.shape
+    way, written = _way(batch, depth, codes, p_BLV.device)
+    near = 1 if neighbours_Vk is None else neighbours_Vk.shape[1]
+    _walk[(batch,)](
+        p_BLV.contiguous(),
+        p_BLV if q_BMV is None else q_BMV.contiguous(),
+        draft_BM,
+        parents_BM,
+        accept_uniform_BM,
+        emit_uniform_B.contiguous(),
+        p_BLV if neighbours_Vk is None else neighbours_Vk,
+        *written,
+        codes,
+        slots - 1,
+        depth,
+        draft_BM.stride(0),
+        parents_BM.stride(0),
+        accept_uniform_BM.stride(0),
+        near,
+        0.0 if max_moved is None else float(max_moved),
+        0.0 if max_ratio is None else float(max_ratio),
+        STEPS=triton.next_power_of_2(depth + 1),
+        NEAR=triton.next_power_of_2(near),
+        DRAWN=q_BMV is not None,
+        MOVED=neighbours_Vk is not None and max_moved is not None,
+        RATIO=neighbours_Vk is not None and max_ratio is not None,
+        **tile(codes),
+    )
+    return way
+
+
+@triton.jit
+def _power(base, exponent, most):
+    """base to a whole power, `most` at most."""
+    out = base * 0.0 + 1.0
+    for i in range(most):
+        out = tl.where(i < exponent, out * base, out)
+    return out
+
+
+@triton.jit
+def _chains(
+    p_ptr, q_ptr, draft_ptr, accept_ptr, emit_ptr,
+    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    codes, depth, chains, draft_image, accept_image,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CHAINS: tl.constexpr,
+):  # fmt: skip
+    """Depth by depth: of the chains that share the accepted tokens, the first whose draft is accepted goes on."""
+    image = tl.program_id(0).to(tl.int64)
+    code = codes_of(ROWS, COLUMNS)
+    inside = code < codes
+    step = tl.arange(0, STEPS)
+    chain = tl.arange(0, CHAINS)
+    alive = (chain < chains).to(tl.int32)
+    slots_D = tl.zeros([STEPS], tl.int64)
+    tokens_D = tl.zeros([STEPS], tl.int64)
+    rows = p_ptr + image * (depth * chains + 1) * codes
+    law = tl.load(rows + code, mask=inside, other=0.0)
+    current = tl.full([], 0, tl.int64)
+    kept = tl.full([], 0, tl.int64)
+    judged = tl.full([], 0, tl.int64)
+    refused = tl.full([], 0, tl.int32)
+    for level in range(depth):
+        if refused == 0:
+            eldest = tl.min(tl.where(alive != 0, chain, chains), axis=0)
+            q_row = q_ptr + ((image * depth + level) * chains + eldest) * codes
+            q = tl.load(q_row + code, mask=inside, other=0.0)
+            drafts = tl.sum(alive, axis=0)
+            # The smallest r that K-SEQ may divide by, 1 ... k, by bisection: visar.samplers.trees.k_seq_ratio.
+            low = tl.full([], 1.0, tl.float32)
+            ratio = drafts.to(tl.float32)
+            for _ in range(24):
+                middle = (low + ratio) / 2
+                beta = tl.sum(tl.minimum(q, law / middle))
+                valid = 1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains) <= middle * beta
+                low = tl.where(valid, low, middle)
+                ratio = tl.where(valid, middle, ratio)
+            shared = tl.minimum(q, law / ratio)
+            beta = tl.sum(shared)
+            # The law is still a row of p: probabilities of the drafts are read from there.
+            place = level * chains + chain
+            real = chain < chains
+            token = tl.load(draft_ptr + image * draft_image + place, mask=real, other=0)
+            target = tl.load(rows + current * codes + token, mask=real, other=0.0) / ratio
+            chance = chance_of(target, tl.load(q_row + token, mask=real, other=0.0))
+            accept = tl.load(accept_ptr + image * accept_image + place, mask=real, other=2.0)
+            accepted = (alive != 0) & (accept < chance)
+            winner = tl.min(tl.where(accepted, chain, chains), axis=0)
+            found = winner < chains
+            judged += tl.sum(tl.where(chain <= winner, alive, 0), axis=0)
+            weight = (1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains)) / tl.maximum(beta, 1e-30)
+            left = residual_of(law, shared * weight)
+            slot = 1 + level * chains + winner
+            behind = tl.load(rows + slot * codes + code, mask=inside & found, other=0.0)
+            law = tl.where(found, behind, left / tl.sum(left))
+            chosen = tl.sum(tl.where(chain == winner, token, 0), axis=0)
+            mark = found & (step == level)
+            slots_D = tl.where(mark, slot, slots_D)
+            tokens_D = tl.where(mark, chosen, tokens_D)
+            alive = tl.where(token == chosen, alive, 0)
+            current = tl.where(found, slot, current).to(tl.int64)
+            kept += found.to(tl.int64)
+            refused = tl.where(found, 0, 1)
+    _ended(
+        law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
+        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+def walk_chains(
+    p_BLV: Tensor, q_BDkV: Tensor, draft_BM: Tensor, accept_uniform_BM: Tensor, emit_uniform_B: Tensor
+) -> tuple[Tensor, ...]:
+    """`visar.samplers.trees.walk_chains`, one program an image: fields of its Walk. M = D k nodes, level by level."""
+    batch, depth, chains, codes = q_BDkV.shape
+    way, written = _way(batch, depth, codes, p_BLV.device)
+    _chains[(batch,)](
+        p_BLV.contiguous(),
+        q_BDkV,
+        draft_BM,
+        accept_uniform_BM,
+        emit_uniform_B.contiguous(),
+        *written,
+        codes,
+        depth,
+        chains,
+        draft_BM.stride(0),
+        accept_uniform_BM.stride(0),
+        STEPS=triton.next_power_of_2(depth + 1),
+        CHAINS=triton.next_power_of_2(chains),
+        **tile(codes),
+    )
+    return way
