@@ -35,7 +35,7 @@ def features(model: "RasterGPT", state: RasterState, draft_BK: Tensor | None, tr
     from visar.kernels.decoder import decode_layers
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps
-    from visar.kernels.tree import decode_tree
+    from visar.kernels.tree_decoder import decode_tree
 
     draft_BK = draft_BK if tree is None else tree.tokens_BM
     layers, norm, mask = _blocks(model), model.norm, state.key_valid_RS
@@ -66,7 +66,7 @@ def guided(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, depth_BL: Tensor
     """Guided float32 logits [B, L, V]; depth_BL as in `RasterGPT.guided_logits`."""
     from visar.kernels.elementwise import guide
     from visar.kernels.overlap import overlaps
-    from visar.kernels.tree import guide_tree
+    from visar.kernels.tree_decoder import guide_tree
 
     with kernels.on(logits_RLV.device):
         if depth_BL is not None:
@@ -84,7 +84,7 @@ def commit(model: "RasterGPT", state: RasterState, tokens_BK: Tensor, count_B: T
 
 def move_path(model: "RasterGPT", state: RasterState, slots_BK: Tensor) -> None:
     """Moves a path's keys and values to where they would be had its nodes been read one by one."""
-    from visar.kernels.tree import move_path as launch
+    from visar.kernels.tree_decoder import move_path as launch
 
     with kernels.on(slots_BK.device):
         launch(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=model.prefix_length - 1)
