@@ -32,15 +32,22 @@ def prepare(model: "RasterGPT") -> None:
 
 def features(model: "RasterGPT", state: RasterState, draft_BK: Tensor | None, tree: DraftTree | None) -> Tensor:
     """What `RasterGPT.features` does, in 5 or 8 launches a layer."""
+    from visar.kernels.attention import cached_attention
     from visar.kernels.decoder import decode_layers
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps
-    from visar.kernels.tree_decoder import decode_tree
+    from visar.kernels.tree_attention import tree_attention
 
     draft_BK = draft_BK if tree is None else tree.tokens_BM
-    layers, norm, mask = _blocks(model), model.norm, state.key_valid_RS
-    rope = model.rope(state.tokens.device)
-    place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch)
+    rope, cache = model.rope(state.tokens.device), state.cache
+    place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
+
+    def attend(i: int, qkv_RLX: Tensor, overlap: bool) -> Tensor:
+        layer = (qkv_RLX, cache.keys[i], cache.values[i], rope, state.length)
+        if tree is None:
+            return cached_attention(*layer, **place, overlap=overlap)
+        return tree_attention(*layer, **place, depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL)
+
     with kernels.on(state.tokens.device):
         if model.config["token_input"] == "table":
             table = model.tok_embeddings.weight
@@ -48,10 +55,7 @@ def features(model: "RasterGPT", state: RasterState, draft_BK: Tensor | None, tr
             x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD, early)
         else:
             x_RLD = model._inputs(state, draft_BK)
-        if tree is not None:
-            nodes = (tree.depth_BL, tree.seen_BLL)
-            return decode_tree(layers, norm, x_RLD, state.cache, rope, state.length, mask, *nodes, **place)
-        return decode_layers(layers, norm, x_RLD, state.cache, rope, state.length, key_valid_RS=mask, **place)
+        return decode_layers(_blocks(model), model.norm, x_RLD, attend)
 
 
 def logits(model: "RasterGPT", features_RLD: Tensor) -> Tensor:

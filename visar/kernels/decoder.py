@@ -5,14 +5,12 @@ reads its weights or its cache while the one before it ends. For more rows produ
 quantised weights `scaled_product`'s, because torchao writes the weights out in 16 bits before every product.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from visar.cache import KVCache
-from visar.kernels.attention import cached_attention
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
 from visar.kernels.overlap import overlaps
 from visar.kernels.product import MAX_ROWS, MAX_SCALED_ROWS, Weight, product, scaled_product
@@ -69,34 +67,24 @@ def _gate_and_up(feed_forward: SwiGLU, x_MD: Tensor) -> Tensor:
 
 
 def decode_layers(
-    layers: Sequence["Block"],
-    last_norm: RMSNorm,
-    x_RLD: Tensor,
-    cache: KVCache,
-    rope_PE2: Tensor,
-    length: Tensor,
-    *,
-    ahead: int,
-    batch: int,
-    key_valid_RS: Tensor | None,
+    layers: Sequence["Block"], last_norm: RMSNorm, x_RLD: Tensor, attend: Callable[[int, Tensor, bool], Tensor]
 ) -> Tensor:
-    """Normed last hidden vectors [R, L, D] of new positions, whose keys and values enter the cache.
+    """Normed last hidden vectors [R, L, D] of new positions.
 
     Args:
         layers: blocks; last_norm: the norm behind them.
         x_RLD: input embeddings, contiguous; overwritten.
-        cache: of all layers. The other arguments: see `cached_attention`.
+        attend: number of a layer, its qkv_RLX, and whether launches overlap, to what its attention mixes, [R, L, D];
+            keys and values enter the cache.
     """
     shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
-    place: dict = dict(ahead=ahead, batch=batch, key_valid_RS=key_valid_RS)
     rows = residual_MD.shape[0]
     if all(are_few(rows, linear) for layer in layers for linear in linears(layer)):
-        place["overlap"] = overlap = overlaps(x_RLD.device)
+        overlap = overlaps(x_RLD.device)
         for i, layer in enumerate(layers):
             wqkv, wo, w1, w3, w2 = (Weight(*stored(linear)) for linear in linears(layer))
             qkv_MX = product(residual_MD, wqkv, norm=layer.attention_norm, overlap=overlap, tile="qkv")
-            qkv_RLX = qkv_MX.unflatten(0, shape)
-            mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
+            mixed_RLD = attend(i, qkv_MX.unflatten(0, shape), overlap)
             product(mixed_RLD.flatten(0, 1), wo, residual_MN=residual_MD, overlap=overlap, tile="wo")
             hidden_MF = product(residual_MD, w1, up=w3, norm=layer.ffn_norm, overlap=overlap, tile="gated")
             product(hidden_MF, w2, residual_MN=residual_MD, overlap=overlap, tile="down")
@@ -107,7 +95,7 @@ def decode_layers(
     for i, layer in enumerate(layers):
         after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
         qkv_RLX = _linear(layer.attention.wqkv, normed_MD).unflatten(0, shape)
-        mixed_RLD = cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
+        mixed_RLD = attend(i, qkv_RLX, False)
         delta_MD = _linear(layer.attention.wo, mixed_RLD.flatten(0, 1))
         normed_MD = add_rms_norm_(residual_MD, delta_MD, after_attention.weight, after_attention.eps)
         delta_MD = _linear(layer.feed_forward.w2, silu_multiply(_gate_and_up(layer.feed_forward, normed_MD)))

@@ -1,60 +1,19 @@
-"""A raster transformer's pass over a drafted tree: its layers, guidance of its nodes, and the commit in the cache.
+"""A raster transformer's pass over a drafted tree: guidance of its nodes, and the commit in the cache.
 
-The counterparts for a window are in visar/kernels/decoder.py and visar/kernels/elementwise.py; the plain ones in
+The counterparts for a window are in visar/kernels/elementwise.py and visar/kernels/verify.py; the plain ones in
 visar/generators/raster.py and visar/cache.py.
 
-B images, R rows (2B when guided), M nodes, L = M + 1 slots, D width of the model or depth of a path, V codes.
+B images, R rows (2B when guided), M nodes, L = M + 1 slots, D depth of a path, V codes.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from visar.cache import KVCache
-from visar.kernels.elementwise import add_rms_norm_, silu_multiply
-from visar.kernels.tree_attention import tree_attention
-from visar.layers import RMSNorm
-
-if TYPE_CHECKING:
-    from visar.generators.raster import Block
-
-
-def decode_tree(
-    layers: Sequence["Block"],
-    last_norm: RMSNorm,
-    x_RLD: Tensor,
-    cache: KVCache,
-    rope_PE2: Tensor,
-    length: Tensor,
-    key_valid_RS: Tensor | None,
-    depth_BL: Tensor,
-    seen_BLL: Tensor,
-    *,
-    ahead: int,
-    batch: int,
-) -> Tensor:
-    """Normed last hidden vectors [R, L, D] of a tree's slots; see `visar.kernels.decoder.decode_layers`."""
-    shape, residual_MD = x_RLD.shape[:2], x_RLD.flatten(0, 1)
-    place: dict = dict(ahead=ahead, batch=batch, key_valid_RS=key_valid_RS, depth_BL=depth_BL, seen_BLL=seen_BLL)
-    norms = [norm for layer in layers for norm in (layer.attention_norm, layer.ffn_norm)] + [last_norm]
-    normed_MD = add_rms_norm_(residual_MD, None, norms[0].weight, norms[0].eps)
-    for i, layer in enumerate(layers):
-        after_attention, after_feed_forward = norms[2 * i + 1 : 2 * i + 3]
-        qkv_RLX = layer.attention.wqkv(normed_MD).unflatten(0, shape)
-        mixed_RLD = tree_attention(qkv_RLX, cache.keys[i], cache.values[i], rope_PE2, length, **place)
-        delta_MD = layer.attention.wo(mixed_RLD.flatten(0, 1))
-        normed_MD = add_rms_norm_(residual_MD, delta_MD, after_attention.weight, after_attention.eps)
-        delta_MD = layer.feed_forward.w2(silu_multiply(layer.feed_forward.gate_and_up(normed_MD)))
-        normed_MD = add_rms_norm_(residual_MD, delta_MD, after_feed_forward.weight, after_feed_forward.eps)
-    return normed_MD.unflatten(0, shape)
 
 
 @triton.jit
