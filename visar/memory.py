@@ -90,8 +90,10 @@ _META = torch.device("meta")
 def free_bytes(device: torch.device) -> int:
     """Memory that new tensors may take: on a GPU with what torch keeps for reuse, on a CPU half of what is free."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free, total = torch.cuda.mem_get_info(device)
+        kept = torch.cuda.memory_reserved(device)
+        allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - kept
+        return min(free, max(allowed, 0)) + kept - torch.cuda.memory_allocated(device)
     names = os.sysconf_names if hasattr(os, "sysconf_names") else {}
     pages = os.sysconf("SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in names else "SC_PHYS_PAGES")
     return pages * os.sysconf("SC_PAGE_SIZE") // 2
