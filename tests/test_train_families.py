@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
+from visar.train.distillation import law_loss
 from visar.train.generator import position_weights, token_loss, train_generator
 from visar.train.self_correction import self_correction
 from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
@@ -92,6 +93,27 @@ def test_next_scale_training_with_self_correction_and_muon(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_generator(TINY.generator_options(data, tmp_path / "tokenizer" / "model", tmp_path / "no", **wrong))
+
+
+def test_a_student_learns_its_teachers_laws(data, tmp_path):
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
+    weight = torch.tensor([1.0, 0.0, 3.0])
+    loss = law_loss(logits, teacher, weight)
+    each = functional.cross_entropy(logits.flatten(0, 1), teacher.softmax(-1).flatten(0, 1), reduction="none")
+    torch.testing.assert_close(loss, (each.view(2, 3).mean(0) * weight).sum() / 4)
+    gradient = torch.autograd.grad(law_loss(logits, teacher), logits)[0]
+    torch.testing.assert_close(gradient, (logits.softmax(-1) - teacher.softmax(-1)) / 6)
+
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=12, **MULTISCALE))
+    place = tmp_path / "tokenizer" / "model"
+    train_generator(TINY.generator_options(data, place, tmp_path / "teacher", steps=12, num_layers=2))
+    small = dict(steps=12, width=16, teacher=str(tmp_path / "teacher" / "model"))
+    train_generator(TINY.generator_options(data, place, tmp_path / "student", **small))
+    found = TINY.losses(tmp_path / "student")
+    assert sum(found[-3:]) < 0.95 * sum(found[:3])
+    with pytest.raises(ValueError, match="does not fit, it has another vocab_size"):
+        train_generator(TINY.generator_options(data, place, tmp_path / "x", **dict(small, teacher="emoji-var")))
 
 
 def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):

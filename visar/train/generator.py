@@ -27,6 +27,7 @@ from visar.text_encoder import load_text_encoder
 from visar.train.building import build_generator, image_side, in_dtype, json_options, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
+from visar.train.distillation import law_loss, load_teacher
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
@@ -92,6 +93,8 @@ class TrainGenerator(RunOptions):
     self_correction: float = 0.0
     """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
     for them; 0 = off."""
+    teacher: str = ""
+    """A trained generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
     weight_decay: float = 0.05
     """Of matrices."""
     optimizer: OptimizerName = "adamw"
@@ -174,6 +177,7 @@ class GeneratorTask(Task):
         if options.initial is not None:
             load_initial(model, options.initial)
         self.refining = options.phase == "refinement"
+        self.teacher = load_teacher(options.teacher, model, run.device) if options.teacher else None
         if options.family == "hmar":
             model.set_phase(options.phase)
         self.captions = null_text_TC = None
@@ -193,6 +197,7 @@ class GeneratorTask(Task):
             weight_L = scale_weights(model.block_sizes)
         self.weight_L = None if weight_L is None else weight_L.to(run.device)
         self.loss = torch.compile(token_loss) if options.compile else token_loss
+        self.law_loss = torch.compile(law_loss) if options.compile else law_loss
         first = 0 if options.class_condition else 1
         sizes = images.vocabulary.null_labels
         self.dropout = ConditionDropout(
@@ -242,7 +247,13 @@ class GeneratorTask(Task):
                     history_BL, ids_BL = self_correction(
                         self.tokenizer.quantizer, ids_BL, options.self_correction, generator
                     )
-                loss = self.loss(self.parts["model"].call(history_BL, condition), ids_BL, self.weight_L)
+                logits_BLV = self.parts["model"].call(history_BL, condition)
+                if self.teacher is None:
+                    loss = self.loss(logits_BLV, ids_BL, self.weight_L)
+                else:
+                    with torch.no_grad():
+                        teacher_BLV = self.teacher(history_BL, condition)
+                    loss = self.law_loss(logits_BLV, teacher_BLV, self.weight_L)
             return loss, {"loss": loss}
 
         return self.run.descend(self.parts["model"], step, losses)
@@ -322,6 +333,8 @@ def train_generator(options: TrainGenerator) -> TrainResult:
         raise ValueError("phase refinement is for family hmar, and needs initial: the model of the first phase")
     if not 0.0 <= options.self_correction <= 1.0:
         raise ValueError(f"self_correction {options.self_correction}; allowed: 0 ... 1")
+    if options.teacher and options.phase == "refinement":
+        raise ValueError("a teacher is for laws of whole images: not for phase refinement")
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)

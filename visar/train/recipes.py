@@ -147,7 +147,9 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     "emoji-msvq": _MSVQ,
     "emoji-var": _VAR,
     # takes over from emoji-var at finer scales (CoDe)
-    "emoji-var-small": replace(_VAR, out=Path("runs/emoji-var-small"), width=128, num_layers=6, hidden_width=512),
+    "emoji-var-small": replace(
+        _VAR, out=Path("runs/emoji-var-small"), teacher="emoji-var", width=128, num_layers=6, hidden_width=512
+    ),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
     "emoji-hmar-refinement": replace(
