@@ -1,5 +1,9 @@
 """Edits of pictures and previews of scales, by a tiny pipeline over scales and by the command."""
 
+import subprocess
+import sys
+from typing import get_args, get_type_hints
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -8,9 +12,11 @@ import torch
 from visar.cli import main
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
+from visar.pipelines.edit_options import Edit
 from visar.pipelines.editing import edit_images, scale_previews
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
+from visar.samplers.editing import Strategy
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 
@@ -116,6 +122,13 @@ def test_the_command_edits_a_file(tmp_path, capsys):
     assert main([*sampled, "--out", str(tmp_path / "made.png")]) == 0
     with PIL.Image.open(tmp_path / "made-scales.png") as sheet:
         assert sheet.size == (4 * 18 + 2, 2 * 18 + 2)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["model", "picture.png", "--strategy", "none"]], ids=str)
+def test_help_and_wrong_options_do_not_wait_for_models(arguments):
+    code = f"import sys; from visar.cli import main; main({['edit', *arguments]}); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert get_args(get_type_hints(Edit)["strategy"]) == get_args(Strategy)
 
 
 def test_models_that_take_over_are_named(tmp_path):

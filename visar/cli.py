@@ -57,9 +57,14 @@ def _sample() -> Command:
 
 
 def _edit() -> Command:
-    from visar.pipelines.editing import Edit, edit
+    from visar.pipelines.edit_options import Edit
 
-    return Edit, lambda options: print(edit(options))
+    def run(options: Edit) -> None:
+        from visar.pipelines.editing import edit
+
+        print(edit(options))
+
+    return Edit, run
 
 
 def _models() -> Command:

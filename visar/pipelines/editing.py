@@ -1,25 +1,21 @@
 """Pictures edited by a next-scale pipeline, and previews of its scales."""
 
-import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import PIL.Image
 import torch
-import tyro
 from torch import Tensor
 
 from visar.data.images import as_float
 from visar.files import atomic_write
 from visar.pictures import grid, to_pictures
+from visar.pipelines.edit_options import Box, Edit
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.pipelines.loading import load
 from visar.pipelines.requests import named_values, number_or_name
 from visar.samplers.editing import Strategy, box_mask, grid_mask
-
-Box = tuple[float, float, float, float]
 
 
 def check_over_scales(pipeline: ImagePipeline) -> None:
@@ -122,46 +118,6 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
     columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-@dataclasses.dataclass(frozen=True)
-class Edit:
-    """Draws a part of a picture anew with a model over scales: inpainting, outpainting or a class edit."""
-
-    model: tyro.conf.Positional[str]
-    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
-    picture: tyro.conf.Positional[Path]
-    """A picture file; it is resized to the model's size."""
-    box: Box = (0.25, 0.25, 0.75, 0.75)
-    """Top, left, bottom, right as fractions of the picture."""
-    keep: Literal["outside", "inside"] = "outside"
-    """What stays: outside of the box to inpaint or edit it, inside to outpaint."""
-    strategy: Strategy = "codes"
-    """codes (VAR), map (CoDe), or refine (hierarchical masked models)."""
-    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
-    """Class to edit towards, by name or number; drawn from the training law when not given."""
-    attribute: tuple[str, ...] = ()
-    """Further labels as name=value."""
-    unconditional: bool = False
-    """Give the model nothing: the rest of the picture alone decides."""
-    num_images: int = 4
-    """Results."""
-    seed: int = 0
-    """Result i has seed + i."""
-    guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for the next three."""
-    temperature: float | None = None
-    """> 0; 1.0 = off."""
-    top_k: int | None = None
-    """0 = off."""
-    top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
-    out: Path = Path("edited.png")
-    """A picture: the given one, then the results."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
 
 
 def edit(options: Edit) -> str:
