@@ -94,7 +94,7 @@ class TrainGenerator(RunOptions):
     """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
     for them; 0 = off."""
     teacher: str = ""
-    """A trained generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
+    """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
     weight_decay: float = 0.05
     """Of matrices."""
     optimizer: OptimizerName = "adamw"
