@@ -1,9 +1,11 @@
-"""What tests share: where parity fixtures are, and which tests need a GPU."""
+"""What tests share: where parity fixtures are, where kernels run or are compiled, and which tests need a GPU."""
 
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +83,32 @@ def dtype(request: pytest.FixtureRequest, device: torch.device) -> torch.dtype:
     if request.param == "bfloat16" and device.type != "cuda":
         pytest.skip("bfloat16 needs a GPU")
     return getattr(torch, request.param)
+
+
+@pytest.fixture(scope="session")
+def hopper() -> Iterator[Callable[..., list[tuple[str, str]]]]:
+    """Names and PTX of the kernels that a function launches, compiled for a Hopper GPU that need not be here.
+
+    Takes a function of the test's own file, which makes CPU tensors and calls kernels with them, and its arguments.
+    """
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
+    program = [sys.executable, str(Path(__file__).parent / "fixtures" / "compile_kernels.py")]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, stdin=pipe, stdout=pipe, env=environment, text=True) as process:
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None and answers is not None
+
+        def compiled(launch: Callable[..., object], *arguments: object) -> list[tuple[str, str]]:
+            requests.write(json.dumps([launch.__code__.co_filename, launch.__name__, arguments]) + "\n")
+            requests.flush()
+            answer = json.loads(answers.readline() or '{"error": "the compiler crashed"}')
+            assert "error" not in answer, answer["error"]
+            return answer["kernels"]
+
+        yield compiled
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,10 +1,7 @@
 """Products for a few rows, and steps made of them; on a GPU, or on a CPU with TRITON_INTERPRET=1."""
 
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from visar.generators.raster import RasterGPT
 from visar.guidance import Guidance
 from visar.layers import RMSNorm
 from visar.noise import Noise, image_seeds
+from visar.rope import rope_table
 from visar.runtime import Runtime
 from visar.samplers.ancestral import sample_ancestral
 
@@ -166,63 +164,73 @@ def test_adapters_keep_their_layers(device, few_in_float32):
 
 
 # ------------------------------------------------------------------------------------------------------- compilation
-VARIANTS = """
-import itertools
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from visar.kernels import attention, draw, elementwise, product
+def launch_product(place: str, kind: str) -> None:
+    """At a place of a block of LlamaGen-XL (see TILES), for guidance of one image."""
+    from visar.kernels.product import Weight, product
 
-def check(kernel, constants, types, warps=4):
-    constants = dict(constants, PDL=True)
-    def kind(name):
-        if name in constants:
-            return "constexpr"
-        if name.endswith("_ptr"):
-            return "*" + types.get(name, types["other"])
-        return "fp32" if name in ("eps", "scale", "temperature", "top_p") else "i32"
-    source = ASTSource(kernel, {name: kind(name) for name in kernel.arg_names}, constants)
-    done = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, launch_pdl=True))
-    text = done.asm["ptx"]
-    assert "griddepcontrol.launch_dependents" in text
-    return text
+    def weight() -> Weight:
+        values = torch.zeros(64, width, dtype=getattr(torch, kind))
+        return Weight(values, torch.ones(64) if values.itemsize == 1 else None)
 
-for weight, rows in itertools.product(("i8", "fp8e4nv"), (16, 64)):
-    types = dict(weight_ptr="*" + weight, scale_ptr="*fp32", x_ptr="*bf16", out_ptr="*bf16")
-    constants = dict(BLOCK_M=rows, BLOCK_N=32, BLOCK_K=128)
-    kernel = product._scaled_product
-    types = {name: types.get(name, "constexpr" if name in constants else "i32") for name in kernel.arg_names}
-    source = ASTSource(kernel, types, constants)
-    triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, num_stages=4))
-for weight, name in itertools.product(("bf16", "i8", "fp8e4nv"), product.TILES):
-    width = 3584 if name == "down" else 1280
-    tile = (product.TILES if weight == "bf16" else product.TILES_8BIT)[name]
-    count = -(-width // tile.inputs)
-    constants = dict(ROWS=2, WIDTH=width, NORM=name in ("qkv", "gated"), GATED=name == "gated",
-        ADD=name in ("wo", "down"), SCALED=weight != "bf16",
-        BLOCK_N=tile.outputs, BLOCK_K=tile.inputs, TILES=count, EARLY=min(tile.early, count))
-    types = dict(weight_ptr=weight, up_ptr=weight, scale_ptr="fp32", up_scale_ptr="fp32", other="bf16")
-    early, late = check(product._product, constants, types, tile.warps).split("griddepcontrol.wait")
-    assert "ld.global" in early and "st.global" not in early
-one = dict(HEADS=20, WIDTH=64, WIDTH_POW2=64, RAGGED=False, MASKED=False, BLOCK=256)
-types = dict(rope_ptr="fp32", length_ptr="i64", valid_ptr="u8", other="bf16")
-early, late = check(attention._one_token, one, types, 8).split("griddepcontrol.wait")
-assert "ld.global" in early and "st.global" not in early
-check(elementwise._add_rms_norm, dict(ADD=False, BLOCK=2048), dict(other="bf16"))
-types = dict(tokens_ptr="i64", draft_ptr="i64", length_ptr="i64", other="bf16")
-check(elementwise._first_inputs, dict(RAGGED=False, BLOCK=2048), types)
-types = dict(length_ptr="i64", logits_ptr="bf16", other="fp32")
-check(elementwise._guide, dict(RAGGED=False, BLOCK=2048), types)
-check(draw._draw, dict(ROWS=128, COLUMNS=128, TOP_K=True, TOP_P=False), dict(out_ptr="i64", other="fp32"), 32)
-"""
+    width = 3584 if place == "down" else 1280
+    residual = torch.zeros(2, 64, dtype=torch.bfloat16) if place in ("wo", "down") else None
+    norm = RMSNorm(width).bfloat16() if place in ("qkv", "gated") else None
+    up = weight() if place == "gated" else None
+    x = torch.zeros(2, width, dtype=torch.bfloat16)
+    product(x, weight(), norm=norm, up=up, residual_MN=residual, overlap=True, tile=place)
 
 
-def test_kernels_that_overlap_compile_for_a_gpu_that_is_not_here():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parent.parent
-    subprocess.run([sys.executable, "-c", VARIANTS], cwd=root, env=environment, check=True)
+def launch_attention() -> None:
+    from visar.kernels.attention import cached_attention
+
+    rope, length = rope_table("2d", prefix_length=1, grid=(16, 16), head_width=64), torch.zeros(1, dtype=torch.int64)
+    qkv, cache = torch.zeros(2, 1, 3 * 1280).bfloat16(), torch.zeros(2, 2, 20, 256, 64).bfloat16()
+    cached_attention(qkv, *cache, rope, length, ahead=0, batch=1, key_valid_RS=None, overlap=True)
+
+
+def launch_others() -> None:
+    from visar.kernels import draw, elementwise
+
+    x, weight, length = torch.zeros(2, 1280).bfloat16(), torch.ones(1280).bfloat16(), torch.zeros(1, dtype=torch.int64)
+    elementwise.add_rms_norm_(x, None, weight, 1e-5, overlap=True)
+    tokens = torch.zeros(1, 256, dtype=torch.int64)
+    elementwise.first_inputs(tokens, None, length, torch.zeros(16, 1280).bfloat16(), x, overlap=True)
+    elementwise.guide(torch.zeros(2, 1, 16384).bfloat16(), torch.zeros(256), length, overlap=True)
+    with patch.object(draw, "overlaps", return_value=True):
+        draw.draw_codes(torch.zeros(1, 16384), torch.zeros(1), 1.0, 100, 1.0)
+
+
+PLACES = ["qkv", "wo", "gated", "down", "head"]
+KINDS = ["bfloat16", "int8", "float8_e4m3fn"]
+LAUNCHES = [
+    *((launch_product, (place, kind), "_product") for place in PLACES for kind in KINDS),
+    (launch_attention, (), "_one_token"),
+    (launch_others, (), "_add_rms_norm _first_inputs _guide _draw"),
+]
+
+
+@pytest.mark.parametrize(("launch", "options", "kernels"), LAUNCHES)
+def test_kernels_that_overlap_compile_for_a_gpu_that_is_not_here(hopper, launch, options, kernels):
+    made = hopper(launch, *options)
+    assert [name for name, _ in made] == kernels.split()
+    for name, ptx in made:
+        assert "griddepcontrol.launch_dependents" in ptx
+        if name in ("_product", "_one_token"):
+            early, _ = ptx.split("griddepcontrol.wait")
+            assert "ld.global" in early and "st.global" not in early
+
+
+def launch_scaled_product(rows: int, kind: str) -> None:
+    from visar.kernels.product import Weight, scaled_product
+
+    weight = Weight(torch.zeros(3840, 1280, dtype=getattr(torch, kind)), torch.ones(3840))
+    scaled_product(torch.zeros(rows, 1280).bfloat16(), weight)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("rows", [16, 64])
+def test_scaled_product_compiles_for_a_gpu_that_is_not_here(hopper, rows, kind):
+    assert [name for name, _ in hopper(launch_scaled_product, rows, kind)] == ["_scaled_product"]
 
 
 # --------------------------------------------------------------------------------------------------------------- GPU

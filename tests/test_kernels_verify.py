@@ -219,6 +219,131 @@ def test_tree_attention(device, dtype, nodes, first):
     assert torch.equal(values, all_values)
 
 
+# -------------------------------------------------------------------------------------------------------- compilation
+BATCH, CODES, WINDOW, POSITIONS, BRANCHES = 2, 1024, 16, 256, (4, 2, 1, 1)
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.zeros(shape, dtype=torch.int64)
+
+
+def counters() -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return POSITIONS, ids(WINDOW + 1), ids(2), torch.zeros(BATCH, POSITIONS + WINDOW, dtype=torch.int8)
+
+
+def drafted_tree() -> DraftTree:
+    widths = torch.tensor(BRANCHES).cumprod(0).tolist()
+    first = [sum(widths[:level]) for level in range(len(widths))]
+    parents = [0] * widths[0]
+    for level in range(1, len(widths)):
+        parents += [1 + first[level - 1] + node // BRANCHES[level] for node in range(widths[level])]
+    return DraftTree.from_parents(ids(BATCH, len(parents)), torch.tensor([parents]).expand(BATCH, -1))
+
+
+def launch_judge(coupling: str | None, filtered: bool, chance: bool) -> None:
+    from visar.kernels.verify import judge
+
+    rows, drafts = torch.zeros(BATCH, WINDOW, CODES), ids(BATCH, WINDOW - 1)
+    fresh, accept, emit = torch.zeros(BATCH, WINDOW, 3).unbind(-1)
+    judge(
+        rows, rows[:, 1:], drafts, accept, emit, filters=(0.9, 100, 0.95) if filtered else None,
+        judged_B=ids(BATCH) if coupling else None, chance_BK=torch.zeros(drafts.shape) if chance else None,
+        coupling=coupling, fresh_BL=fresh, gumbel_BTV=torch.zeros(BATCH, POSITIONS + WINDOW, CODES),
+        length_B=ids(BATCH), counts=counters() if coupling else None,
+    )  # fmt: skip
+
+
+def launch_commit() -> None:
+    from visar.kernels.verify import commit, count_pass
+
+    count_pass(*(ids(BATCH) for _ in range(4)), torch.zeros(BATCH, dtype=torch.bool), counters())
+    commit(ids(BATCH, POSITIONS + WINDOW), ids(BATCH), ids(BATCH, WINDOW), ids(BATCH), POSITIONS)
+
+
+def launch_carry(initial: str) -> None:
+    from visar.kernels.jacobi import carry
+
+    law, remembered = torch.zeros(BATCH, WINDOW, CODES), torch.zeros(BATCH, 16, CODES)
+    tokens, uniform = ids(BATCH, POSITIONS + WINDOW), torch.zeros(BATCH, POSITIONS + WINDOW)
+    draft, draft_law = ids(BATCH, WINDOW - 1), torch.zeros(BATCH, WINDOW - 1, CODES)
+    numbers = (ids(BATCH) for _ in range(3))
+    carry(initial, ids(BATCH, WINDOW), law, *numbers, tokens, uniform, remembered, draft, draft_law, columns=16)
+
+
+def launch_ngram(in_tree: bool) -> None:
+    from visar.kernels.ngram import ngram_laws
+
+    tree = drafted_tree()
+    tokens, parents = ids(BATCH, POSITIONS + WINDOW), tree.parents_BM if in_tree else None
+    sizes = dict(num_tokens=POSITIONS, columns=16, vocab_size=CODES, weight=8.0)
+    ngram_laws(tokens, ids(BATCH), tree.tokens_BM, parents, first=5, nodes=8, depth=2, **sizes)
+
+
+def launch_tree_pass() -> None:
+    from visar.kernels.tree_attention import tree_attention
+    from visar.kernels.tree_decoder import guide_tree, move_path
+
+    tree, rows, heads, width, slots = drafted_tree(), 2 * BATCH, 12, 64, POSITIONS + 40
+    cache = torch.zeros(2, 2, rows, heads, slots, width, dtype=torch.bfloat16)
+    tree_attention(
+        torch.zeros(rows, tree.depth_BL.shape[1], 3 * heads * width, dtype=torch.bfloat16), *cache[0],
+        torch.zeros(POSITIONS, width // 2, 2), ids(BATCH), ahead=0, batch=BATCH,
+        key_valid_RS=torch.ones(rows, slots, dtype=torch.bool), depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL,
+    )  # fmt: skip
+    logits = torch.zeros(rows, tree.depth_BL.shape[1], CODES, dtype=torch.bfloat16)
+    guide_tree(logits, torch.zeros(POSITIONS + 40), ids(BATCH), tree.depth_BL)
+    move_path(cache[0], cache[1], ids(BATCH), ids(BATCH, len(BRANCHES)), ahead=0)
+
+
+def launch_drafting() -> None:
+    from visar.kernels.tree_drafting import Growth, draw_siblings
+
+    law, nodes = torch.zeros(BATCH, 8, CODES), 28
+    draw_siblings(law, ids(8, 2), torch.zeros(BATCH, nodes), torch.zeros(BATCH, nodes, CODES), ids(BATCH, nodes))
+    growth = Growth(BATCH, depth=3, children=8, device=law.device)
+    for level in range(3):
+        growth.add(law if level else law[:, :1])
+        if level < 2:
+            growth.expand()
+    growth.pruned(nodes)
+
+
+def launch_walk(kind: str) -> None:
+    from visar.kernels.tree_walks import walk, walk_chains
+
+    if kind == "chains":
+        depth, chains = 4, 4
+        p, q = torch.zeros(BATCH, 1 + depth * chains, CODES), torch.zeros(BATCH, depth, chains, CODES)
+        nodes = depth * chains
+        walk_chains(p, q, ids(BATCH, nodes), torch.zeros(BATCH, nodes), torch.zeros(BATCH))
+        return
+    tree = drafted_tree()
+    nodes = tree.tokens_BM.shape[1]
+    p, q = torch.zeros(BATCH, nodes + 1, CODES), None if kind == "chosen" else torch.zeros(BATCH, nodes, CODES)
+    bounds = dict(max_moved=0.1 if kind == "moved" else None, max_ratio=3.0 if kind == "ratio" else None)
+    near = torch.zeros(CODES, 100, dtype=torch.int32) if kind in ("moved", "ratio") else None
+    uniforms = torch.zeros(BATCH, nodes), torch.zeros(BATCH)
+    walk(p, q, tree.tokens_BM, tree.parents_BM, *uniforms, len(BRANCHES), neighbours_Vk=near, **bounds)
+
+
+JUDGED = [(None, False, False), ("none", True, False), ("maximal", True, True), ("gumbel", True, False)]
+LAUNCHES = [
+    *((launch_judge, options, "_judge _settle") for options in JUDGED),
+    (launch_commit, (), "_count _commit"),
+    *((launch_carry, (initial,), "_carry") for initial in ("random", "left", "above", "left_mode", "above_law")),
+    *((launch_ngram, (in_tree,), "_ngram") for in_tree in (False, True)),
+    (launch_tree_pass, (), "_tree _guide _move"),
+    (launch_drafting, (), "_siblings _candidates _expand _candidates _expand _candidates _prune"),
+    *((launch_walk, (kind,), "_walk") for kind in ("drawn", "chosen", "moved", "ratio")),
+    (launch_walk, ("chains",), "_chains"),
+]
+
+
+@pytest.mark.parametrize(("launch", "options", "kernels"), LAUNCHES)
+def test_kernels_compile_for_a_gpu_that_is_not_here(hopper, launch, options, kernels):
+    assert [name for name, _ in hopper(launch, *options)] == kernels.split()
+
+
 # ----------------------------------------------------------------------------------------------------------- samplers
 BOOK = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
 SAMPLERS = {
