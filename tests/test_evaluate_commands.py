@@ -249,7 +249,7 @@ def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
     assert names == {
         "Eval": "model reference out num_samples batch_size seed labels prompts sampler guidance_scale "
         "guidance_schedule temperature top_k top_p extractor extractor_weights layer spatial resize image_size train "
-        "held_out keep_images uint8_rule device dtype",
+        "held_out keep_images uint8_rule device dtype quantize",
         "Stats": "source out protocol extractor extractor_weights layer spatial resize image_size keep_features "
         "batch_size device",
         "EvalTokenizer": "tokenizer images out extractor extractor_weights resize image_size batch_size device dtype",
