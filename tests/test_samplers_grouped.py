@@ -110,7 +110,7 @@ def test_static_groups_follow_the_codebook():
 
 @pytest.mark.parametrize("settings", [dict(), dict(top_k=3, guidance=Guidance(2.0)), dict(top_p=0.8, temperature=0.7)])
 def test_groups_of_one_are_exact(settings):
-    model, n = tabular(), 20_000
+    model, n = tabular(), TINY.DRAWS
     out = sample_grouped(model, many(1, n), noise=Noise(image_seeds(0, n)), group=1, window=4, **settings)
     assert check_law(out.tokens, joint_law(model, labels(1), **settings), 4).passed
     same = sample_jacobi(model, many(1, n), noise=Noise(image_seeds(0, n)), window=4, **settings)
@@ -119,7 +119,7 @@ def test_groups_of_one_are_exact(settings):
 
 @pytest.mark.parametrize("groups", ["dynamic", "static"])
 def test_larger_groups_are_faster_and_further_from_the_law(groups):
-    model, n = tabular(8, (2, 2), sharpness=1.0), 20_000
+    model, n = tabular(8, (2, 2), sharpness=1.0), TINY.DRAWS
     codebook = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     law = joint_law(model, labels(1))
     rates, distances = [], []

@@ -140,21 +140,21 @@ def assert_exact(model, count, seed=0, **settings):
 @pytest.mark.parametrize("window", [1, 2, 4, 9])
 @pytest.mark.parametrize("settings", [{}, dict(guidance=Guidance(2.0)), EVERYTHING])
 def test_law_by_window(window, settings):
-    out = assert_exact(tabular(), 20_000, window=window, **settings)
-    assert sum(k * v for k, v in out.statistics.tokens_per_pass.items()) == 4 * 20_000
+    out = assert_exact(tabular(), TINY.DRAWS, window=window, **settings)
+    assert sum(k * v for k, v in out.statistics.tokens_per_pass.items()) == 4 * TINY.DRAWS
     assert (out.statistics.mean_tokens_per_pass > 1.1) == (window > 1)
 
 
 @pytest.mark.parametrize("initial", INITIALS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_law_by_guess_and_coupling(initial, coupling):
-    assert_exact(tabular(3, (3, 2)), 20_000, window=3, initial=initial, coupling=coupling, top_p=0.8)
+    assert_exact(tabular(3, (3, 2)), TINY.DRAWS, window=3, initial=initial, coupling=coupling, top_p=0.8)
 
 
 @pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.8), dict(temperature=0.7)])
 @pytest.mark.parametrize("coupling", COUPLINGS)
 def test_law_by_filter(filters, coupling):
-    assert_exact(tabular(4, (2, 2), seed=1), 20_000, window=4, coupling=coupling, initial="above", **filters)
+    assert_exact(tabular(4, (2, 2), seed=1), TINY.DRAWS, window=4, coupling=coupling, initial="above", **filters)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -166,7 +166,7 @@ def test_law_of_long_sequences(coupling):
 @pytest.mark.parametrize("check_every", [1, 2])
 def test_law_of_adaptive_windows(check_every):
     out = assert_exact(
-        tabular(2, (4, 2)), 20_000, window=7, adaptive=True, check_every=check_every, coupling="maximal"
+        tabular(2, (4, 2)), TINY.DRAWS, window=7, adaptive=True, check_every=check_every, coupling="maximal"
     )
     assert max(out.statistics.tokens_per_pass) > 4
     assert window_sizes(16) == [4, 8, 16] and window_sizes(3) == [3]
@@ -174,7 +174,7 @@ def test_law_of_adaptive_windows(check_every):
 
 @pytest.mark.parametrize("settings", [dict(coupling="none"), dict(coupling="maximal", **EVERYTHING)])
 def test_law_of_a_transformer(settings):
-    assert_exact(transformer(4, (2, 2)), 20_000, window=3, initial="above", **settings)
+    assert_exact(transformer(4, (2, 2)), TINY.DRAWS, window=3, initial="above", **settings)
 
 
 # ------------------------------------------------------------------------------------------------ one image alone

@@ -177,7 +177,7 @@ def near(model):
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
 @pytest.mark.parametrize("bounds", [dict(max_moved=0.0), dict(max_ratio=1.0)])
 def test_bounds_of_nothing_are_exact(tree, bounds):
-    model, n = tabular(5, (2, 2)), 20_000
+    model, n = tabular(5, (2, 2)), TINY.DRAWS
     settings = dict(guidance=Guidance(1.5), top_p=0.9)
     out = lantern(model, n, tree=tree, drafter=near(model), **bounds, **settings)
     assert check_law(out.tokens, joint_law(model, labels(1), **settings), 5).passed
@@ -186,7 +186,7 @@ def test_bounds_of_nothing_are_exact(tree, bounds):
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
 def test_looser_bounds_are_faster_and_further_from_the_law(tree):
     """A token's law moves by up to delta for every sibling that is judged: three here."""
-    model, n = tabular(8, (2, 2), sharpness=1.0), 20_000
+    model, n = tabular(8, (2, 2), sharpness=1.0), TINY.DRAWS
     law, rates, distances = joint_law(model, labels(1)), [], []
     for delta in (0.0, 0.05, 0.2, 0.4):
         out = lantern(model, n, tree=tree, drafter=near(model), max_moved=delta, num_neighbours=5)

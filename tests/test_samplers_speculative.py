@@ -78,19 +78,19 @@ def assert_exact(name, model, drafter, count, **settings):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_law_with_another_table(name, settings):
     model = tabular()
-    statistics = assert_exact(name, model, near(model), 20_000, **settings)
+    statistics = assert_exact(name, model, near(model), TINY.DRAWS, **settings)
     assert 0.3 < statistics.acceptance_rate < 1.0
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_law_with_ngrams(name):
-    assert_exact(name, tabular(3, (3, 2)), NgramDrafter(), 20_000, top_p=0.8)
+    assert_exact(name, tabular(3, (3, 2)), NgramDrafter(), TINY.DRAWS, top_p=0.8)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 6])
 def test_law_by_length_of_the_chain(num_drafts):
     model = tabular(4, (3, 2), sharpness=1.0)
-    assert_exact("chain", model, near(model), 20_000, num_drafts=num_drafts)
+    assert_exact("chain", model, near(model), TINY.DRAWS, num_drafts=num_drafts)
 
 
 def drafters(model):
