@@ -142,6 +142,17 @@ def test_what_does_not_compare_is_refused(tmp_path: Path, extractor: Extractor, 
         load_report(tmp_path)
 
 
+def test_a_drafters_passes_stand_apart(tmp_path: Path, extractor: Extractor, reference: Reference) -> None:
+    first = evaluate(tmp_path / "a", extractor, reference)
+    passes = {"generator": 2.0, "drafter": 8.0}
+    drafted = dataclasses.replace(first, name="drafted", cost={**first.cost, "forward_passes_per_image": passes})
+    several = {"drafter": 3.0, "refiner": 5.0}
+    turns = dataclasses.replace(first, name="turns", cost={**first.cost, "forward_passes_per_image": several})
+    header, *rows = table([first, drafted, turns])
+    columns = [header.index(name) for name in ("passes/image", "drafter passes")]
+    assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"]]
+
+
 def test_pareto_picture_marks_the_points(tmp_path: Path) -> None:
     points = [Point("slow", 256, 10.0), Point("fast", 8, 12.0), Point("bad", 64, 20.0), Point("worse", 300, 12.0)]
     assert [point.label for point in frontier(points)] == ["fast", "slow"]

@@ -60,8 +60,15 @@ class Report:
 
     @property
     def passes(self) -> float:
-        """Forward passes of all models for one image (of its batch)."""
-        return sum(self.cost["forward_passes_per_image"].values())
+        """Forward passes of the generator for one image (of its batch); of all where several make the image."""
+        counts = self.cost["forward_passes_per_image"]
+        return counts["generator"] if "generator" in counts else sum(counts.values())
+
+    @property
+    def drafter_passes(self) -> float:
+        """Forward passes, small ones, of what drafts for the generator."""
+        counts = self.cost["forward_passes_per_image"]
+        return counts.get("drafter", 0.0) if "generator" in counts else 0.0
 
     @property
     def images_per_second(self) -> float | None:
@@ -216,6 +223,7 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
         ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
         ("passes/image", [_number(report.passes or None, ".1f") for report in reports]),
         ("passes ratio", [_ratio(report.passes, first.passes) for report in reports]),
+        ("drafter passes", [_number(report.drafter_passes or None, ".1f") for report in reports]),
         ("tokens/pass", [_number(report.cost["mean_tokens_per_pass"] or None, ".2f") for report in reports]),
         ("accepted", [_number(report.cost["acceptance_rate"], ".1%") for report in reports]),
         ("images/s", [_rate(report.images_per_second) for report in reports]),
