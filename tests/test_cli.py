@@ -320,7 +320,10 @@ def test_processes_end_with_a_status_and_without_a_traceback(place):
         )
 
     wrong, stopped = start("sample emoji-rastr --out new/a.png"), start("sample emoji-raster --out new/b.png")
-    assert stopped.stderr is not None and stopped.stderr.read(20)  # the bar is there: it samples
+    assert stopped.stderr is not None
+    shown = ""
+    while "/256" not in shown:  # the bar is there: it samples
+        shown += stopped.stderr.read(1) or pytest.fail(f"ended early: {shown}")
     stopped.send_signal(signal.SIGINT)
     for process, status, message in ((wrong, 1, "visar: unknown model"), (stopped, 130, "visar: interrupted")):
         out, error = process.communicate(timeout=120)
