@@ -17,6 +17,15 @@ from torch import Tensor
 torch.set_num_threads(2)
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread: faster for models this small, and sums are those of other processes that have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class Parity:
     """One system's parity folder: config.json, checkpoint and expected values."""

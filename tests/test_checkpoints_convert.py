@@ -1,7 +1,6 @@
 """Folders from other projects' files: they load and give the tokens of the models themselves; refused files."""
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,14 +22,7 @@ from visar.samplers.collaborative import sample_collaborative
 from visar.samplers.masked_refinement import sample_masked_refinement
 from visar.samplers.next_scale import sample_next_scale
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write(tmp_path: Path, parity, system: str, name: str, checkpoint: str = "checkpoint.safetensors") -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers.utils.logging
@@ -20,17 +19,10 @@ from visar.pipelines.sampler_options import guidance_of_defaults
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCALES = (1, 2, 4)
 VAR_LIKE = {"sampler": "next_scale", "guidance": {"scale": 1.5, "convention": "extrapolate", "schedule": "linear"}}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(defaults: dict | None = None) -> ImagePipeline:

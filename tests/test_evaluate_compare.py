@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,11 @@ from visar.generators.next_scale import NextScaleTransformer
 from visar.pipelines.image import ImagePipeline
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 EVALUATION = runpy.run_path(str(FIXTURES / "evaluation.py"))
 SCALES = (1, 2, 4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads would only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scale_pipeline(seed: int = 0) -> ImagePipeline:

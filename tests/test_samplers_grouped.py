@@ -15,17 +15,10 @@ from visar.samplers.grouped import group_chance, group_members, sample_grouped, 
 from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.verify import acceptance, residual, token_law, verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recorded(io):

@@ -17,19 +17,12 @@ from visar.runtime import EAGER, Runtime
 from visar.samplers.jacobi import COUPLINGS, INITIALS, guess, refresh, sample_jacobi, window_sizes
 from visar.samplers.verify import one_hot, token_law, verify
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 
 EVERYTHING = dict(guidance=Guidance(2.0), temperature=0.7, top_k=3, top_p=0.8)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def cases(system, prefix):

@@ -18,17 +18,10 @@ from visar.samplers.trees import check_paths, judge_drawn, path_parents, walk, w
 from visar.samplers.verify import token_law
 from visar.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # --------------------------------------------------------------------------------------------------- recorded trees

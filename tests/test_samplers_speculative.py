@@ -32,6 +32,8 @@ from visar.samplers.trees import (
 from visar.samplers.verify import residual
 from visar.tree import DraftTree
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 
@@ -43,15 +45,6 @@ SAMPLERS = {
     "dynamic": (sample_dynamic_tree, dict(depth=3, children=3, nodes=9)),
     "k-seq": (sample_k_seq, dict(num_chains=3, num_drafts=3)),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def near(model, seed: int = 7, distance: float = 0.7):

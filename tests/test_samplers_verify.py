@@ -12,14 +12,7 @@ from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import draw, filter_logits
 from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, token_law, verify
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Threads cost more than they bring at these sizes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def cases(io, prefix):

@@ -29,6 +29,8 @@ from visar.train.conditions import ConditionDropout
 from visar.train.generator import train_generator
 from visar.vocabulary import Vocabulary
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 transformers = pytest.importorskip("transformers", reason="text encoders are an extra")
 
 ROOT = Path(__file__).parent.parent
@@ -36,14 +38,6 @@ SAMPLE = ROOT / "tests" / "fixtures" / "sample_64.npz"
 TINY = SimpleNamespace(**runpy.run_path(str(ROOT / "tests" / "fixtures" / "training.py")))
 WORDS = ["red", "blue", "green", "cat", "dog", "apple", "a", "on", "the"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def save_encoder(folder: Path, kind: str = "bert") -> Path:

@@ -33,6 +33,8 @@ from visar.train.drafter import TrainDrafter, train_drafter
 from visar.train.options import RunOptions
 from visar.train.recipes import RECIPES
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OPTIONS = """
     data target kind tokens variants augment num_heads hidden_width num_right law_weight input_noise offset_decay
     label_dropout weight_decay guidance_scale save_dtype
@@ -42,15 +44,6 @@ ACCEPTANCE_OPTIONS = """
 """
 FIXTURES = Path(__file__).parent / "fixtures"
 TRAINING = SimpleNamespace(**runpy.run_path(str(FIXTURES / "training.py")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Steps of models this small are faster on one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from PIL import Image
 from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
-from visar.train.distillation import law_loss
 from visar.train.generator import position_weights, token_loss, train_generator
 from visar.train.self_correction import self_correction
 from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 MULTISCALE = dict(
@@ -25,14 +26,6 @@ MULTISCALE = dict(
         )
     ),
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +92,12 @@ def test_a_student_learns_its_teachers_laws(data, tmp_path):
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([1.0, 0.0, 3.0])
-    loss = law_loss(logits, teacher, weight)
-    each = functional.cross_entropy(logits.flatten(0, 1), teacher.softmax(-1).flatten(0, 1), reduction="none")
+    law = teacher.softmax(-1)
+    loss = token_loss(logits, law, weight)
+    each = functional.cross_entropy(logits.flatten(0, 1), law.flatten(0, 1), reduction="none")
     torch.testing.assert_close(loss, (each.view(2, 3).mean(0) * weight).sum() / 4)
-    gradient = torch.autograd.grad(law_loss(logits, teacher), logits)[0]
-    torch.testing.assert_close(gradient, (logits.softmax(-1) - teacher.softmax(-1)) / 6)
+    gradient = torch.autograd.grad(token_loss(logits, law), logits)[0]
+    torch.testing.assert_close(gradient, (logits.softmax(-1) - law) / 6)
 
     train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=12, **MULTISCALE))
     place = tmp_path / "tokenizer" / "model"

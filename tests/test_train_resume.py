@@ -20,21 +20,14 @@ from visar.pipelines.loading import load, load_tokenizer
 from visar.train.generator import train_generator
 from visar.train.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "fixtures" / "training.py"
 TINY = SimpleNamespace(**runpy.run_path(str(PROGRAM)))
 curves, losses = TINY.curves, TINY.losses
 tokenizer_options, generator_options = TINY.tokenizer_options, TINY.generator_options
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums depend on the number of threads; runs in other processes have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

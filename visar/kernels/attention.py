@@ -248,17 +248,16 @@ def cached_attention(
             *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=warps, num_stages=1, **launch(overlap)
         )  # fmt: skip
         return out_RLX
-    float32 = qkv_RLX.dtype == torch.float32
-    queries = 32 if positions > 16 and width_pow2 <= 64 and not float32 else 16
-    _window[(rows, heads, triton.cdiv(positions, queries))](
-        *tensors,
-        rope_PE2.shape[0],
-        positions,
-        scale,
-        **shape,
-        QUERIES=queries,
-        BLOCK=32 if float32 else 64,
-        num_warps=8 if float32 else 4,
-        num_stages=1 if float32 else 2,
+    tile = window_tile(positions, width_pow2, qkv_RLX.dtype)
+    _window[(rows, heads, triton.cdiv(positions, tile["QUERIES"]))](
+        *tensors, rope_PE2.shape[0], positions, scale, **shape, **tile
     )
     return out_RLX
+
+
+def window_tile(positions: int, width_pow2: int, dtype: torch.dtype) -> dict[str, int]:
+    """Queries and cache slots that a program of a window or a tree takes at once, and its launch options."""
+    if dtype == torch.float32:
+        return dict(QUERIES=16, BLOCK=32, num_warps=8, num_stages=1)
+    queries = 32 if positions > 16 and width_pow2 <= 64 else 16
+    return dict(QUERIES=queries, BLOCK=64, num_warps=4, num_stages=2)

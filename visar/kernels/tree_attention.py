@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.attention import NOTHING, absorb, rotated, turns
+from visar.kernels.attention import NOTHING, absorb, rotated, turns, window_tile
 
 
 @triton.jit
@@ -140,10 +140,9 @@ def tree_attention(
     valid = key_valid_RS.view(torch.uint8) if key_valid_RS is not None else qkv_RLX
     seen = seen_BLL.view(torch.uint8)
     assert seen.stride(2) == 1 and depth_BL.stride(1) == 1
-    float32 = qkv_RLX.dtype == torch.float32
     width_pow2 = max(triton.next_power_of_2(width), 16)
-    queries = 32 if positions > 16 and width_pow2 <= 64 and not float32 else 16
-    _tree[(rows, heads, triton.cdiv(positions, queries))](
+    tile = window_tile(positions, width_pow2, qkv_RLX.dtype)
+    _tree[(rows, heads, triton.cdiv(positions, tile["QUERIES"]))](
         qkv_RLX,
         keys_RNSE,
         values_RNSE,
@@ -168,9 +167,6 @@ def tree_attention(
         WIDTH_POW2=width_pow2,
         RAGGED=length.shape[0] > 1,
         MASKED=key_valid_RS is not None,
-        QUERIES=queries,
-        BLOCK=32 if float32 else 64,
-        num_warps=8 if float32 else 4,
-        num_stages=1 if float32 else 2,
+        **tile,
     )
     return out_RLX

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
+from visar.condition import Condition
 from visar.pipelines.loading import load
 
 _SHARED = ("vocab_size", "num_classes", "attributes", "word_vocab_size", "words", "num_words", "caption_width")
@@ -40,13 +40,7 @@ def _value(config: Any, key: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def law_loss(logits_BLV: Tensor, teacher_BLV: Tensor, weight_L: Tensor | None = None) -> Tensor:
-    """Mean cross-entropy to the teacher's laws, nats a token, float32: at least the entropy of those.
-
-    Args:
-        logits_BLV, teacher_BLV: of student and teacher.
-        weight_L: relative weights of the positions; None = all alike.
-    """
-    law_BLV = torch.softmax(teacher_BLV.float(), dim=-1)
-    loss_L = -(law_BLV * functional.log_softmax(logits_BLV.float(), dim=-1)).sum(-1).mean(0)
-    return loss_L.mean() if weight_L is None else (loss_L * weight_L).sum() / weight_L.sum()
+@torch.no_grad()
+def laws(teacher: nn.Module, tokens_BL: Tensor, condition: Condition) -> Tensor:
+    """Teacher-forced conditionals of every token, as probabilities float32 [B, L, V]."""
+    return torch.softmax(teacher(tokens_BL, condition).float(), dim=-1)

@@ -27,7 +27,7 @@ from visar.text_encoder import load_text_encoder
 from visar.train.building import build_generator, image_side, in_dtype, json_options, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
-from visar.train.distillation import law_loss, load_teacher
+from visar.train.distillation import laws, load_teacher
 from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
@@ -107,18 +107,17 @@ class TrainGenerator(RunOptions):
     """Of the weights in model/."""
 
 
-def token_loss(logits_BLV: Tensor, ids_BL: Tensor, weight_L: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood of the ids, nats a token, float32.
+def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = None) -> Tensor:
+    """Mean negative log-likelihood of ids, or cross-entropy to laws; nats a token, float32.
 
     Args:
         logits_BLV: conditionals.
-        ids_BL: int64.
+        target: ids int64 [B, L], or laws float32 [B, L, V].
         weight_L: relative weights of the positions; None = all alike.
     """
-    if weight_L is None:
-        return functional.cross_entropy(logits_BLV.float().flatten(0, 1), ids_BL.flatten())
-    loss_BL = functional.cross_entropy(logits_BLV.float().transpose(1, 2), ids_BL, reduction="none")
-    return (loss_BL.mean(0) * weight_L).sum() / weight_L.sum()
+    loss_M = functional.cross_entropy(logits_BLV.float().flatten(0, 1), target.flatten(0, 1), reduction="none")
+    loss_L = loss_M.unflatten(0, logits_BLV.shape[:2]).mean(0)
+    return loss_L.mean() if weight_L is None else (loss_L * weight_L).sum() / weight_L.sum()
 
 
 def position_weights(scales: tuple[tuple[int, int], ...], weights: tuple[float, ...]) -> Tensor | None:
@@ -197,7 +196,6 @@ class GeneratorTask(Task):
             weight_L = scale_weights(model.block_sizes)
         self.weight_L = None if weight_L is None else weight_L.to(run.device)
         self.loss = torch.compile(token_loss) if options.compile else token_loss
-        self.law_loss = torch.compile(law_loss) if options.compile else law_loss
         first = 0 if options.class_condition else 1
         sizes = images.vocabulary.null_labels
         self.dropout = ConditionDropout(
@@ -248,12 +246,8 @@ class GeneratorTask(Task):
                         self.tokenizer.quantizer, ids_BL, options.self_correction, generator
                     )
                 logits_BLV = self.parts["model"].call(history_BL, condition)
-                if self.teacher is None:
-                    loss = self.loss(logits_BLV, ids_BL, self.weight_L)
-                else:
-                    with torch.no_grad():
-                        teacher_BLV = self.teacher(history_BL, condition)
-                    loss = self.law_loss(logits_BLV, teacher_BLV, self.weight_L)
+                target = ids_BL if self.teacher is None else laws(self.teacher, history_BL, condition)
+                loss = self.loss(logits_BLV, target, self.weight_L)
             return loss, {"loss": loss}
 
         return self.run.descend(self.parts["model"], step, losses)
