@@ -236,19 +236,15 @@ class FeatureDrafting:
     ) -> Tensor:
         """What `_read` does, at slots length + ahead ... of every row, or at a tree's slots from `first` on."""
         from visar.kernels.attention import cached_attention
-        from visar.kernels.tree_attention import tree_attention
 
         parts, table = self.target.state.parts, self.drafter.rope(hidden_RLD.device)
         embedded_RLD = repeat(self.target.model.embed(tokens_BL), parts).to(hidden_RLD.dtype)
         place: dict = dict(ahead=ahead, batch=self.target.state.batch, key_valid_RS=None)
+        if tree is not None:
+            place |= dict(depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first)
 
         def attend(qkv_RLX: Tensor) -> Tensor:
-            entries = (self.cache.keys[0], self.cache.values[0], table, length_B)
-            if tree is None:
-                return cached_attention(qkv_RLX, *entries, **place)
-            return tree_attention(
-                qkv_RLX, *entries, **place, depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first
-            )
+            return cached_attention(qkv_RLX, self.cache.keys[0], self.cache.values[0], table, length_B, **place)
 
         with kernels.on(hidden_RLD.device):
             return self.drafter.read_by_kernels(embedded_RLD, hidden_RLD, attend)

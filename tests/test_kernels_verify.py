@@ -183,7 +183,7 @@ def test_walk_of_chains(device, monkeypatch):
 @pytest.mark.parametrize("nodes", [6, 40])
 def test_tree_attention(device, dtype, nodes, first):
     from visar.cache import visible_tree
-    from visar.kernels.tree_attention import tree_attention
+    from visar.kernels.attention import cached_attention
     from visar.rope import rope_table, rotate
 
     batch, rows, heads, width, prefix = 2, 4, 2, 32, 3
@@ -209,7 +209,7 @@ def test_tree_attention(device, dtype, nodes, first):
     all_values.scatter_(2, index, value)
     mask = visible_tree(root, tree.seen_BLL.repeat(2, 1, 1), slots, valid)[:, :, first:]
     expected = nn.functional.scaled_dot_product_attention(query, all_keys, all_values, attn_mask=mask)
-    got = tree_attention(
+    got = cached_attention(
         qkv, keys, values, rope, length, ahead=prefix - 1, batch=batch, key_valid_RS=valid,
         depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first,
     )  # fmt: skip
@@ -280,18 +280,19 @@ def launch_ngram(in_tree: bool) -> None:
 
 
 def launch_tree_pass() -> None:
-    from visar.kernels.tree_attention import tree_attention
-    from visar.kernels.tree_decoder import guide_tree, move_path
+    from visar.kernels.attention import cached_attention
+    from visar.kernels.elementwise import guide
+    from visar.kernels.tree_walks import move_path
 
     tree, rows, heads, width, slots = drafted_tree(), 2 * BATCH, 12, 64, POSITIONS + 40
     cache = torch.zeros(2, 2, rows, heads, slots, width, dtype=torch.bfloat16)
-    tree_attention(
+    cached_attention(
         torch.zeros(rows, tree.depth_BL.shape[1], 3 * heads * width, dtype=torch.bfloat16), *cache[0],
         torch.zeros(POSITIONS, width // 2, 2), ids(BATCH), ahead=0, batch=BATCH,
         key_valid_RS=torch.ones(rows, slots, dtype=torch.bool), depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL,
     )  # fmt: skip
     logits = torch.zeros(rows, tree.depth_BL.shape[1], CODES, dtype=torch.bfloat16)
-    guide_tree(logits, torch.zeros(POSITIONS + 40), ids(BATCH), tree.depth_BL)
+    guide(logits, torch.zeros(POSITIONS + 40), ids(BATCH), depth_BL=tree.depth_BL)
     move_path(cache[0], cache[1], ids(BATCH), ids(BATCH, len(BRANCHES)), ahead=0)
 
 
@@ -332,7 +333,7 @@ LAUNCHES = [
     (launch_commit, (), "_count _commit"),
     *((launch_carry, (initial,), "_carry") for initial in ("random", "left", "above", "left_mode", "above_law")),
     *((launch_ngram, (in_tree,), "_ngram") for in_tree in (False, True)),
-    (launch_tree_pass, (), "_tree _guide _move"),
+    (launch_tree_pass, (), "_window _guide _move"),
     (launch_drafting, (), "_siblings _candidates _expand _candidates _expand _candidates _prune"),
     *((launch_walk, (kind,), "_walk") for kind in ("drawn", "chosen", "moved", "ratio")),
     (launch_walk, ("chains",), "_chains"),

@@ -36,17 +36,15 @@ def features(model: "RasterGPT", state: RasterState, draft_BK: Tensor | None, tr
     from visar.kernels.decoder import decode_layers
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps
-    from visar.kernels.tree_attention import tree_attention
 
     draft_BK = draft_BK if tree is None else tree.tokens_BM
     rope, cache = model.rope(state.tokens.device), state.cache
     place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
+    if tree is not None:
+        place |= dict(depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL)
 
     def attend(i: int, qkv_RLX: Tensor, overlap: bool) -> Tensor:
-        layer = (qkv_RLX, cache.keys[i], cache.values[i], rope, state.length)
-        if tree is None:
-            return cached_attention(*layer, **place, overlap=overlap)
-        return tree_attention(*layer, **place, depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL)
+        return cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place, overlap=overlap)
 
     with kernels.on(state.tokens.device):
         if model.config["token_input"] == "table":
@@ -70,12 +68,10 @@ def guided(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, depth_BL: Tensor
     """Guided float32 logits [B, L, V]; depth_BL as in `RasterGPT.guided_logits`."""
     from visar.kernels.elementwise import guide
     from visar.kernels.overlap import overlaps
-    from visar.kernels.tree_decoder import guide_tree
 
     with kernels.on(logits_RLV.device):
-        if depth_BL is not None:
-            return guide_tree(logits_RLV, scale_N, length, depth_BL)
-        return guide(logits_RLV, scale_N, length, overlaps(logits_RLV.device))
+        overlap = depth_BL is None and overlaps(logits_RLV.device)
+        return guide(logits_RLV, scale_N, length, overlap, depth_BL)
 
 
 def commit(model: "RasterGPT", state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:
@@ -88,7 +84,7 @@ def commit(model: "RasterGPT", state: RasterState, tokens_BK: Tensor, count_B: T
 
 def move_path(model: "RasterGPT", state: RasterState, slots_BK: Tensor) -> None:
     """Moves a path's keys and values to where they would be had its nodes been read one by one."""
-    from visar.kernels.tree_decoder import move_path as launch
+    from visar.kernels.tree_walks import move_path as launch
 
     with kernels.on(slots_BK.device):
         launch(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=model.prefix_length - 1)

@@ -1,7 +1,7 @@
 """Rotary positions, cache write and attention of one decode step in one kernel a layer.
 
 The cache is read once, up to the current length, which is a tensor on the device: one captured launch serves every
-step. B images, R rows (2B when guided), L new positions, N heads, E head width, S slots.
+step. B images, R rows (2B when guided), L new positions or nodes of a drafted tree, N heads, E head width, S slots.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -127,17 +127,32 @@ def absorb(query, key, value, seen, scale, top, total, out):
 
 
 @triton.jit
+def _places(depths_ptr, root, node, own, TREE: tl.constexpr):
+    """Where new positions stand: a window's one behind another, a tree's nodes at their depth below the root."""
+    if TREE:
+        return tl.maximum(root + tl.load(depths_ptr + node, mask=own, other=0).to(tl.int32), 0)
+    return root + node
+
+
+@triton.jit
+def _ancestors(lines_Q, slot, own_Q, seen):
+    """Which slots of the tree its nodes see, [nodes, slots]."""
+    return tl.load(lines_Q[:, None] + slot[None, :], mask=own_Q[:, None] & seen[None, :], other=0) != 0
+
+
+@triton.jit
 def _window(
-    qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, out_ptr,
-    ahead, batch, slots, places, positions, scale,
+    qkv_ptr, keys_ptr, values_ptr, rope_ptr, length_ptr, valid_ptr, depth_ptr, seen_ptr, out_ptr,
+    ahead, batch, slots, places, positions, first, depth_image, seen_image, seen_node, scale,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr, QUERIES: tl.constexpr, BLOCK: tl.constexpr,
-    RAGGED: tl.constexpr, MASKED: tl.constexpr,
+    RAGGED: tl.constexpr, MASKED: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
-    first = tl.program_id(2) * QUERIES
+    begin = tl.program_id(2) * QUERIES
+    image = row % batch
     if RAGGED:
-        root = tl.load(length_ptr + row % batch).to(tl.int32) + ahead
+        root = tl.load(length_ptr + image).to(tl.int32) + ahead
     else:
         root = tl.load(length_ptr).to(tl.int32) + ahead
     e = tl.arange(0, WIDTH_POW2)
@@ -150,54 +165,76 @@ def _window(
     line = (row * HEADS + head) * slots * WIDTH
     valid = valid_ptr + row * slots
 
+    # New position i is slot first + i of the window or the tree, and slot base + i of the cache.
+    new_Q = begin + tl.arange(0, QUERIES)
+    own_Q = new_Q < positions
+    if TREE:
+        base = root + first
+        new_valid = valid + root + first  # `valid + base` costs a tree 34 registers more
+        depths = depth_ptr + image * depth_image + first
+        lines_Q = seen_ptr + image * seen_image + (first + new_Q).to(tl.int64) * seen_node
+    else:
+        base, new_valid, depths, lines_Q = root, valid + root, depth_ptr, new_Q
+
     # This program's queries, and the keys and values of the same positions, which it writes to the cache.
-    place_Q = first + tl.arange(0, QUERIES)
-    inside_QE = (place_Q < positions)[:, None] & real[None, :]
-    cos_QE, sin_QE = turns(rope_ptr, root + place_Q, e, inside_QE, places, WIDTH)
-    offset_QE = place_Q[:, None] * stride + e[None, :]
-    partner_QE = place_Q[:, None] * stride + (e ^ 1)[None, :]
+    inside_QE = own_Q[:, None] & real[None, :]
+    place_Q = _places(depths, root, new_Q, own_Q, TREE)
+    cos_QE, sin_QE = turns(rope_ptr, place_Q, e, inside_QE, places, WIDTH)
+    offset_QE = new_Q[:, None] * stride + e[None, :]
+    partner_QE = new_Q[:, None] * stride + (e ^ 1)[None, :]
     query_QE = rotated(new_query, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
     key_QE = rotated(new_key, offset_QE, partner_QE, inside_QE, cos_QE, sin_QE, sign)
     value_QE = tl.load(new_value + offset_QE, mask=inside_QE, other=0.0)
-    target_QE = line + (root + place_Q)[:, None] * WIDTH + e[None, :]
+    target_QE = line + (base + new_Q)[:, None] * WIDTH + e[None, :]
     tl.store(keys_ptr + target_QE, key_QE, mask=inside_QE)
     tl.store(values_ptr + target_QE, value_QE, mask=inside_QE)
 
     top_Q = tl.full([QUERIES], NOTHING, tl.float32)
     total_Q = tl.zeros([QUERIES], tl.float32)
     out_QE = tl.zeros([QUERIES, WIDTH_POW2], tl.float32)
-    for start in tl.range(0, root, BLOCK):
+    for start in tl.range(0, base, BLOCK):
         slot = start + tl.arange(0, BLOCK)
-        seen = slot < root
+        known = slot < base
         tile = line + slot[:, None] * WIDTH + e[None, :]
-        inside = seen[:, None] & real[None, :]
+        inside = known[:, None] & real[None, :]
         key = tl.load(keys_ptr + tile, mask=inside, other=0.0)
         value = tl.load(values_ptr + tile, mask=inside, other=0.0)
         if MASKED:
-            seen = seen & (tl.load(valid + slot, mask=seen, other=0) != 0)
-        top_Q, total_Q, out_QE = absorb(query_QE, key, value, seen[None, :], scale, top_Q, total_Q, out_QE)
+            known = known & (tl.load(valid + slot, mask=known, other=0) != 0)
+        seen = known[None, :]
+        if TREE:
+            ancestors = _ancestors(lines_Q, slot - root, own_Q, known & (slot > root))
+            seen = (known & (slot <= root))[None, :] | ancestors
+        top_Q, total_Q, out_QE = absorb(query_QE, key, value, seen, scale, top_Q, total_Q, out_QE)
 
-    # Earlier positions of the window are rotated anew rather than read from what other programs write.
-    for before in tl.range(0, first, QUERIES):
-        place_W = before + tl.arange(0, QUERIES)
-        inside_WE = (place_W < positions)[:, None] & real[None, :]
-        cos_WE, sin_WE = turns(rope_ptr, root + place_W, e, inside_WE, places, WIDTH)
-        offset_WE = place_W[:, None] * stride + e[None, :]
-        partner_WE = place_W[:, None] * stride + (e ^ 1)[None, :]
+    # Positions of earlier programs are rotated anew rather than read from what those write.
+    for before in tl.range(0, begin, QUERIES):
+        new_W = before + tl.arange(0, QUERIES)
+        seen_W = new_W < positions
+        inside_WE = seen_W[:, None] & real[None, :]
+        place_W = _places(depths, root, new_W, seen_W, TREE)
+        cos_WE, sin_WE = turns(rope_ptr, place_W, e, inside_WE, places, WIDTH)
+        offset_WE = new_W[:, None] * stride + e[None, :]
+        partner_WE = new_W[:, None] * stride + (e ^ 1)[None, :]
         key_WE = rotated(new_key, offset_WE, partner_WE, inside_WE, cos_WE, sin_WE, sign)
         value_WE = tl.load(new_value + offset_WE, mask=inside_WE, other=0.0)
-        seen_W = place_W < positions
         if MASKED:
-            seen_W = seen_W & (tl.load(valid + root + place_W, mask=seen_W, other=0) != 0)
-        top_Q, total_Q, out_QE = absorb(query_QE, key_WE, value_WE, seen_W[None, :], scale, top_Q, total_Q, out_QE)
+            seen_W = seen_W & (tl.load(new_valid + new_W, mask=seen_W, other=0) != 0)
+        seen = seen_W[None, :]
+        if TREE:
+            seen = _ancestors(lines_Q, first + new_W, own_Q, seen_W)
+        top_Q, total_Q, out_QE = absorb(query_QE, key_WE, value_WE, seen, scale, top_Q, total_Q, out_QE)
 
-    own_Q = place_Q < positions
+    seen_Q = own_Q
     if MASKED:
-        own_Q = own_Q & (tl.load(valid + root + place_Q, mask=own_Q, other=0) != 0)
-    causal_QQ = own_Q[None, :] & (place_Q[None, :] <= place_Q[:, None])
-    top_Q, total_Q, out_QE = absorb(query_QE, key_QE, value_QE, causal_QQ, scale, top_Q, total_Q, out_QE)
+        seen_Q = seen_Q & (tl.load(new_valid + new_Q, mask=own_Q, other=0) != 0)
+    if TREE:
+        seen_QQ = _ancestors(lines_Q, first + new_Q, own_Q, seen_Q)
+    else:
+        seen_QQ = seen_Q[None, :] & (new_Q[None, :] <= new_Q[:, None])
+    top_Q, total_Q, out_QE = absorb(query_QE, key_QE, value_QE, seen_QQ, scale, top_Q, total_Q, out_QE)
     out_QE = out_QE / tl.maximum(total_Q, 1.0e-30)[:, None]
-    result = out_ptr + (row * positions + place_Q)[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
+    result = out_ptr + (row * positions + new_Q)[:, None] * (HEADS * WIDTH) + head * WIDTH + e[None, :]
     tl.store(result, out_QE.to(value_QE.dtype), mask=inside_QE)
 
 
@@ -212,14 +249,18 @@ def cached_attention(
     batch: int,
     key_valid_RS: Tensor | None,
     overlap: bool = False,
+    depth_BL: Tensor | None = None,
+    seen_BLL: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
-    """Attention of L new positions of every row over the cache and, causally, over themselves; they enter the cache.
+    """Attention of L new positions of every row over the cache and over themselves; they enter the cache.
 
-    The plain counterpart is `visar.generators.raster.Attention` between its two matrix products.
+    Positions of a window see those before them; nodes of a tree see their ancestors. The plain counterpart is
+    `visar.generators.raster.Attention` between its two matrix products, for a tree with `visar.cache.visible_tree`.
 
     Args:
         qkv_RLX: [R, L, 3 N E], queries, keys and values side by side, heads inside; contiguous.
-        keys_RNSE, values_RNSE: one layer of the cache, contiguous; written at slots root ... root + L - 1.
+        keys_RNSE, values_RNSE: one layer of the cache, contiguous; written from slot root + first on.
         rope_PE2: float32 [P, E / 2, 2], see visar/rope.py; places beyond the table take its last row.
         length: int64 [1] or [B]; root = length + ahead is the slot and the place of the first new position.
         ahead: prefix positions before the one that predicts token 0.
@@ -227,6 +268,9 @@ def cached_attention(
         key_valid_RS: bool, False for slots that nobody sees; None if all are seen. A query that sees nothing gets 0.
         overlap: see visar/kernels/overlap.py; one position only. What wrote the cache before must have ended when
             the step began.
+        depth_BL, seen_BLL: of all slots of a tree up to the last one here, see visar/tree.py; may be expanded. None
+            for a window.
+        first: slots of the tree before it are in the cache already, slot i at root + i.
 
     Returns: [R, L, N E], before the output matrix.
     """
@@ -236,26 +280,33 @@ def cached_attention(
     masked = key_valid_RS is not None
     # A mask is read as bytes; without one the pointer is never followed.
     valid = key_valid_RS.view(torch.uint8) if key_valid_RS is not None else qkv_RLX
-    tensors = (qkv_RLX, keys_RNSE, values_RNSE, rope_PE2, length, valid, out_RLX, ahead, batch, slots)
+    cached = (qkv_RLX, keys_RNSE, values_RNSE, rope_PE2, length, valid)
     width_pow2 = max(triton.next_power_of_2(width), 16)
     shape = dict(HEADS=heads, WIDTH=width, WIDTH_POW2=width_pow2, RAGGED=length.shape[0] > 1, MASKED=masked)
-    scale = width**-0.5
-    if positions == 1:
+    sizes, scale = (ahead, batch, slots, rope_PE2.shape[0]), width**-0.5
+    if positions == 1 and depth_BL is None:
         # Few programs: wider tiles, so that long caches take fewer turns.
         warps = 16 if rows * heads <= 132 and slots > 320 else 8
         block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
         _one_token[(rows, heads)](
-            *tensors, rope_PE2.shape[0], scale, **shape, BLOCK=block, num_warps=warps, num_stages=1, **launch(overlap)
+            *cached, out_RLX, *sizes, scale, **shape, BLOCK=block, num_warps=warps, num_stages=1, **launch(overlap)
         )  # fmt: skip
         return out_RLX
-    tile = window_tile(positions, width_pow2, qkv_RLX.dtype)
+    tile = _window_tile(positions, width_pow2, qkv_RLX.dtype)
+    # A window has no table of ancestors: its pointers are never followed.
+    table, strides = (qkv_RLX, qkv_RLX), (0, 0, 0)
+    if depth_BL is not None and seen_BLL is not None:
+        assert seen_BLL.stride(2) == 1 and depth_BL.stride(1) == 1
+        table = (depth_BL, seen_BLL.view(torch.uint8))
+        depth_image, seen_image = (each.stride(0) if each.shape[0] > 1 else 0 for each in table)
+        strides = (depth_image, seen_image, seen_BLL.stride(1))
     _window[(rows, heads, triton.cdiv(positions, tile["QUERIES"]))](
-        *tensors, rope_PE2.shape[0], positions, scale, **shape, **tile
+        *cached, *table, out_RLX, *sizes, positions, first, *strides, scale, **shape, TREE=depth_BL is not None, **tile
     )
     return out_RLX
 
 
-def window_tile(positions: int, width_pow2: int, dtype: torch.dtype) -> dict[str, int]:
+def _window_tile(positions: int, width_pow2: int, dtype: torch.dtype) -> dict[str, int]:
     """Queries and cache slots that a program of a window or a tree takes at once, and its launch options."""
     if dtype == torch.float32:
         return dict(QUERIES=16, BLOCK=32, num_warps=8, num_stages=1)

@@ -152,8 +152,8 @@ def silu_multiply(both_M2F: Tensor) -> Tensor:
 
 @triton.jit
 def _guide(
-    logits_ptr, scale_ptr, length_ptr, out_ptr, batch, positions, codes,
-    RAGGED: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, scale_ptr, length_ptr, depth_ptr, out_ptr, batch, positions, codes, depth_image,
+    RAGGED: tl.constexpr, BLOCK: tl.constexpr, TREE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -163,14 +163,19 @@ def _guide(
     inside = code < codes
     image = row // positions
     length = tl.load(length_ptr + (image if RAGGED else 0))
-    scale = tl.load(scale_ptr + length + row % positions)
+    ahead = row % positions
+    if TREE:
+        ahead = tl.load(depth_ptr + image * depth_image + ahead)
+    scale = tl.load(scale_ptr + length + ahead)
     conditional = tl.load(logits_ptr + row * codes + code, mask=inside, other=0.0).to(tl.float32)
     null_row = row + batch * positions
     null = tl.load(logits_ptr + null_row * codes + code, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * codes + code, null + (conditional - null) * scale, mask=inside)
 
 
-def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, overlap: bool = False) -> Tensor:
+def guide(
+    logits_RLV: Tensor, scale_N: Tensor, length: Tensor, overlap: bool = False, depth_BL: Tensor | None = None
+) -> Tensor:
     """Guided float32 logits [B, L, V] of a doubled batch [2B, L, V]; `visar.guidance.combine` with positions.
 
     Args:
@@ -178,20 +183,25 @@ def guide(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, overlap: bool = F
         scale_N: float32 strength of every position.
         length: int64 [1] or [B]: position of slot 0.
         overlap: see visar/kernels/overlap.py.
+        depth_BL: position of each slot, counted from slot 0; None for 0, 1, ... May be expanded.
     """
     rows, positions, codes = logits_RLV.shape
     out_BLV = logits_RLV.new_empty(rows // 2, positions, codes, dtype=torch.float32)
     block = min(triton.next_power_of_2(codes), 2048)
+    depth = length if depth_BL is None else depth_BL
     _guide[(rows // 2 * positions, triton.cdiv(codes, block))](
         logits_RLV,
         scale_N,
         length,
+        depth,
         out_BLV,
         rows // 2,
         positions,
         codes,
+        depth.stride(0) if depth_BL is not None and depth.shape[0] > 1 else 0,
         RAGGED=length.shape[0] > 1,
         BLOCK=block,
+        TREE=depth_BL is not None,
         num_warps=4,
         **launch(overlap),
     )

@@ -270,3 +270,52 @@ def walk_chains(
         **tile(codes),
     )
     return way
+
+
+@triton.jit
+def _move(
+    keys_ptr, values_ptr, length_ptr, path_ptr, ahead, batch, rows, slots, steps, path_image,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr,
+):  # fmt: skip
+    line = tl.program_id(0).to(tl.int64)
+    image = (line // HEADS) % rows % batch
+    root = tl.load(length_ptr + image) + ahead
+    e = tl.arange(0, WIDTH_POW2)
+    real = e < WIDTH
+    keys = keys_ptr + line * slots * WIDTH + e
+    values = values_ptr + line * slots * WIDTH + e
+    # A node's slot is never below its depth, and slots rise along the path: no entry is overwritten before it is read.
+    for step in range(steps):
+        source = (root + tl.load(path_ptr + image * path_image + step)) * WIDTH
+        target = (root + 1 + step) * WIDTH
+        key = tl.load(keys + source, mask=real)
+        value = tl.load(values + source, mask=real)
+        tl.store(keys + target, key, mask=real)
+        tl.store(values + target, value, mask=real)
+
+
+def move_path(keys: Tensor, values: Tensor, length_B: Tensor, path_BD: Tensor, *, ahead: int) -> None:
+    """Moves the cache entries of a path's nodes behind the root's: node path_BD[b, d] goes to slot root + 1 + d.
+
+    Args:
+        keys, values: [layers, R, N, S, E], contiguous.
+        length_B: int64 committed tokens; root = length + ahead.
+        path_BD: int64 slots of the tree, rising from d + 1 or more on; any slot behind the last node.
+    """
+    layers, rows, heads, slots, width = keys.shape
+    _move[(layers * rows * heads,)](
+        keys,
+        values,
+        length_B,
+        path_BD,
+        ahead,
+        length_B.shape[0],
+        rows,
+        slots,
+        path_BD.shape[1],
+        path_BD.stride(0),
+        HEADS=heads,
+        WIDTH=width,
+        WIDTH_POW2=triton.next_power_of_2(width),
+        num_warps=1,
+    )
