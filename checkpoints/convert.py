@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
@@ -20,12 +19,12 @@ from visar.checkpoints import hmar, hub, llamagen, var
 from visar.checkpoints.code import takes_over_of
 from visar.checkpoints.common import State, build, read, require, unwrap
 from visar.checkpoints.hub import Source
+from visar.checkpoints.options import Convert
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import DTYPES
-from visar.rope import RopeKind
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
 
@@ -60,36 +59,6 @@ SCALE_GENERATOR = Layout(("var", "hmar", "code"), "generator", (var.TRANSFORMER_
 MASKED_GENERATOR = Layout(("hmar",), "generator", (hmar.MERGED_MARK,), "ns_head.weight")
 # Sniffing takes the first that fits and, without a second file, the first of its sources.
 LAYOUTS = (RASTER_TOKENIZER, RASTER_GENERATOR, SCALE_TOKENIZER, MASKED_GENERATOR, SCALE_GENERATOR)
-
-
-@dataclass(frozen=True)
-class Convert:
-    """Makes a folder that loads without a network from another project's weights files."""
-
-    file: tyro.conf.Positional[Path]
-    """Weights of the generator (or of a tokenizer alone): .pt, .pth or .safetensors."""
-    out: Path
-    """Folder to write; it must not exist or be empty."""
-    tokenizer: Path | None = None
-    """Weights of the tokenizer that the generator was trained with."""
-    source: Source | None = None
-    """Project that the files are from; found out from the file when not given."""
-    second: Path | None = None
-    """CoDe's refiner, or the file of HMAR's second training phase."""
-    like: str | None = None
-    """Official name (`visar models`) whose grid and sampling settings apply."""
-    grid: tuple[int, int] | None = None
-    """Rows and columns of tokens (LlamaGen; image size / 16 for released models)."""
-    scales: tuple[int, ...] | None = None
-    """Sizes of the scales (VAR, HMAR, CoDe) where the file does not tell them."""
-    rope: RopeKind = "2d"
-    """Rotary positions of LlamaGen's layout: 2d, or 1d for D-AR's files."""
-    num_heads: int | None = None
-    """Attention heads, for sizes that were not released."""
-    refinement_layers: int = 8
-    """Blocks that HMAR's second training phase trained."""
-    dtype: str = "float32"
-    """Of the stored weights: float32, bfloat16 or float16."""
 
 
 @dataclass(frozen=True)

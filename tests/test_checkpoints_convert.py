@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from visar.checkpoints import hmar, hub, llamagen, var
 from visar.checkpoints.code import load_pair
-from visar.checkpoints.convert import Convert, convert, sniff
+from visar.checkpoints.convert import convert, sniff
+from visar.checkpoints.options import Convert
 from visar.condition import Condition
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer

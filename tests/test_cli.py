@@ -97,6 +97,19 @@ def test_every_command_has_help(name, capsys):
     assert f"usage: visar {name}" in printed and "-h, --help" in printed
 
 
+def test_help_waits_for_no_framework():
+    """In a process of its own: here torch has been imported."""
+    program = f"""
+import sys
+from visar.cli import main
+for name in {list(COMMANDS)}:
+    assert main([*name.split(), "--help"]) == 0
+    heavy = sorted({{"torch", "torchvision", "diffusers", "transformers"}} & sys.modules.keys())
+    assert not heavy, (name, heavy)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_option_names_of_sample_are_frozen(capsys):
     assert [field.name for field in dataclasses.fields(Sample)] == SAMPLE_OPTIONS
     main(["sample", "--help"])

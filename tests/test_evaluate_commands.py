@@ -22,10 +22,11 @@ from visar.evaluate.commands import (
     read_prompts,
     stats,
 )
-from visar.evaluate.compare import Compare, compare
+from visar.evaluate.compare import compare
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
 from visar.evaluate.images import UINT8_RULES, ArrayImages
 from visar.evaluate.labels import LabelTable
+from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
 from visar.evaluate.run import label_plan, make_statistics
 from visar.generators.raster import RasterGPT

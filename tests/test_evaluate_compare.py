@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from visar.evaluate import pipeline as evaluation
-from visar.evaluate.compare import Compare, compare
+from visar.evaluate.compare import compare
 from visar.evaluate.extractors import EXTRACTORS
 from visar.evaluate.labels import Label, LabelPlan
+from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
 from visar.evaluate.report import card, load_report, save_report
 from visar.evaluate.speed import Speed, measure_speed

@@ -29,8 +29,8 @@ from visar.pipelines.loading import load
 from visar.samplers.drafters import ModelDrafter, NgramDrafter
 from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads
 from visar.samplers.index import find_sampler
-from visar.train.drafter import TrainDrafter, train_drafter
-from visar.train.options import RunOptions
+from visar.train.drafter import train_drafter
+from visar.train.options import RunOptions, TrainDrafter
 from visar.train.recipes import RECIPES
 
 pytestmark = pytest.mark.usefixtures("one_thread")

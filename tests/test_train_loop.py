@@ -11,15 +11,14 @@ from torch import nn
 from visar.condition import Condition
 from visar.train.checkpoint import CheckpointStore, check_same_options, replace_folder
 from visar.train.conditions import ConditionDropout
-from visar.train.generator import TrainGenerator
 from visar.train.log import RunLog
 from visar.train.loop import check_finite, update_average
-from visar.train.options import RunOptions, check_run_options
+from visar.train.options import RunOptions, TrainGenerator, TrainTokenizer, check_run_options
 from visar.train.randomness import Draw, IndexDraws, StepRandom, balanced_weights
 from visar.train.recipes import RECIPES
 from visar.train.run import Averages, fast_math
 from visar.train.schedule import Schedule, schedule_factor
-from visar.train.tokenizer import TrainTokenizer, build_tokenizer
+from visar.train.tokenizer import build_tokenizer
 
 CPU = torch.device("cpu")
 

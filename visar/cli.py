@@ -80,39 +80,69 @@ def _samplers() -> Command:
 
 
 def _convert() -> Command:
-    from visar.checkpoints.convert import Convert, convert
+    from visar.checkpoints.options import Convert
 
-    return Convert, lambda options: print(convert(options))
+    def run(options: Convert) -> None:
+        from visar.checkpoints.convert import convert
+
+        print(convert(options))
+
+    return Convert, run
 
 
 def _eval() -> Command:
-    from visar.evaluate.commands import Eval, evaluate
+    from visar.evaluate.options import Eval
 
-    return Eval, lambda options, sampler_options: evaluate(options, sampler_options, _table, _progress())
+    def run(options: Eval, sampler_options: dict[str, Any]) -> None:
+        from visar.evaluate.commands import evaluate
+
+        evaluate(options, sampler_options, _table, _progress())
+
+    return Eval, run
 
 
 def _eval_tokenizer() -> Command:
-    from visar.evaluate.commands import EvalTokenizer, evaluate_tokenizer
+    from visar.evaluate.options import EvalTokenizer
 
-    return EvalTokenizer, lambda options: evaluate_tokenizer(options, _table, _progress())
+    def run(options: EvalTokenizer) -> None:
+        from visar.evaluate.commands import evaluate_tokenizer
+
+        evaluate_tokenizer(options, _table, _progress())
+
+    return EvalTokenizer, run
 
 
 def _compare() -> Command:
-    from visar.evaluate.compare import Compare, compare
+    from visar.evaluate.options import Compare
 
-    return Compare, lambda options: compare(options, _table, _progress())
+    def run(options: Compare) -> None:
+        from visar.evaluate.compare import compare
+
+        compare(options, _table, _progress())
+
+    return Compare, run
 
 
 def _acceptance() -> Command:
-    from visar.evaluate.acceptance import Acceptance, acceptance
+    from visar.evaluate.options import Acceptance
 
-    return Acceptance, lambda options: acceptance(options, _table, _progress())
+    def run(options: Acceptance) -> None:
+        from visar.evaluate.acceptance import acceptance
+
+        acceptance(options, _table, _progress())
+
+    return Acceptance, run
 
 
 def _stats() -> Command:
-    from visar.evaluate.commands import Stats, stats
+    from visar.evaluate.options import Stats
 
-    return Stats, lambda options: stats(options, _table, _progress())
+    def run(options: Stats) -> None:
+        from visar.evaluate.commands import stats
+
+        stats(options, _table, _progress())
+
+    return Stats, run
 
 
 def _bench() -> Command:
@@ -127,21 +157,36 @@ def _bench() -> Command:
 
 
 def _train_tokenizer() -> Command:
-    from visar.train.tokenizer import TrainTokenizer, train_tokenizer
+    from visar.train.options import TrainTokenizer
 
-    return TrainTokenizer, lambda options: _print_trained(train_tokenizer(options))
+    def run(options: TrainTokenizer) -> None:
+        from visar.train.tokenizer import train_tokenizer
+
+        _print_trained(train_tokenizer(options))
+
+    return TrainTokenizer, run
 
 
 def _train_generator() -> Command:
-    from visar.train.generator import TrainGenerator, train_generator
+    from visar.train.options import TrainGenerator
 
-    return TrainGenerator, lambda options: _print_trained(train_generator(options))
+    def run(options: TrainGenerator) -> None:
+        from visar.train.generator import train_generator
+
+        _print_trained(train_generator(options))
+
+    return TrainGenerator, run
 
 
 def _train_drafter() -> Command:
-    from visar.train.drafter import TrainDrafter, train_drafter
+    from visar.train.options import TrainDrafter
 
-    return TrainDrafter, lambda options: _print_trained(train_drafter(options))
+    def run(options: TrainDrafter) -> None:
+        from visar.train.drafter import train_drafter
+
+        _print_trained(train_drafter(options))
+
+    return TrainDrafter, run
 
 
 def _data_emoji() -> Command:
@@ -246,7 +291,7 @@ def parse(arguments: list[str]) -> Callable[[], object]:
         rest, sampler_options = take_sampler_options(rest)
         extra = (sampler_options,)
     if name.startswith("train "):
-        from visar.sampler_arguments import take_value
+        from visar.flags import take_value
 
         settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."
         rest, recipe = take_value(rest, "--recipe")

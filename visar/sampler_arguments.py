@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, get_origin
 
+from visar.flags import take_value
 from visar.guidance import Guidance
 from visar.samplers.filtering import check_filters
 from visar.samplers.index import find_sampler
@@ -13,18 +14,6 @@ from visar.samplers.settings import read_setting
 FILTERS: dict[str, type[int] | type[float]] = {"temperature": float, "top_k": int, "top_p": float}
 GENERAL = ("guidance_scale", "guidance_schedule", *FILTERS)
 """Settings that every sampler has, beside its own."""
-
-
-def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
-    """Takes `flag VALUE` or `flag=VALUE` out of the arguments; the last value counts, None is no such flag."""
-    rest, value, words = [], None, iter(arguments)
-    for word in words:
-        name, equals, behind = word.partition("=")
-        if name == flag:
-            value = behind if equals else next(words, "")
-        else:
-            rest.append(word)
-    return rest, value
 
 
 def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any]]:

@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
 PathName = Literal["eager", "captured"]
@@ -55,8 +54,8 @@ class Bench:
     """Folder with visar_peer.py: `def load(preset, batch, dtype, guidance_scale, top_k)` returns a function that makes
     one batch. It runs in a process of its own, in turns with ours. A line PRODUCT = "tokens" or "images" (the
     default) says what a call makes."""
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """cuda or cpu."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one."""
     out: Annotated[Path | None, tyro.conf.arg(aliases=("--json",))] = None
     """Adds the rows to this file, one JSON object a line."""
     baseline: Path | None = None

@@ -11,15 +11,14 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 from torch import Tensor
 from torch.nn import functional
 
 from visar.condition import Condition
+from visar.evaluate.options import Acceptance
 from visar.files import atomic_write
 from visar.guidance import Guidance, combine, double
 from visar.noise import image_seeds
@@ -55,45 +54,6 @@ DRAFTED = (
     "lantern:tree=static,max_ratio=10,num_neighbours=10,branches=4,2,1,1",
 )
 """Settings of the default list; those of DRAFTED are tried with every drafter."""
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """Measures speculative samplers of a raster model: tokens a pass, accepted drafts, speed against ancestral ones.
-
-    Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
-    acceptance.md after every row.
-    """
-
-    model: tyro.conf.Positional[str]
-    """A raster model's name or folder."""
-    out: Path = Path("acceptance")
-    """Folder for acceptance.json and acceptance.md."""
-    samplers: tuple[str, ...] = ()
-    """Each as NAME or NAME:setting=value,setting=value; when not given, all with usual settings. Ancestral sampling is
-    always measured first."""
-    drafters: tuple[str, ...] = ("ngram",)
-    """Drafters of the usual list: ngram, eagle, heads, folders of drafters, or smaller models' names."""
-    batch_sizes: tuple[int, ...] = (1, 8, 32)
-    """Images of a call."""
-    calls: int = 4
-    """Timed calls a row; image i of a batch size has seed + i whatever the sampler."""
-    seed: int = 0
-    """Of the first image."""
-    background: Literal["white", "black"] = "white"
-    """What the pictures are drawn on."""
-    guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
-    temperature: float | None = None
-    """> 0; 1.0 = off."""
-    top_k: int | None = None
-    """0 = off."""
-    top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
 
 
 @dataclass(frozen=True)

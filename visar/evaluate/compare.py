@@ -1,11 +1,9 @@
 """What `visar eval --compare` does; its flags are made from the fields."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
-
-import tyro
 
 from visar.evaluate.commands import Echo
+from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import Sampling, evaluate_pipeline
 from visar.evaluate.report import Report, load_report, table
 from visar.evaluate.run import Progress, RunOptions, ScoreOptions, write_comparison
@@ -14,48 +12,6 @@ from visar.evaluate.speed import check_batches
 from visar.guidance import Guidance
 from visar.pipelines.loading import load, placement
 from visar.sampler_arguments import parse_sampling, split_run
-
-
-@dataclass(frozen=True)
-class Compare:
-    """The same seeds through several samplers or models: one table, relative to the first, and a picture of the trade.
-
-    Without --samplers and --runs, the names are folders that `visar eval` wrote.
-    """
-
-    names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Models (each goes through every sampler), or folders written by `visar eval`."""
-    out: Path = Path("comparison")
-    """Folder for compare.md, compare.json, pareto.png, and a folder a run."""
-    samplers: tuple[str, ...] = ()
-    """Each as NAME or NAME:setting=value,setting=value, such as static_tree:branches=2,1,drafter=eagle. Settings of
-    all: guidance_scale, guidance_schedule, temperature, top_k, top_p, as in next_scale:guidance_scale=2,top_p=0.9."""
-    runs: tuple[str, ...] = ()
-    """Instead of names and --samplers, each as MODEL/SAMPLER, such as emoji-raster/ancestral
-    runs/var/model/next_scale:top_k=900: the last slash before the first colon divides model and sampler."""
-    reference: str = ""
-    """As of `visar eval`; its other flags have their defaults but for these:"""
-    num_samples: int = 10_000
-    """Pictures a run."""
-    batch_size: int = 64
-    """Pictures at a time."""
-    speed_batches: tuple[int, ...] = ()
-    """Also time whole calls of these batch sizes, tokens and decoding, and say the peak of GPU memory."""
-    seed: int = 0
-    """Image i has seed + i in every run."""
-    guidance_scale: float | None = None
-    """1.0 = off, of runs that do not say their own; each model's own default when not given. Where that default rises
-    from block to block, so does this."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0) or inception-v3 (FID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor."""
-    train: str | None = None
-    """Training pictures, for the copy rate."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
 
 
 def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> None:

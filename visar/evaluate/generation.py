@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from visar.evaluate.copies import thumbnails
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.images import ImageSource
 from visar.evaluate.labels import Label, LabelPlan
+from visar.evaluate.options import KeepImages
 from visar.evaluate.sharding import (
     Part,
     World,
@@ -36,7 +37,6 @@ from visar.files import atomic_write
 from visar.noise import image_seeds
 from visar.output import SampleStatistics
 
-KeepImages = Literal["none", "png", "npz"]
 KEEP_IMAGES: tuple[KeepImages, ...] = ("none", "png", "npz")
 
 

@@ -4,7 +4,7 @@ import hashlib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 import torch
@@ -14,11 +14,11 @@ from torch import Tensor
 from visar.data.crops import center_crop
 from visar.data.images import EXTENSIONS, SPLITS, load_image_set
 from visar.evaluate.labels import LabelTable
+from visar.evaluate.options import ResizeChain
 from visar.files import sha256
 from visar.output import to_uint8
 
 IMAGE_ARRAYS = ("arr_0", "images")
-ResizeChain = Literal["none", "adm", "torchvision"]
 
 
 def _truncate(image_BCHW: Tensor) -> Tensor:

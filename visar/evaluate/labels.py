@@ -5,13 +5,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 
+from visar.evaluate.options import LabelPolicy
 from visar.noise import Noise, Use
 
-LabelPolicy = Literal["balanced", "random", "histogram", "prompts", "none"]
 LABEL_POLICIES: tuple[LabelPolicy, ...] = ("balanced", "random", "histogram", "prompts", "none")
 Label = tuple[int, ...] | str | None
 

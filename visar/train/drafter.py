@@ -7,9 +7,8 @@ a guided batch.
 B images, N tokens, D width, V codes, O offsets.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,50 +31,12 @@ from visar.text_encoder import load_text_encoder
 from visar.train.building import image_side, in_dtype, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
-from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
+from visar.train.images import AUGMENTATIONS, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
-from visar.train.options import RunOptions
+from visar.train.options import TrainDrafter
 from visar.train.randomness import Draw, IndexDraws, step_seed
 from visar.train.run import Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainDrafter(RunOptions):
-    """Trains a drafter for a raster model; `--sampler.drafter OUT/model` samples with it."""
-
-    data: Path
-    """The images that the model was trained on."""
-    target: str
-    """The model: an embedded or official name, or a pipeline's folder."""
-    kind: Literal["eagle", "heads"] = "eagle"
-    """eagle: a layer that predicts the next hidden vector; heads: one small head for each of the next tokens."""
-    tokens: Path | None = None
-    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
-    variants: int = 32
-    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
-    augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
-    num_heads: int = 0
-    """Attention heads of an eagle drafter; 0 = the model's."""
-    hidden_width: int = 0
-    """Of its feed-forward part; 0 = the model's."""
-    num_right: int = 5
-    """Offsets of heads: the most drafts one after another."""
-    law_weight: float = 1.0
-    """Weight of the cross-entropy beside the hidden vectors' own loss, for eagle (in its paper 0.1)."""
-    input_noise: float = 0.2
-    """Width of the noise on the hidden vectors that an eagle drafter reads, to bear its own slips; 0 = off."""
-    offset_decay: float = 0.8
-    """Weight of an offset's loss relative to the one before, for heads."""
-    label_dropout: float = 0.15
-    """Chance that an image loses all its conditions."""
-    weight_decay: float = 0.0
-    """Of matrices."""
-    guidance_scale: float | None = None
-    """At which acceptance is measured; the model's own when not given."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
 
 
 class Conditions:

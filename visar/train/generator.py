@@ -5,9 +5,9 @@ conditions dropped with 0.1). Differs from it: a learning rate that falls, avera
 validation is kept, and classes are drawn with weight n^-power.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,83 +28,13 @@ from visar.train.building import build_generator, image_side, in_dtype, json_opt
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
 from visar.train.distillation import laws, load_teacher
-from visar.train.images import AUGMENTATIONS, AugmentKind, PictureSplit, select_conditions, take_split
+from visar.train.images import AUGMENTATIONS, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
-from visar.train.options import RunOptions
+from visar.train.options import TrainGenerator
 from visar.train.randomness import Draw, IndexDraws, balanced_weights, step_seed
-from visar.train.run import OptimizerName, Run
+from visar.train.run import Run
 from visar.train.self_correction import self_correction
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainGenerator(RunOptions):
-    """Trains a generator on a tokenizer's ids, and writes both as a pipeline that `visar.load` reads."""
-
-    data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
-    tokenizer: str
-    """A folder that `visar train tokenizer` wrote (its model/), or the name of an embedded tokenizer."""
-    tokens: Path | None = None
-    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
-    variants: int = 32
-    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
-    augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
-    family: Literal["auto", "hmar"] = "auto"
-    """auto: raster for ids on one grid, next-scale for ids over scales; hmar: hierarchical masked, over scales."""
-    phase: Literal["next_scale", "refinement"] = "next_scale"
-    """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
-    width: int = 256
-    """Of the transformer."""
-    num_layers: int = 9
-    """Of the transformer."""
-    num_heads: int = 4
-    """Of the transformer."""
-    hidden_width: int = 704
-    """Of its feed-forward parts."""
-    model_options: str = "{}"
-    """Further constructor arguments as JSON."""
-    class_condition: bool = True
-    """Condition on the class."""
-    attributes: tuple[str, ...] | None = None
-    """Label columns to condition on besides; when not given: all of the data with class_condition, else none."""
-    words: Literal["none", "sum", "prefix"] = "none"
-    """Condition on words too: by the mean of their vectors, or one by one before the image."""
-    text_encoder: str = "none"
-    """Condition on the captions alone, through a frozen encoder: minilm, flan-t5-xl or a folder (raster only). The
-    class is not read then, whatever class_condition says."""
-    dropout: float = 0.1
-    """On the input, and after every attention and feed-forward part."""
-    label_dropout: float = 0.1
-    """Chance that an image loses all its conditions."""
-    class_dropout: float = 0.0
-    """Chance that it loses the class, besides."""
-    attribute_dropout: float = 0.1
-    """The same for every attribute."""
-    word_dropout: float = 0.1
-    """The same for the words."""
-    word_omission: float = 0.0
-    """Chance of every single word of a caption to be left out."""
-    class_balance: float = 0.5
-    """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
-    scale_weights: tuple[float, ...] = ()
-    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
-    self_correction: float = 0.0
-    """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
-    for them; 0 = off."""
-    teacher: str = ""
-    """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
-    weight_decay: float = 0.05
-    """Of matrices."""
-    optimizer: OptimizerName = "adamw"
-    """muon: matrices of the blocks by Muon, the rest by AdamW; learns more from a step, which takes longer."""
-    sample_images: int = 48
-    """Pictures of a sheet."""
-    sample_guidance: float = 2.0
-    """Guidance of its pictures; 1.0 = off."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
 
 
 def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = None) -> Tensor:

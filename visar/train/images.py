@@ -1,7 +1,6 @@
 """The images of a run, on its device."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -9,7 +8,6 @@ from torch import Tensor
 from visar.data.augment import DRAWINGS, PHOTOGRAPHS, Augmentation, augment
 from visar.data.images import ImageSet, as_float
 
-AugmentKind = Literal["none", "drawings", "photographs"]
 AUGMENTATIONS: dict[str, Augmentation | None] = {"none": None, "drawings": DRAWINGS, "photographs": PHOTOGRAPHS}
 
 

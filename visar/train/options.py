@@ -1,10 +1,14 @@
-"""What all training recipes share: options of the run itself."""
+"""Options of `visar train`: those of every run, and of a tokenizer's, a generator's and a drafter's."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from visar.train.schedule import Schedule, check_schedule
+
+OptimizerName = Literal["adamw", "muon"]
+AugmentKind = Literal["none", "drawings", "photographs"]
+PerceptualKind = Literal["lite0", "lpips"]
 
 # Options that do not change what a step computes, so a run may go on with others.
 FREE_OPTIONS = frozenset(
@@ -66,6 +70,178 @@ class RunOptions:
     """Stop with a checkpoint after this time, to be gone on from; 0 = no limit."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"
     """Where curves and sheets go besides the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainTokenizer(RunOptions):
+    """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
+
+    data: Path
+    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
+    image_size: int | None = None
+    """Side of the images in pixels; needed for images that may be of any size."""
+    kind: Literal["vq", "multiscale"] | None = None
+    """One grid of codes, or a pyramid of them for next-scale generators; the preset's when not given, else vq."""
+    preset: str | None = None
+    """Architecture; the smallest of the kind when not given: vq-4-64, msvq-4-64."""
+    model_options: str = "{}"
+    """Constructor arguments that differ from the preset's, as JSON, such as '{"base_channels": 48}'."""
+    codebook_size: int | None = None
+    """Codes; those of the preset when not given."""
+    codebook_update: Literal["gradient", "ema"] = "ema"
+    """Codes follow the moving average of their latents, or the gradient of the codebook loss."""
+    codebook_decay: float = 0.99
+    """Of the moving averages of codes and their uses."""
+    commitment_weight: float = 0.25
+    """Weight of the loss that keeps latents near their codes."""
+    codebook_weight: float = 1.0
+    """Weight of the loss that moves codes; codes that follow a moving average have no gradient from it."""
+    revive_every: int = 20
+    """Steps between revivals of unused codes; 0 = never."""
+    revive_below: float = 0.2
+    """Uses a step below which a code counts as unused."""
+    revive_until: float = 0.8
+    """Share of the run in which codes are revived."""
+    l1_weight: float = 1.0
+    """Weight of the mean absolute error."""
+    l2_weight: float = 2.0
+    """Weight of the mean squared error."""
+    gradient_weight: float = 0.5
+    """Weight of the multi-scale L1 of pixel differences."""
+    perceptual_weight: float = 0.3
+    """Weight of the perceptual distance; 0 = off."""
+    perceptual: PerceptualKind = "lite0"
+    """lite0: EfficientNet-Lite0, from a package; lpips: VGG-16, weights are fetched."""
+    adversarial_weight: float = 0.0
+    """Weight of the discriminator's loss; 0 = off."""
+    adversarial_start: int = 0
+    """Step at which the discriminator sets in."""
+    adversarial_learning_rate: float = 1e-4
+    """Of the discriminator."""
+    adversarial_layers: int = 3
+    """Its convolutions of stride 2; each doubles the side of the patches that it judges."""
+    adversarial_spectral: bool = True
+    """Spectral norm in the discriminator, else group norm."""
+    adversarial_adaptive: bool = False
+    """Scale its loss by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
+    adversarial_maximum: float = 10.0
+    """Largest such ratio."""
+    decoder_only: bool = False
+    """Train the decoder alone, from `initial`: the ids of every picture stay what they are."""
+    weight_decay: float = 0.0
+    """Of matrices and convolutions."""
+    augment: AugmentKind = "photographs"
+    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights in model/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainGenerator(RunOptions):
+    """Trains a generator on a tokenizer's ids, and writes both as a pipeline that `visar.load` reads."""
+
+    data: Path
+    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
+    tokenizer: str
+    """A folder that `visar train tokenizer` wrote (its model/), or the name of an embedded tokenizer."""
+    tokens: Path | None = None
+    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
+    variants: int = 32
+    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
+    augment: AugmentKind = "photographs"
+    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    family: Literal["auto", "hmar"] = "auto"
+    """auto: raster for ids on one grid, next-scale for ids over scales; hmar: hierarchical masked, over scales."""
+    phase: Literal["next_scale", "refinement"] = "next_scale"
+    """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
+    width: int = 256
+    """Of the transformer."""
+    num_layers: int = 9
+    """Of the transformer."""
+    num_heads: int = 4
+    """Of the transformer."""
+    hidden_width: int = 704
+    """Of its feed-forward parts."""
+    model_options: str = "{}"
+    """Further constructor arguments as JSON."""
+    class_condition: bool = True
+    """Condition on the class."""
+    attributes: tuple[str, ...] | None = None
+    """Label columns to condition on besides; when not given: all of the data with class_condition, else none."""
+    words: Literal["none", "sum", "prefix"] = "none"
+    """Condition on words too: by the mean of their vectors, or one by one before the image."""
+    text_encoder: str = "none"
+    """Condition on the captions alone, through a frozen encoder: minilm, flan-t5-xl or a folder (raster only). The
+    class is not read then, whatever class_condition says."""
+    dropout: float = 0.1
+    """On the input, and after every attention and feed-forward part."""
+    label_dropout: float = 0.1
+    """Chance that an image loses all its conditions."""
+    class_dropout: float = 0.0
+    """Chance that it loses the class, besides."""
+    attribute_dropout: float = 0.1
+    """The same for every attribute."""
+    word_dropout: float = 0.1
+    """The same for the words."""
+    word_omission: float = 0.0
+    """Chance of every single word of a caption to be left out."""
+    class_balance: float = 0.5
+    """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
+    scale_weights: tuple[float, ...] = ()
+    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
+    self_correction: float = 0.0
+    """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
+    for them; 0 = off."""
+    teacher: str = ""
+    """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
+    weight_decay: float = 0.05
+    """Of matrices."""
+    optimizer: OptimizerName = "adamw"
+    """muon: matrices of the blocks by Muon, the rest by AdamW; learns more from a step, which takes longer."""
+    sample_images: int = 48
+    """Pictures of a sheet."""
+    sample_guidance: float = 2.0
+    """Guidance of its pictures; 1.0 = off."""
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights in model/."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDrafter(RunOptions):
+    """Trains a drafter for a raster model; `--sampler.drafter OUT/model` samples with it."""
+
+    data: Path
+    """The images that the model was trained on."""
+    target: str
+    """The model: an embedded or official name, or a pipeline's folder."""
+    kind: Literal["eagle", "heads"] = "eagle"
+    """eagle: a layer that predicts the next hidden vector; heads: one small head for each of the next tokens."""
+    tokens: Path | None = None
+    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
+    variants: int = 32
+    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
+    augment: AugmentKind = "photographs"
+    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    num_heads: int = 0
+    """Attention heads of an eagle drafter; 0 = the model's."""
+    hidden_width: int = 0
+    """Of its feed-forward part; 0 = the model's."""
+    num_right: int = 5
+    """Offsets of heads: the most drafts one after another."""
+    law_weight: float = 1.0
+    """Weight of the cross-entropy beside the hidden vectors' own loss, for eagle (in its paper 0.1)."""
+    input_noise: float = 0.2
+    """Width of the noise on the hidden vectors that an eagle drafter reads, to bear its own slips; 0 = off."""
+    offset_decay: float = 0.8
+    """Weight of an offset's loss relative to the one before, for heads."""
+    label_dropout: float = 0.15
+    """Chance that an image loses all its conditions."""
+    weight_decay: float = 0.0
+    """Of matrices."""
+    guidance_scale: float | None = None
+    """At which acceptance is measured; the model's own when not given."""
+    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Of the weights in model/."""
 
 
 def check_run_options(options: RunOptions, num_processes: int) -> None:

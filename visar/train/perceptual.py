@@ -4,7 +4,7 @@ Images are float in [-1, 1]; every loss returns one value an image.
 """
 
 from abc import ABC, abstractmethod
-from typing import Any, Literal
+from typing import Any
 from urllib.error import URLError
 
 import torch
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visar.evaluate.efficientnet_lite import load_efficientnet_lite0
-
-PerceptualKind = Literal["lite0", "lpips"]
+from visar.train.options import PerceptualKind
 
 
 def gradient_l1(image_BCHW: Tensor, target_BCHW: Tensor, num_scales: int = 3) -> Tensor:

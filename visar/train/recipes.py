@@ -5,9 +5,7 @@ dataclasses.replace(RECIPES["emoji-vq"], data=Path("data/emoji64.zip"), out=Path
 from dataclasses import replace
 from pathlib import Path
 
-from visar.train.drafter import TrainDrafter
-from visar.train.generator import TrainGenerator
-from visar.train.tokenizer import TrainTokenizer
+from visar.train.options import TrainDrafter, TrainGenerator, TrainTokenizer
 
 _EMOJI = Path("emoji64.zip")
 

@@ -3,12 +3,12 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from visar.train.options import RunOptions, check_run_options
+from visar.train.options import OptimizerName, RunOptions, check_run_options
 from visar.train.randomness import StepRandom
 from visar.train.schedule import schedule_factor
 
@@ -28,9 +28,6 @@ class Part:
     call: Any
     optimizers: tuple[torch.optim.Optimizer, ...]
     learning_rate: float
-
-
-OptimizerName = Literal["adamw", "muon"]
 
 
 def block_matrices(module: nn.Module) -> set[Tensor]:

@@ -8,7 +8,7 @@ visar/tokenizers/quantizer.py.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,77 +24,13 @@ from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from visar.train.building import in_dtype, json_options, load_initial
 from visar.train.curves import draw_codebook_use
-from visar.train.images import AugmentKind, PictureSplit, take_split
+from visar.train.images import PictureSplit, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
-from visar.train.options import RunOptions
-from visar.train.perceptual import PerceptualKind, gradient_l1, load_perceptual
+from visar.train.options import TrainTokenizer
+from visar.train.perceptual import gradient_l1, load_perceptual
 from visar.train.randomness import Draw, IndexDraws, step_seed
 from visar.train.run import Run
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainTokenizer(RunOptions):
-    """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
-
-    data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
-    image_size: int | None = None
-    """Side of the images in pixels; needed for images that may be of any size."""
-    kind: Literal["vq", "multiscale"] | None = None
-    """One grid of codes, or a pyramid of them for next-scale generators; the preset's when not given, else vq."""
-    preset: str | None = None
-    """Architecture; the smallest of the kind when not given: vq-4-64, msvq-4-64."""
-    model_options: str = "{}"
-    """Constructor arguments that differ from the preset's, as JSON, such as '{"base_channels": 48}'."""
-    codebook_size: int | None = None
-    """Codes; those of the preset when not given."""
-    codebook_update: Literal["gradient", "ema"] = "ema"
-    """Codes follow the moving average of their latents, or the gradient of the codebook loss."""
-    codebook_decay: float = 0.99
-    """Of the moving averages of codes and their uses."""
-    commitment_weight: float = 0.25
-    """Weight of the loss that keeps latents near their codes."""
-    codebook_weight: float = 1.0
-    """Weight of the loss that moves codes; codes that follow a moving average have no gradient from it."""
-    revive_every: int = 20
-    """Steps between revivals of unused codes; 0 = never."""
-    revive_below: float = 0.2
-    """Uses a step below which a code counts as unused."""
-    revive_until: float = 0.8
-    """Share of the run in which codes are revived."""
-    l1_weight: float = 1.0
-    """Weight of the mean absolute error."""
-    l2_weight: float = 2.0
-    """Weight of the mean squared error."""
-    gradient_weight: float = 0.5
-    """Weight of the multi-scale L1 of pixel differences."""
-    perceptual_weight: float = 0.3
-    """Weight of the perceptual distance; 0 = off."""
-    perceptual: PerceptualKind = "lite0"
-    """lite0: EfficientNet-Lite0, from a package; lpips: VGG-16, weights are fetched."""
-    adversarial_weight: float = 0.0
-    """Weight of the discriminator's loss; 0 = off."""
-    adversarial_start: int = 0
-    """Step at which the discriminator sets in."""
-    adversarial_learning_rate: float = 1e-4
-    """Of the discriminator."""
-    adversarial_layers: int = 3
-    """Its convolutions of stride 2; each doubles the side of the patches that it judges."""
-    adversarial_spectral: bool = True
-    """Spectral norm in the discriminator, else group norm."""
-    adversarial_adaptive: bool = False
-    """Scale its loss by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
-    adversarial_maximum: float = 10.0
-    """Largest such ratio."""
-    decoder_only: bool = False
-    """Train the decoder alone, from `initial`: the ids of every picture stay what they are."""
-    weight_decay: float = 0.0
-    """Of matrices and convolutions."""
-    augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
 
 
 @dataclass(frozen=True)
