@@ -130,11 +130,12 @@ def test_sample_a_grid_and_a_folder(place, capsys):
     assert left(place) == ["grid.png", "new", "new/folder", "new/folder/000006.png", "new/folder/seeds.txt"]
     assert capsys.readouterr().out.endswith(": new/folder\n")
     assert (place / "new/folder/seeds.txt").read_text() == f"6\t{lines[1].removeprefix('seed 6: ')}\n"
-    alone = np.asarray(Image.open(place / "new/folder/000006.png"))
-    both = np.asarray(Image.open(place / "grid.png"))
+    # Convolutions of two images round other than those of one: a pixel may differ by 1.
+    alone = np.asarray(Image.open(place / "new/folder/000006.png")).astype(int)
+    both = np.asarray(Image.open(place / "grid.png")).astype(int)
     assert alone.shape == (64, 64, 3) and alone.std() > 5
     rows, columns = both.shape[0] - 63, both.shape[1] - 63
-    assert any(np.array_equal(both[y : y + 64, x : x + 64], alone) for y in range(rows) for x in range(columns))
+    assert any(abs(both[y : y + 64, x : x + 64] - alone).max() <= 1 for y in range(rows) for x in range(columns))
 
 
 def test_sample_by_number(place, tiny, capsys):

@@ -250,7 +250,7 @@ def test_quantiser_losses_and_straight_through_gradient():
 
 
 def _loss(output, image):
-    return functional.mse_loss(output.image_BCHW, image) + 0.25 * output.commitment_loss + output.codebook_loss
+    return functional.mse_loss(output.image_BCHW.float(), image) + 0.25 * output.commitment_loss + output.codebook_loss
 
 
 @torch.enable_grad()
@@ -295,7 +295,8 @@ def test_training_under_autocast_keeps_the_quantiser_in_float32():
     assert output.image_BCHW.dtype == torch.bfloat16
     assert output.commitment_loss.dtype == output.codebook_loss.dtype == torch.float32
     unit = functional.normalize(output.latent_BChw.float().flatten(2).transpose(1, 2), dim=-1)
-    assert torch.equal(output.ids_BN, torch.cdist(unit, model.codebook).argmin(-1))
+    distance = torch.cdist(unit.double(), model.codebook.double())
+    assert torch.equal(output.ids_BN, distance.argmin(-1))
     losses = _fit(model, image, 6, call=call)
     assert losses[-1] < losses[0]
 
