@@ -75,13 +75,26 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
         pytest.skip("no GPU, and TRITON_INTERPRET=1 is not set")
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
+    original, splat = interpreter._patch_lang_tensor, interpreter.InterpreterBuilder.create_splat
 
-    def patch(tensor, scope) -> None:
-        original(tensor, scope)
-        # Loop bounds: the interpreter of Triton 3.6 converts arrays of one element in a way that NumPy 2.4 refuses.
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+    def index(self) -> int:
+        return self.handle.data.item()
 
+    def patch(tensor, *scope) -> None:
+        original(tensor, *scope)
+        # Loop bounds: Triton 3.5 and 3.6 convert arrays of one element in a way that NumPy 2.4 refuses.
+        if scope:
+            scope[0].set_attr(tensor, "__index__", index)
+        else:
+            tensor.__index__ = index
+
+    def create_splat(self, block, scalar):
+        # Comparisons of scalars are labelled with the type of what they compare; Triton 3.9 refuses such masks.
+        if scalar.data.dtype == bool:
+            scalar = interpreter.TensorHandle(scalar.data, interpreter.tl.int1)
+        return splat(self, block, scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
     return torch.device("cpu")
 
