@@ -1,7 +1,7 @@
 """The `visar` command: which commands there are, how a line is read, what is printed, and the exit status.
 
 A command is a dataclass of options, its flags made from the fields, and what runs them; both are imported when asked
-for: usage and listings wait for nothing else. Only this file prints.
+for, the options from modules that import no framework: usage and --help wait for nothing else. Only this file prints.
 """
 
 import inspect
