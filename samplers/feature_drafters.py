@@ -239,9 +239,7 @@ class FeatureDrafting:
 
         parts, table = self.target.state.parts, self.drafter.rope(hidden_RLD.device)
         embedded_RLD = repeat(self.target.model.embed(tokens_BL), parts).to(hidden_RLD.dtype)
-        place: dict = dict(ahead=ahead, batch=self.target.state.batch, key_valid_RS=None)
-        if tree is not None:
-            place |= dict(depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first)
+        place: dict = dict(ahead=ahead, batch=self.target.state.batch, key_valid_RS=None, tree=tree, first=first)
 
         def attend(qkv_RLX: Tensor) -> Tensor:
             return cached_attention(qkv_RLX, self.cache.keys[0], self.cache.values[0], table, length_B, **place)

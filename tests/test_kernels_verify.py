@@ -211,7 +211,7 @@ def test_tree_attention(device, dtype, nodes, first):
     expected = nn.functional.scaled_dot_product_attention(query, all_keys, all_values, attn_mask=mask)
     got = cached_attention(
         qkv, keys, values, rope, length, ahead=prefix - 1, batch=batch, key_valid_RS=valid,
-        depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL, first=first,
+        tree=tree, first=first,
     )  # fmt: skip
     limit = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=3e-2, rtol=3e-2)
     torch.testing.assert_close(got, expected.transpose(1, 2).flatten(2), **limit)
@@ -289,7 +289,7 @@ def launch_tree_pass() -> None:
     cached_attention(
         torch.zeros(rows, tree.depth_BL.shape[1], 3 * heads * width, dtype=torch.bfloat16), *cache[0],
         torch.zeros(POSITIONS, width // 2, 2), ids(BATCH), ahead=0, batch=BATCH,
-        key_valid_RS=torch.ones(rows, slots, dtype=torch.bool), depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL,
+        key_valid_RS=torch.ones(rows, slots, dtype=torch.bool), tree=tree,
     )  # fmt: skip
     logits = torch.zeros(rows, tree.depth_BL.shape[1], CODES, dtype=torch.bfloat16)
     guide(logits, torch.zeros(POSITIONS + 40), ids(BATCH), depth_BL=tree.depth_BL)

@@ -39,9 +39,7 @@ def features(model: "RasterGPT", state: RasterState, draft_BK: Tensor | None, tr
 
     draft_BK = draft_BK if tree is None else tree.tokens_BM
     rope, cache = model.rope(state.tokens.device), state.cache
-    place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS)
-    if tree is not None:
-        place |= dict(depth_BL=tree.depth_BL, seen_BLL=tree.seen_BLL)
+    place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS, tree=tree)
 
     def attend(i: int, qkv_RLX: Tensor, overlap: bool) -> Tensor:
         return cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place, overlap=overlap)

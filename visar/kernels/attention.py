@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from visar.kernels.overlap import launch
+from visar.tree import DraftTree
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
 NOTHING = tl.constexpr(-1.0e30)
@@ -249,8 +250,7 @@ def cached_attention(
     batch: int,
     key_valid_RS: Tensor | None,
     overlap: bool = False,
-    depth_BL: Tensor | None = None,
-    seen_BLL: Tensor | None = None,
+    tree: DraftTree | None = None,
     first: int = 0,
 ) -> Tensor:
     """Attention of L new positions of every row over the cache and over themselves; they enter the cache.
@@ -268,8 +268,7 @@ def cached_attention(
         key_valid_RS: bool, False for slots that nobody sees; None if all are seen. A query that sees nothing gets 0.
         overlap: see visar/kernels/overlap.py; one position only. What wrote the cache before must have ended when
             the step began.
-        depth_BL, seen_BLL: of all slots of a tree up to the last one here, see visar/tree.py; may be expanded. None
-            for a window.
+        tree: whose slots `first` ... the new positions are; None for a window.
         first: slots of the tree before it are in the cache already, slot i at root + i.
 
     Returns: [R, L, N E], before the output matrix.
@@ -284,7 +283,7 @@ def cached_attention(
     width_pow2 = max(triton.next_power_of_2(width), 16)
     shape = dict(HEADS=heads, WIDTH=width, WIDTH_POW2=width_pow2, RAGGED=length.shape[0] > 1, MASKED=masked)
     sizes, scale = (ahead, batch, slots, rope_PE2.shape[0]), width**-0.5
-    if positions == 1 and depth_BL is None:
+    if positions == 1 and tree is None:
         # Few programs: wider tiles, so that long caches take fewer turns.
         warps = 16 if rows * heads <= 132 and slots > 320 else 8
         block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
@@ -295,13 +294,13 @@ def cached_attention(
     tile = _window_tile(positions, width_pow2, qkv_RLX.dtype)
     # A window has no table of ancestors: its pointers are never followed.
     table, strides = (qkv_RLX, qkv_RLX), (0, 0, 0)
-    if depth_BL is not None and seen_BLL is not None:
-        assert seen_BLL.stride(2) == 1 and depth_BL.stride(1) == 1
-        table = (depth_BL, seen_BLL.view(torch.uint8))
+    if tree is not None:
+        table = (tree.depth_BL, tree.seen_BLL.view(torch.uint8))
+        assert table[0].stride(1) == table[1].stride(2) == 1
         depth_image, seen_image = (each.stride(0) if each.shape[0] > 1 else 0 for each in table)
-        strides = (depth_image, seen_image, seen_BLL.stride(1))
+        strides = (depth_image, seen_image, table[1].stride(1))
     _window[(rows, heads, triton.cdiv(positions, tile["QUERIES"]))](
-        *cached, *table, out_RLX, *sizes, positions, first, *strides, scale, **shape, TREE=depth_BL is not None, **tile
+        *cached, *table, out_RLX, *sizes, positions, first, *strides, scale, **shape, TREE=tree is not None, **tile
     )
     return out_RLX
 

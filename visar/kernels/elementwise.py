@@ -188,7 +188,7 @@ def guide(
     rows, positions, codes = logits_RLV.shape
     out_BLV = logits_RLV.new_empty(rows // 2, positions, codes, dtype=torch.float32)
     block = min(triton.next_power_of_2(codes), 2048)
-    depth = length if depth_BL is None else depth_BL
+    depth = length if depth_BL is None else depth_BL  # not followed without depths
     _guide[(rows // 2 * positions, triton.cdiv(codes, block))](
         logits_RLV,
         scale_N,
