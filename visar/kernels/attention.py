@@ -284,12 +284,8 @@ def cached_attention(
     shape = dict(HEADS=heads, WIDTH=width, WIDTH_POW2=width_pow2, RAGGED=length.shape[0] > 1, MASKED=masked)
     sizes, scale = (ahead, batch, slots, rope_PE2.shape[0]), width**-0.5
     if positions == 1 and tree is None:
-        # Few programs: wider tiles, so that long caches take fewer turns.
-        warps = 16 if rows * heads <= 132 and slots > 320 else 8
-        block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
-        _one_token[(rows, heads)](
-            *cached, out_RLX, *sizes, scale, **shape, BLOCK=block, num_warps=warps, num_stages=1, **launch(overlap)
-        )  # fmt: skip
+        tile = _token_tile(rows * heads, slots, width_pow2)
+        _one_token[(rows, heads)](*cached, out_RLX, *sizes, scale, **shape, **tile, **launch(overlap))
         return out_RLX
     tile = _window_tile(positions, width_pow2, qkv_RLX.dtype)
     # A window has no table of ancestors: its pointers are never followed.
@@ -303,6 +299,18 @@ def cached_attention(
         *cached, *table, out_RLX, *sizes, positions, first, *strides, scale, **shape, TREE=tree is not None, **tile
     )
     return out_RLX
+
+
+def _token_tile(programs: int, slots: int, width_pow2: int) -> dict[str, int]:
+    """Cache slots that a program of one position takes at once, and its launch options."""
+    # Few programs: wide tiles, so that a long cache takes few turns. Many: small ones, so that many fit into a
+    # multiprocessor (an H100 has 132); one warp is the fastest there, but not over wide heads.
+    if programs <= 132:
+        warps = 16 if slots > 320 else 8
+    else:
+        warps = 4 if programs <= 8 * 132 or width_pow2 > 64 else 1
+    block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
+    return dict(BLOCK=block, num_warps=warps, num_stages=1)
 
 
 def _window_tile(positions: int, width_pow2: int, dtype: torch.dtype) -> dict[str, int]:
