@@ -2,8 +2,9 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, get_origin
 
 from visar.output import SampleOutput
 
@@ -35,6 +36,14 @@ class SamplerEntry:
         """Its own settings, beyond those that every sampler has."""
         parameters = inspect.signature(self.load()).parameters
         return {name: parameter for name, parameter in parameters.items() if name not in COMMON}
+
+    def missing(self, given: Mapping[str, Any]) -> list[str]:
+        """Its own settings that have no default and are not given."""
+        return [name for name, own in self.settings().items() if own.default is own.empty and name not in given]
+
+    def takes_one_a_scale(self, name: str) -> bool:
+        """Whether temperature, top_k or top_p may be a list with one value a scale."""
+        return get_origin(inspect.signature(self.load()).parameters[name].annotation) is not None
 
 
 SAMPLERS: dict[str, SamplerEntry] = {

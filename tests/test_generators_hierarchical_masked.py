@@ -169,9 +169,10 @@ def test_block_diagonal_equals_dense_masked_attention():
         torch.testing.assert_close(model(tokens, condition, mask), dense, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shared_adaln", [False, True])
 @torch.no_grad()
-def test_decoding_equals_teacher_forcing():
-    model = tiny_model()
+def test_decoding_equals_teacher_forcing(shared_adaln):
+    model = tiny_model(shared_adaln=shared_adaln)
     tokens = torch.randint(16, (2, model.num_tokens), generator=torch.Generator().manual_seed(0))
     masked = torch.rand(2, model.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.5
     condition = Condition(labels_BA=torch.tensor([[0], [2]]))
@@ -280,8 +281,28 @@ def test_scale_weights_are_the_published_ones():
     assert weights == pytest.approx(expected, abs=6e-4)
 
 
-def test_phases_train_their_own_parts():
-    model = tiny_model().train()
+@torch.no_grad()
+def test_a_shared_modulation_is_one_copy_of_a_layer_in_every_block():
+    shared, apart = tiny_model(shared_adaln=True), tiny_model()
+    state, layer = shared.state_dict(), shared.shared_ada_lin[1]
+    for name in apart.state_dict():
+        if name.endswith("ada_lin.1.weight") and "blocks" in name:
+            state[name] = layer.weight
+        elif name.endswith("ada_lin.1.bias") and "blocks" in name:
+            state[name] = layer.bias + state[name.replace("ada_lin.1.bias", "ada_gss")].flatten()
+    apart.load_state_dict({name: state[name] for name in apart.state_dict()})
+    tokens = torch.randint(16, (2, shared.num_tokens), generator=torch.Generator().manual_seed(0))
+    masked = torch.rand(2, shared.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.5
+    condition = Condition(labels_BA=torch.tensor([[0], [2]]))
+    for hidden in (None, masked):
+        torch.testing.assert_close(
+            shared(tokens, condition, hidden), apart(tokens, condition, hidden), atol=2e-5, rtol=1e-4
+        )
+
+
+@pytest.mark.parametrize("shared_adaln", [False, True])
+def test_phases_train_their_own_parts(shared_adaln):
+    model = tiny_model(shared_adaln=shared_adaln).train()
     tokens = torch.randint(16, (2, model.num_tokens))
     condition = Condition(labels_BA=torch.tensor([[0], [3]]))
     refinement_parts = ("mask_blocks.", "mask_head.", "mask_head_nm.", "mask_embed.")

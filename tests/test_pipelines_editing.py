@@ -57,6 +57,17 @@ def test_what_is_kept_keeps_its_tokens(pipeline):
     assert torch.equal(made[:, :4], finest[:, :4]) and not torch.equal(made[:, 4:], finest[:, 4:])
 
 
+def test_settings_one_a_scale(pipeline):
+    greedy = dict(class_labels=1, seed=0, sampler="next_scale", output_type="pt")
+    mixed = pipeline(**greedy, top_k=[1, 1, 1, 0], temperature=[1.0, 1.0, 1.0, 0.5]).tokens
+    assert torch.equal(mixed[:, :21], pipeline(**greedy, top_k=1).tokens[:, :21])
+    assert torch.equal(pipeline(**greedy, top_p=[0.7] * 4).tokens, pipeline(**greedy, top_p=0.7).tokens)
+    with pytest.raises(ValueError, match="top_p has 2 values; the model has 4 scales"):
+        pipeline(**greedy, top_p=[0.7, 0.5])
+    with pytest.raises(ValueError, match="sampler collaborative needs the options followers and takes_over"):
+        pipeline(sampler="collaborative")
+
+
 def test_a_mask_says_what_a_box_says(pipeline):
     mask = torch.ones(1, 16, 16, dtype=torch.bool)
     mask[:, :8] = False

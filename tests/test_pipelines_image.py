@@ -165,6 +165,8 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(batch_size=0), "batch_size 0"),
         (dict(top_p=0.0), r"top_p 0.0; it must be in \(0, 1\]"),
         (dict(top_p=1.5), "top_p 1.5"),
+        (dict(top_p=[0.9, 0.5]), r"top_p \[0.9, 0.5\]; sampler ancestral takes one number.*scale: next_scale"),
+        (dict(temperature="hot"), "temperature 'hot'; sampler ancestral takes one number"),
         (dict(top_k=-1), "top_k -1"),
         (dict(temperature=0.0), "temperature 0.0"),
         (dict(guidance_scale=-1.0), "guidance scale -1.0"),

@@ -1,9 +1,8 @@
 """Samplers and their settings as a command line gives them: --sampler.NAME VALUE, or NAME:setting=value."""
 
-import inspect
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, get_origin
+from collections.abc import Iterator
+from typing import Any
 
 from visar.flags import take_value
 from visar.guidance import Guidance
@@ -34,7 +33,7 @@ def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any
         arguments, value = take_value(arguments, flag)
         if value is not None:  # else given twice: taken already
             values[name] = read_setting(sampler, name, value)
-    missing = _missing(find_sampler(sampler).settings(), values)
+    missing = find_sampler(sampler).missing(values)
     if missing:
         raise ValueError(f"sampler {sampler} needs {' and '.join(f'--sampler.{name}' for name in missing)}")
     return arguments, values
@@ -63,7 +62,8 @@ def parse_sampling(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
         ValueError: as `parse_sampler`, a general setting out of range, or one that the sampler needs is not given.
     """
     name = text.partition(":")[0]
-    own = find_sampler(name).settings()
+    entry = find_sampler(name)
+    own = entry.settings()
     settings: dict[str, Any] = {}
     general: dict[str, Any] = {}
     for key, value in _settings(text):
@@ -76,7 +76,7 @@ def parse_sampling(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
                 f"sampler {name} has no setting {key!r}; its settings: {', '.join(own) or 'none'}; those of every "
                 f"sampler: {', '.join(GENERAL)}"
             )
-    missing = _missing(own, settings)
+    missing = entry.missing(settings)
     if missing:
         raise ValueError(f"sampler {text!r} needs {' and '.join(missing)}")
     return name, settings, general
@@ -98,10 +98,6 @@ def split_run(text: str) -> tuple[str, str]:
     return model, sampler + colon + settings
 
 
-def _missing(settings: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> list[str]:
-    return [name for name, value in settings.items() if value.default is value.empty and name not in given]
-
-
 def _settings(text: str) -> Iterator[tuple[str, str]]:
     for pair in filter(None, re.split(r",(?=[A-Za-z_-]+=)", text.partition(":")[2])):
         key, equals, value = pair.partition("=")
@@ -116,8 +112,7 @@ def _read_general(sampler: str, name: str, text: str) -> Any:
             raise ValueError(f"sampler {sampler}: guidance_schedule {text!r}; choose constant or linear")
         return text
     kind = FILTERS.get(name, float)
-    takers = inspect.signature(find_sampler(sampler).load()).parameters
-    several = name in FILTERS and get_origin(takers[name].annotation) is not None
+    several = name in FILTERS and find_sampler(sampler).takes_one_a_scale(name)
     try:
         values = [kind(part) for part in (text.split(",") if several else [text])]
     except ValueError as error:

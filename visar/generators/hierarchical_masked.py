@@ -44,7 +44,9 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         vocab_size, codebook_width, scales, num_phi, phi_ratio: of the tokenizer, see `ScalePyramid`.
         width, num_layers, num_heads, mlp_ratio: D, depth of each of the two, heads, feed-forward width / D.
         num_refinement_layers: blocks at the end that the two do not share (released: 8).
-        num_classes, attributes, word_vocab_size, qk_norm, drop_path, dropout, norm_eps: see `NextScaleTransformer`.
+        num_classes, attributes, word_vocab_size, shared_adaln, qk_norm, drop_path, dropout, norm_eps: see
+            `NextScaleTransformer`. With shared_adaln, which no released model has, all three kinds of blocks share
+            one modulation layer; it learns in the first phase only.
 
     Raises:
         ValueError: sizes that exclude each other.
@@ -66,6 +68,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         attributes: tuple[int, ...] = (),
         word_vocab_size: int = 0,
+        shared_adaln: bool = False,
         qk_norm: bool = True,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -95,6 +98,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
                     num_heads,
                     round(width * mlp_ratio),
                     qk_norm=qk_norm,
+                    shared_adaln=shared_adaln,
                     drop_path=drop_path * index / max(num_layers - 1, 1),
                     dropout=dropout,
                     eps=norm_eps,
@@ -107,6 +111,8 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         self.word_embed = nn.Linear(codebook_width, width, bias=False)
         self.word_embed_bias = nn.Parameter(torch.zeros(width))
         self.mask_embed = nn.Embedding(1, width)
+        if shared_adaln:
+            self.shared_ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
         self.base_blocks = blocks(0, num_layers - num_refinement_layers)
         self.ns_blocks = blocks(num_layers - num_refinement_layers, num_layers)
         self.mask_blocks = blocks(num_layers - num_refinement_layers, num_layers)
@@ -160,9 +166,12 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
 
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Modulations [blocks, R, 6, D] of the shared blocks and both ends, and [1, R, 2, D] of both norms."""
+        shared = None
+        if self.config["shared_adaln"]:
+            shared = self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
         ends: dict[str, nn.ModuleList] = {"base": self.base_blocks, "ns": self.ns_blocks, "mask": self.mask_blocks}
         modulations = {
-            name: torch.stack([block.modulation(condition_RD, None) for block in cast(Iterable[AdaLNBlock], blocks)])
+            name: torch.stack([block.modulation(condition_RD, shared) for block in cast(Iterable[AdaLNBlock], blocks)])
             for name, blocks in ends.items()
             if len(blocks)
         }

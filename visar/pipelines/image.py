@@ -19,7 +19,13 @@ from visar.output import SampleOutput, SampleStatistics
 from visar.pictures import to_pictures
 from visar.pipelines import batching
 from visar.pipelines.requests import numbered_classes, seeds_of_images
-from visar.pipelines.sampler_options import NEUTRAL, Helpers, guidance_of_defaults, resolve_options
+from visar.pipelines.sampler_options import (
+    NEUTRAL,
+    Helpers,
+    check_one_value,
+    guidance_of_defaults,
+    resolve_options,
+)
 from visar.quantize import quantized_layers, scaled
 from visar.runtime import EAGER, Runtime
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
@@ -220,9 +226,9 @@ class ImagePipeline(DiffusionPipeline):
         *,
         sampler: str | None = None,
         guidance_scale: float | Guidance | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values."""
         defaults = {**NEUTRAL, **self.config["defaults"]}
@@ -244,9 +250,9 @@ class ImagePipeline(DiffusionPipeline):
         sampler: str = "ancestral",
         sampler_options: dict[str, Any] | None = None,
         guidance: Guidance,
-        temperature: float,
-        top_k: int,
-        top_p: float,
+        temperature: float | Sequence[float],
+        top_k: int | Sequence[int],
+        top_p: float | Sequence[float],
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> SampleOutput:
         """Tokens of a batch; see the sampler's own docstring for its options.
@@ -258,6 +264,7 @@ class ImagePipeline(DiffusionPipeline):
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
         entry, options = resolve_options(sampler, sampler_options or {}, self.generator, self._helpers)
+        check_one_value(sampler, temperature=temperature, top_k=top_k, top_p=top_p)
         if "codebook" in entry.settings():
             options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
         return entry.load()(
@@ -293,9 +300,9 @@ class ImagePipeline(DiffusionPipeline):
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
         guidance_scale: float | Guidance | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
         seed: int | None = None,
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -314,7 +321,7 @@ class ImagePipeline(DiffusionPipeline):
                 features).
             sampler, sampler_options: see `visar samplers`. None takes the model's default, as the next four do.
             guidance_scale: 1.0 = off; where the model's default rises from block to block, so does it. Or a Guidance.
-            temperature: > 0; 1.0 = off.
+            temperature: > 0; 1.0 = off. It and the next two may be lists, one value a scale, for samplers over scales.
             top_k: 0 = off.
             top_p: in (0, 1]; 1.0 = off.
             seed: image i of the call has seed + i; an image depends on its own seed and condition only.

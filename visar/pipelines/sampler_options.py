@@ -6,7 +6,7 @@ from typing import Any
 
 from visar.guidance import Guidance
 from visar.samplers.drafters import Drafter
-from visar.samplers.index import SamplerEntry, find_sampler
+from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
 from visar.samplers.settings import read_setting
 
 NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
@@ -79,7 +79,8 @@ def resolve_options(
         helpers: what was loaded for it.
 
     Raises:
-        ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
+        ValueError: unknown sampler or option, an option that it needs is not given, or a generator that lacks what
+            the sampler needs.
     """
     entry = find_sampler(sampler)
     options = dict(given)
@@ -97,4 +98,21 @@ def resolve_options(
     missing = [need for need in entry.needs if not callable(getattr(generator, need, None))]
     if missing:
         raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+    lacking = entry.missing(options)
+    if lacking:
+        raise ValueError(f"sampler {sampler} needs the options {' and '.join(lacking)}")
     return entry, options
+
+
+def check_one_value(sampler: str, **filters: Any) -> None:
+    """Checks that temperature, top_k and top_p are lists only where the sampler takes one value a scale.
+
+    Raises:
+        ValueError: a list for another sampler.
+    """
+    for name, value in filters.items():
+        if not isinstance(value, (int, float)) and not find_sampler(sampler).takes_one_a_scale(name):
+            able = [other for other, entry in SAMPLERS.items() if entry.takes_one_a_scale(name)]
+            raise ValueError(
+                f"{name} {value!r}; sampler {sampler} takes one number, these take one a scale: {', '.join(able)}"
+            )

@@ -65,10 +65,10 @@ _HMAR = replace(
     _VAR,
     out=Path("runs/emoji-hmar"),
     family="hmar",
-    width=192,
-    num_layers=7,
-    hidden_width=704,
-    model_options='{"num_refinement_layers": 4, "drop_path": 0.03}',
+    num_layers=8,
+    hidden_width=736,
+    scale_weights=(1.0,) * 8,
+    model_options='{"shared_adaln": true, "num_refinement_layers": 2, "drop_path": 0.05}',
 )
 
 _EAGLE = TrainDrafter(
