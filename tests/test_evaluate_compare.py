@@ -143,6 +143,7 @@ def test_speed_stands_beside_quality_and_is_kept(common: dict[str, Any], monkeyp
     assert measured == [1, 4, 1, 4]
     folders = sorted(str(path.parent) for path in Path("comparison").glob("*/metrics.json"))
     again, _ = run({}, *folders)
+    assert [row["run"] for row in again] == [f"a/model next_scale:guidance_scale={scale}" for scale in (1.0, 3.0)]
     assert [row["images/s at 1 / 4"] for row in again] == [row["images/s at 1 / 4"] for row in rows]
     assert "- speed at batch 4: images_per_s=" in Path(folders[0], "card.md").read_text()
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from visar.evaluate.commands import Echo
 from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import Sampling, evaluate_pipeline
-from visar.evaluate.report import Report, load_report, table
+from visar.evaluate.report import Report, distinct_names, load_report, table
 from visar.evaluate.run import Progress, RunOptions, ScoreOptions, write_comparison
 from visar.evaluate.sharding import World, join_world, leave_world
 from visar.evaluate.speed import check_batches
@@ -19,7 +19,7 @@ def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> N
     runs = _runs(options)
     reports: list[Report | None]
     if not runs:
-        reports = [load_report(name) for name in options.names]
+        reports = [*distinct_names([load_report(name) for name in options.names])]
     else:
         world = join_world(placement(options.device)[0])
         reports = [_compared(options, run, world, progress) for run in runs]

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -180,6 +180,27 @@ def load_report(folder: str | Path) -> Report:
         raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a report of visar eval ({error})") from error
+
+
+def _sampling(report: Report, varying: Sequence[str]) -> str:
+    protocol = report.protocol
+    settings = dict(protocol.get("sampler_options", {}))
+    settings.update({name: protocol.get(name) for name in varying})
+    guidance = settings.pop("guidance", None)
+    if guidance is not None:
+        settings["guidance_scale"] = guidance["scale"]
+    texts = {name: ",".join(map(str, value)) if isinstance(value, list) else value for name, value in settings.items()}
+    listed = ",".join(f"{name}={value}" for name, value in texts.items())
+    return f"{protocol.get('sampler', '')}{':' * bool(listed)}{listed}"
+
+
+def distinct_names(reports: Sequence[Report]) -> list[Report]:
+    """The reports, named by their samplers and settings besides where several have the same name."""
+    if len({report.name for report in reports}) == len(reports):
+        return list(reports)
+    filters = ("guidance", "temperature", "top_k", "top_p")
+    varying = [name for name in filters if len({str(report.protocol.get(name)) for report in reports}) > 1]
+    return [replace(report, name=f"{report.name} {_sampling(report, varying)}") for report in reports]
 
 
 def check_comparable(reports: Sequence[Report]) -> None:
