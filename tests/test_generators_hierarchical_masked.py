@@ -178,6 +178,8 @@ def test_decoding_equals_teacher_forcing(shared_adaln):
     condition = Condition(labels_BA=torch.tensor([[0], [2]]))
     whole, refined = model(tokens, condition), model(tokens, condition, masked)
     null = model(tokens, model.null_condition(condition), masked)
+    others = tokens.roll(1, 0)
+    corrected = model(tokens, condition, masked, others)
     state = model.start(condition, ramp(2))
     assert state.cache is None
     for scale, part in enumerate(tokens.split(model.block_sizes, 1)):
@@ -188,6 +190,8 @@ def test_decoding_equals_teacher_forcing(shared_adaln):
         if scale:
             got = model.refine(state, part, masked[:, here])
             torch.testing.assert_close(got, refined[:, here], atol=2e-5, rtol=1e-4)
+            got = model.refine(state, others[:, here], masked[:, here])
+            torch.testing.assert_close(got, corrected[:, here], atol=2e-5, rtol=1e-4)
             got = model.refine(state, part, masked[:, here], 3.0)
             expected = (null + 3 * (refined - null))[:, here]
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

@@ -82,10 +82,11 @@ def test_next_scale_training_with_self_correction_and_muon(data, tmp_path):
     for wrong, message in (
         (dict(self_correction=1.5), "allowed: 0 ... 1"),
         (dict(optimizer="sgd"), "adamw or muon"),
-        (dict(self_correction=0.3, family="hmar", phase="refinement", initial=tmp_path), "phase next_scale"),
     ):
         with pytest.raises(ValueError, match=message):
             train_generator(TINY.generator_options(data, tmp_path / "tokenizer" / "model", tmp_path / "no", **wrong))
+    with pytest.raises(ValueError, match="self_correction is for a tokenizer over scales"):
+        train_generator(TINY.generator_options(data, "emoji-vq", tmp_path / "no", self_correction=0.3))
 
 
 def test_a_student_learns_its_teachers_laws(data, tmp_path):
@@ -116,7 +117,7 @@ def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):
     tokenizer = tmp_path / "tokenizer" / "model"
     first = TINY.generator_options(data, tokenizer, tmp_path / "first", **common)
     train_generator(first)
-    second = dict(common, phase="refinement", initial=tmp_path / "first" / "model")
+    second = dict(common, phase="refinement", initial=tmp_path / "first" / "model", self_correction=0.3)
     train_generator(TINY.generator_options(data, tokenizer, tmp_path / "second", **second))
     for out in (tmp_path / "first", tmp_path / "second"):
         found = TINY.losses(out)

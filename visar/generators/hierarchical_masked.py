@@ -206,7 +206,13 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         return torch.cat([self.current_input(scale, parts[scale]) for scale in range(1, len(parts))], dim=1)
 
     # -------------------------------------------------------------------------------------------- teacher forcing
-    def forward(self, tokens_BN: Tensor, condition: Condition, masked_BN: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BN: Tensor,
+        condition: Condition,
+        masked_BN: Tensor | None = None,
+        current_BN: Tensor | None = None,
+    ) -> Tensor:
         """Teacher-forced conditionals of every token.
 
         Args:
@@ -214,12 +220,15 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             condition: of the B images.
             masked_BN: None for next-scale prediction. For refinement: bool [B, N] or [1, N], True at the positions
                 whose tokens are hidden; the first scale's are not read.
+            current_BN: int64 ids [B, N] whose unmasked ones are seen inside their own scale; None = tokens_BN. They
+                differ where histories hold mistakes, see visar/train/self_correction.py.
 
         Returns: float32 logits [B, N, V].
         """
         with torch.no_grad():
             inputs_BLC = self.pyramid.inputs(tokens_BN)
-            current_BLC = None if masked_BN is None else self.current_inputs(tokens_BN)
+            current_BN = tokens_BN if current_BN is None else current_BN
+            current_BLC = None if masked_BN is None else self.current_inputs(current_BN)
         condition_RD = self.condition_vector(condition)
         x = self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1)
         if current_BLC is not None and masked_BN is not None:

@@ -163,18 +163,18 @@ class GeneratorTask(Task):
             ids_BL = self.ids_NKL[own_B, self.run.share(variant_B, part)].long()
             generator = random.generator(step, Draw.CONDITION, part=part)
             condition = self.dropout(self.condition(self.pictures, own_B), generator)
+            history_BL = ids_BL
+            if options.self_correction:
+                generator = random.generator(step, Draw.MISTAKES, part=part)
+                history_BL, ids_BL = self_correction(
+                    self.tokenizer.quantizer, ids_BL, options.self_correction, generator
+                )
             if self.refining:
                 generator = random.generator(step, Draw.MASK, part=part)
                 masked_BL = random_mask(self.parts["model"].module.block_sizes, generator)
-                logits_BLV = self.parts["model"].call(ids_BL, condition, masked_BL)
+                logits_BLV = self.parts["model"].call(history_BL, condition, masked_BL, ids_BL)
                 loss = refinement_loss(logits_BLV, ids_BL, masked_BL)
             else:
-                history_BL = ids_BL
-                if options.self_correction:
-                    generator = random.generator(step, Draw.MASK, part=part)
-                    history_BL, ids_BL = self_correction(
-                        self.tokenizer.quantizer, ids_BL, options.self_correction, generator
-                    )
                 logits_BLV = self.parts["model"].call(history_BL, condition)
                 target = ids_BL if self.teacher is None else laws(self.teacher, history_BL, condition)
                 loss = self.loss(logits_BLV, target, self.weight_L)
@@ -262,8 +262,8 @@ def train_generator(options: TrainGenerator) -> TrainResult:
     run = Run(options)
     tokenizer: Any = load_tokenizer(options.tokenizer, device=run.device, dtype="float32")
     tokenizer.requires_grad_(False)
-    if options.self_correction and (tokenizer.layout.kind != "scales" or options.phase == "refinement"):
-        raise ValueError("self_correction is for next-scale prediction: a tokenizer over scales, phase next_scale")
+    if options.self_correction and tokenizer.layout.kind != "scales":
+        raise ValueError("self_correction is for a tokenizer over scales")
     everything = load_image_set(options.data, image_side(tokenizer))
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")

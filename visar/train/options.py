@@ -191,7 +191,7 @@ class TrainGenerator(RunOptions):
     """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
     self_correction: float = 0.0
     """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
-    for them; 0 = off."""
+    for them; 0 = off. In both phases of family hmar."""
     teacher: str = ""
     """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
     weight_decay: float = 0.05

@@ -21,6 +21,7 @@ class Draw(enum.IntEnum):
     INITIAL = 5  # initial weights
     SUBSET = 6  # fixed subsets for measurements
     MASK = 7  # which tokens are hidden
+    MISTAKES = 8  # codes of histories that are replaced
 
 
 def step_seed(seed: int, step: int, use: Draw, process: int = 0, part: int = 0) -> int:

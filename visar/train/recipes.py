@@ -150,9 +150,10 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     ),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
-    "emoji-hmar-refinement": replace(
-        _HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", self_correction=0.0, steps=4000
-    ),
+    "emoji-hmar-refinement": replace(_HMAR, out=Path("runs/emoji-hmar-refinement"), phase="refinement", steps=4000),
     "emoji-raster-eagle": _EAGLE,
+    "emoji-raster-4096-eagle": replace(
+        _EAGLE, out=Path("runs/emoji-raster-4096-eagle"), target="emoji-raster-4096", variants=6, steps=1000
+    ),
     "emoji-raster-heads": replace(_EAGLE, out=Path("runs/emoji-raster-heads"), kind="heads", steps=4000),
 }
