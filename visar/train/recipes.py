@@ -146,7 +146,7 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     "emoji-var": _VAR,
     # takes over from emoji-var at finer scales (CoDe)
     "emoji-var-small": replace(
-        _VAR, out=Path("runs/emoji-var-small"), teacher="emoji-var", width=128, num_layers=6, hidden_width=512
+        _VAR, out=Path("runs/emoji-var-small"), teacher="emoji-var", width=192, num_layers=7, hidden_width=704
     ),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
