@@ -197,9 +197,9 @@ def test_option_names_are_frozen():
 
 def test_recipes(capsys):
     drafters = {name: recipe for name, recipe in RECIPES.items() if isinstance(recipe, TrainDrafter)}
-    assert len(drafters) == 2
+    assert {recipe.target for recipe in drafters.values()} == {"emoji-raster", "emoji-raster-4096"}
     for name, recipe in drafters.items():
-        assert recipe.target == "emoji-raster" and recipe.out.name == name
+        assert name == f"{recipe.target}-{recipe.kind}" == recipe.out.name
         assert main(["train", "drafter", "--recipe", name, "--help"]) == 0
         assert f"(default: {recipe.out})" in " ".join(capsys.readouterr().out.split())
 
