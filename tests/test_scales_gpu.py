@@ -34,17 +34,18 @@ def make(model_class, seed=0, width=64, num_layers=3, **settings):
 
 
 def samplers():
-    """Every sampler as a function of (class labels, seeds, guidance, runtime)."""
+    """Every sampler as a function of (class labels, seeds, guidance, runtime, callback or nothing)."""
     model, small = make(NextScaleTransformer), make(NextScaleTransformer, 1, num_layers=2)
     small.set_tokenizer(model.pyramid)
     masked = make(HierarchicalMaskedTransformer, num_refinement_layers=1)
     given = torch.randint(64, (3, model.num_tokens), generator=torch.Generator().manual_seed(0)).cuda()
     keep = box_mask(model.scales[-1], (0.25, 0.25, 0.75, 0.75), keep="outside").cuda()
 
-    def common(labels, seeds, scale, runtime):
+    def common(labels, seeds, scale, runtime, callback=None):
         condition = Condition(labels_BA=torch.tensor(labels, device="cuda")[:, None])
         guidance = Guidance(scale, "extrapolate", "linear")
-        return condition, dict(noise=Noise(seeds, "cuda"), guidance=guidance, runtime=runtime, top_p=0.9)
+        shared = dict(noise=Noise(seeds, "cuda"), guidance=guidance, runtime=runtime, callback=callback, top_p=0.9)
+        return condition, shared
 
     def plain(*call):
         condition, settings = common(*call)
@@ -95,6 +96,41 @@ def test_captured_steps_give_the_tokens_of_eager_ones():
             eager, captured = sample(labels, seeds, scale, EAGER), sample(labels, seeds, scale, runtime)
             assert torch.equal(eager.tokens, captured.tokens), name
             torch.testing.assert_close(eager.latent_BChw, captured.latent_BChw, atol=1e-4, rtol=0)
+
+
+def test_replays_do_not_wait_for_the_device():
+    """In a warm call nothing synchronises between the first scale and the last."""
+    runtime, last = Runtime(max_sessions=16), sum(side * side for side in SCALES)
+    for name, sample in samplers().items():
+        if name == "prefixed":  # which stops before the last scale
+            continue
+        checked = []
+
+        def callback(done, tokens, checked=checked):
+            torch.cuda.set_sync_debug_mode("default" if done == last else "error")
+            checked.append(done)
+
+        for warm in (False, False, True):
+            try:
+                sample([0, 1, 2], [1, 2, 3], 2.0, runtime, callback if warm else None)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert len(checked) == len(SCALES) and checked[-1] == last, name
+
+
+def test_memory_is_constant_and_models_keep_apart():
+    """Fifty calls of two models in turn: no growth, and every call gives what the model alone gives."""
+    models = [make(NextScaleTransformer), make(HierarchicalMaskedTransformer, 1, num_refinement_layers=1)]
+    condition, runtime = Condition(labels_BA=torch.tensor([[0], [1]], device="cuda")), Runtime()
+    call = dict(noise=Noise([4, 5], "cuda"), guidance=Guidance(2.0), top_k=20)
+    expected = [sample_next_scale(model, condition, **call).tokens for model in models]
+    assert not torch.equal(*expected)
+    used = []
+    for turn in range(50):
+        tokens = sample_next_scale(models[turn % 2], condition, runtime=runtime, **call).tokens
+        assert torch.equal(tokens, expected[turn % 2]), turn
+        used.append(torch.cuda.memory_allocated())
+    assert max(used[4:]) == min(used[4:])
 
 
 @pytest.mark.parametrize("model_class", [NextScaleTransformer, HierarchicalMaskedTransformer])

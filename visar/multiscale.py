@@ -170,6 +170,12 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         return x + self.positions(first, last)
 
     # --------------------------------------------------------------------------------------------------- decoding
+    def shared_modulation(self, condition_RD: Tensor) -> Tensor | None:
+        """The six vectors that all blocks share [R, 6, D]; None where every block has its own layer for them."""
+        if not self.config["shared_adaln"]:
+            return None
+        return self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
+
     @abstractmethod
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Vectors of all adaptive norms, by name, with the rows R at axis 1."""
@@ -224,7 +230,8 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         for name, value in modulations.items():
             state.modulations[name].copy_(value)
         if state.scale_S is not None:
-            state.scale_S.copy_(torch.tensor(guidance.scales(len(self.scales))))
+            # A collaborative sampler starts its next model in mid-image: that must not wait for the device.
+            state.scale_S.copy_(torch.tensor(guidance.scales(len(self.scales))), non_blocking=True)
         if history is not None:
             state.take_over(history)
         return state

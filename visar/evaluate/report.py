@@ -200,7 +200,7 @@ def distinct_names(reports: Sequence[Report]) -> list[Report]:
         return list(reports)
     filters = ("guidance", "temperature", "top_k", "top_p")
     varying = [name for name in filters if len({str(report.protocol.get(name)) for report in reports}) > 1]
-    return [replace(report, name=f"{report.name} {_sampling(report, varying)}") for report in reports]
+    return [replace(report, name=f"{report.name} {_sampling(report, varying)}".rstrip()) for report in reports]
 
 
 def check_comparable(reports: Sequence[Report]) -> None:

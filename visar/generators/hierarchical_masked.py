@@ -166,9 +166,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
 
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Modulations [blocks, R, 6, D] of the shared blocks and both ends, and [1, R, 2, D] of both norms."""
-        shared = None
-        if self.config["shared_adaln"]:
-            shared = self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
+        shared = self.shared_modulation(condition_RD)
         ends: dict[str, nn.ModuleList] = {"base": self.base_blocks, "ns": self.ns_blocks, "mask": self.mask_blocks}
         modulations = {
             name: torch.stack([block.modulation(condition_RD, shared) for block in cast(Iterable[AdaLNBlock], blocks)])

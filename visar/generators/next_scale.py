@@ -171,9 +171,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
 
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Modulations of all blocks [depth, R, 6, D] and of the output norm [1, R, 2, D]."""
-        shared = None
-        if self.config["shared_adaln"]:
-            shared = self.shared_ada_lin(condition_RD).unflatten(-1, (6, -1))
+        shared = self.shared_modulation(condition_RD)
         blocks = cast(Iterable[AdaLNBlock], self.blocks)
         modulations = torch.stack([block.modulation(condition_RD, shared) for block in blocks])
         return {"blocks": modulations, "head": self.head_nm.modulation(condition_RD)[None]}

@@ -264,7 +264,7 @@ class ImagePipeline(DiffusionPipeline):
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
         entry, options = resolve_options(sampler, sampler_options or {}, self.generator, self._helpers)
-        check_one_value(sampler, temperature=temperature, top_k=top_k, top_p=top_p)
+        check_one_value(sampler, entry, temperature=temperature, top_k=top_k, top_p=top_p)
         if "codebook" in entry.settings():
             options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
         return entry.load()(

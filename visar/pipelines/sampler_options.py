@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 from visar.guidance import Guidance
@@ -104,15 +105,15 @@ def resolve_options(
     return entry, options
 
 
-def check_one_value(sampler: str, **filters: Any) -> None:
+def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
     """Checks that temperature, top_k and top_p are lists only where the sampler takes one value a scale.
 
     Raises:
         ValueError: a list for another sampler.
     """
     for name, value in filters.items():
-        if not isinstance(value, (int, float)) and not find_sampler(sampler).takes_one_a_scale(name):
-            able = [other for other, entry in SAMPLERS.items() if entry.takes_one_a_scale(name)]
+        if not isinstance(value, Real) and not entry.takes_one_a_scale(name):
+            able = [other for other, each in SAMPLERS.items() if each.takes_one_a_scale(name)]
             raise ValueError(
                 f"{name} {value!r}; sampler {sampler} takes one number, these take one a scale: {', '.join(able)}"
             )

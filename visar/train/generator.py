@@ -164,13 +164,12 @@ class GeneratorTask(Task):
             generator = random.generator(step, Draw.CONDITION, part=part)
             condition = self.dropout(self.condition(self.pictures, own_B), generator)
             history_BL = ids_BL
+            generator = random.generator(step, Draw.MASK, part=part)
             if options.self_correction:
-                generator = random.generator(step, Draw.MISTAKES, part=part)
                 history_BL, ids_BL = self_correction(
                     self.tokenizer.quantizer, ids_BL, options.self_correction, generator
                 )
             if self.refining:
-                generator = random.generator(step, Draw.MASK, part=part)
                 masked_BL = random_mask(self.parts["model"].module.block_sizes, generator)
                 logits_BLV = self.parts["model"].call(history_BL, condition, masked_BL, ids_BL)
                 loss = refinement_loss(logits_BLV, ids_BL, masked_BL)

@@ -20,8 +20,7 @@ class Draw(enum.IntEnum):
     REVIVE = 4  # latents that replace unused codes
     INITIAL = 5  # initial weights
     SUBSET = 6  # fixed subsets for measurements
-    MASK = 7  # which tokens are hidden
-    MISTAKES = 8  # codes of histories that are replaced
+    MASK = 7  # which tokens are replaced, then which are hidden
 
 
 def step_seed(seed: int, step: int, use: Draw, process: int = 0, part: int = 0) -> int:
