@@ -111,6 +111,30 @@ def test_a_student_learns_its_teachers_laws(data, tmp_path):
         train_generator(TINY.generator_options(data, place, tmp_path / "x", **dict(small, teacher="emoji-var")))
 
 
+def test_a_student_starts_from_its_teachers_layers(data, tmp_path):
+    train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=4, **MULTISCALE))
+    place, teacher = tmp_path / "tokenizer" / "model", tmp_path / "teacher" / "model"
+    train_generator(TINY.generator_options(data, place, tmp_path / "teacher", steps=4, num_layers=3))
+    small = dict(steps=1, learning_rate=1e-9, ema_decay=0.0, initial=teacher, initial_layers=(0, 2), num_layers=2)
+    train_generator(TINY.generator_options(data, place, tmp_path / "student", **small))
+    theirs, ours = (
+        load(tmp_path / name / "model", device="cpu", dtype="float32").generator.state_dict()
+        for name in ("teacher", "student")
+    )
+    assert {name.split(".")[1] for name in ours if name.startswith("blocks.")} == {"0", "1"}
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name.replace("blocks.1.", "blocks.2.")], rtol=0, atol=1e-4)
+    for wrong, message in (
+        (dict(initial_layers=(2, 0)), r"rising numbers of 0 ... 2"),
+        (dict(initial_layers=(0, 3)), r"rising numbers of 0 ... 2"),
+        (dict(initial_layers=(1,)), "another architecture"),
+        (dict(initial_layers=()), "another architecture"),
+        (dict(initial=None), "needs initial"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_generator(TINY.generator_options(data, place, tmp_path / "no", **{**small, **wrong}))
+
+
 def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):
     train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=4, **MULTISCALE))
     common = dict(family="hmar", num_layers=2, model_options='{"num_refinement_layers": 1}', steps=12)

@@ -1,13 +1,15 @@
 """Making and copying models from a recipe's options."""
 
 import json
+import re
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from visar.checkpoints import hub
 from visar.files import load_weights, tensors_only
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
@@ -120,20 +122,51 @@ def build_generator(
     return model
 
 
-def load_initial(model: nn.Module, folder: Path) -> None:
+def select_layers(content: dict[str, Tensor], layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """Weights of some of a transformer's layers, renumbered from 0, and all others as they are.
+
+    Source: DistilBERT, arXiv 1910.01108 section 3, starts its student so.
+
+    Args:
+        content: weights of a raster or next-scale generator.
+        layers: numbers of the layers to keep, rising.
+
+    Raises:
+        ValueError: no layers in content, or numbers that are not theirs or do not rise.
+    """
+    pattern = re.compile(r"(blocks|layers)\.(\d+)\.(.+)")
+    found = {key: match for key in content if (match := pattern.fullmatch(key))}
+    count = 1 + max((int(match[2]) for match in found.values()), default=-1)
+    if not count:
+        raise ValueError("initial_layers is for raster and next-scale generators; initial holds neither")
+    if list(layers) != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
+        raise ValueError(f"initial_layers {layers}; needed: rising numbers of 0 ... {count - 1}")
+    place = {layer: index for index, layer in enumerate(layers)}
+    selected = {key: value for key, value in content.items() if key not in found}
+    for key, match in found.items():
+        if int(match[2]) in place:
+            selected[f"{match[1]}.{place[int(match[2])]}.{match[3]}"] = content[key]
+    return selected
+
+
+def load_initial(model: nn.Module, folder: Path, layers: tuple[int, ...] = ()) -> None:
     """Fills a model with the weights of a saved one.
 
     Args:
         model: of the same architecture.
-        folder: as save_pretrained writes it, or a pipeline's, whose generator is taken.
+        folder: as save_pretrained writes it, or a pipeline's, whose generator is taken; or an embedded model's name.
+        layers: those of the saved model's layers that the model has, see `select_layers`; empty = all.
 
     Raises:
-        ValueError: no weights there, or of another architecture (keys and shapes are named).
+        ValueError: no weights there, or of another architecture (keys and shapes are named), or layers that it does
+            not have.
     """
+    if str(folder) in hub.embedded_names():
+        folder = hub.EMBEDDED_FOLDER / folder
     inner = folder / "generator" if (folder / "generator").is_dir() else folder
-    content = load_weights(inner / "diffusion_pytorch_model.safetensors")
+    content = tensors_only(load_weights(inner / "diffusion_pytorch_model.safetensors"), inner)
     try:
-        model.load_state_dict(tensors_only(content, inner))
+        model.load_state_dict(select_layers(content, layers) if layers else content)
     except RuntimeError as error:
         raise ValueError(f"initial {folder} holds another architecture: {error}") from error
 

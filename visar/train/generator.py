@@ -104,7 +104,7 @@ class GeneratorTask(Task):
             seed=step_seed(options.seed, 0, Draw.INITIAL),
         )
         if options.initial is not None:
-            load_initial(model, options.initial)
+            load_initial(model, options.initial, options.initial_layers)
         self.refining = options.phase == "refinement"
         self.teacher = load_teacher(options.teacher, model, run.device) if options.teacher else None
         if options.family == "hmar":
@@ -254,6 +254,8 @@ def train_generator(options: TrainGenerator) -> TrainResult:
         options = replace(options, class_condition=False)
     if options.phase == "refinement" and (options.family != "hmar" or options.initial is None):
         raise ValueError("phase refinement is for family hmar, and needs initial: the model of the first phase")
+    if options.initial_layers and options.initial is None:
+        raise ValueError("initial_layers needs initial: the model that has them")
     if not 0.0 <= options.self_correction <= 1.0:
         raise ValueError(f"self_correction {options.self_correction}; allowed: 0 ... 1")
     if options.teacher and options.phase == "refinement":

@@ -23,7 +23,7 @@ class RunOptions:
     out: Path
     """Folder of the run: model/ (what it is for), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
     initial: Path | None = None
-    """Folder of a model of the same architecture to start from (a run's model/), for fine-tuning."""
+    """Model of the same architecture to start from, for fine-tuning: a folder (a run's model/) or an embedded name."""
     steps: int = 4000
     """Optimiser steps; schedules depend on it."""
     batch_size: int = 128
@@ -192,6 +192,8 @@ class TrainGenerator(RunOptions):
     self_correction: float = 0.0
     """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
     for them; 0 = off. In both phases of family hmar."""
+    initial_layers: tuple[int, ...] = ()
+    """Layers of `initial` to start from, for a model of so many layers and the same widths; empty = all of them."""
     teacher: str = ""
     """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
     weight_decay: float = 0.05

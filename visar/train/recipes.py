@@ -144,9 +144,16 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     ),
     "emoji-msvq": _MSVQ,
     "emoji-var": _VAR,
-    # takes over from emoji-var at finer scales (CoDe)
+    # takes over from emoji-var at finer scales (CoDe): four of its nine layers, taught by it
     "emoji-var-small": replace(
-        _VAR, out=Path("runs/emoji-var-small"), teacher="emoji-var", width=192, num_layers=7, hidden_width=704
+        _VAR,
+        out=Path("runs/emoji-var-small"),
+        initial=Path("emoji-var"),
+        initial_layers=(0, 3, 5, 8),
+        num_layers=4,
+        teacher="emoji-var",
+        learning_rate=2e-3,
+        steps=2500,
     ),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
