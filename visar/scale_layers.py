@@ -70,7 +70,8 @@ class ConditionVector(nn.Module):
         """The condition "nothing given" for as many images, in the same shapes."""
         labels = words = None
         if condition.labels_BA is not None:
-            labels = torch.tensor(self.label_sizes, device=condition.labels_BA.device).expand(condition.batch, -1)
+            sizes = torch.tensor(self.label_sizes).to(condition.labels_BA.device, non_blocking=True)
+            labels = sizes.expand(condition.batch, -1)
         if condition.words_BT is not None:
             words = torch.zeros_like(condition.words_BT)
             words[:, 0] = NULL_WORD

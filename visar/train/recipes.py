@@ -144,7 +144,8 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
     ),
     "emoji-msvq": _MSVQ,
     "emoji-var": _VAR,
-    # takes over from emoji-var at finer scales (CoDe): four of its nine layers, taught by it
+    # takes over from emoji-var at finer scales (CoDe): four of its nine layers, taught by it; dropout would hold back
+    # what is too small to remember
     "emoji-var-small": replace(
         _VAR,
         out=Path("runs/emoji-var-small"),
@@ -153,7 +154,8 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
         num_layers=4,
         teacher="emoji-var",
         learning_rate=2e-3,
-        steps=2500,
+        dropout=0.0,
+        model_options='{"shared_adaln": true}',
     ),
     "emoji-hmar": _HMAR,
     # needs initial, the model of the first phase
