@@ -159,6 +159,9 @@ def test_pareto_picture_marks_the_points(tmp_path: Path) -> None:
     path = draw_pareto(points, tmp_path / "p.png", cost_name="passes", distance_name="FD-Lite0")
     pixels = np.asarray(Image.open(path))
     assert (pixels == (40, 90, 180)).all(axis=-1).sum() > 300  # the frontier
+    wordy = [Point("x" * 200, 1.0, 2.0), points[0]]
+    wide = np.asarray(Image.open(draw_pareto(wordy, tmp_path / "w.png", cost_name="passes", distance_name="FD-Lite0")))
+    assert wide.shape[1] > pixels.shape[1] and (wide[:, -10:] == 255).all()  # no line is cut off
     single = draw_pareto(points[:1], tmp_path / "one.png", cost_name="passes", distance_name="FD-Lite0")
     assert Image.open(single).size == (900, 630)
     same = draw_pareto([points[0]] * 3, tmp_path / "same.png", cost_name="passes", distance_name="FD-Lite0")

@@ -85,9 +85,11 @@ class Axes:
         self.draw.text(place, label, INK, self.font, anchor)
 
     def legend(self, lines: Sequence[str]) -> None:
-        """Lines of text below the plot; the picture grows."""
+        """Lines of text below the plot; the picture grows, to the right too where a line is long."""
         width, height = self.image.size
-        grown = Image.new("RGB", (width, height + 20 * len(lines) + 10), "white")
+        longest = max((math.ceil(self.draw.textlength(line, self.font)) for line in lines), default=0)
+        wide = max(width, _MARGIN[0] + longest + _MARGIN[2])
+        grown = Image.new("RGB", (wide, height + 20 * len(lines) + 10), "white")
         grown.paste(self.image)
         self.image, self.draw = grown, ImageDraw.Draw(grown)
         for index, line in enumerate(lines):

@@ -307,8 +307,10 @@ def _token_tile(programs: int, slots: int, width_pow2: int) -> dict[str, int]:
     # multiprocessor (an H100 has 132); one warp is the fastest there, but not over wide heads.
     if programs <= 132:
         warps = 16 if slots > 320 else 8
+    elif programs <= 8 * 132 and width_pow2 <= 64:
+        warps = 8 if slots > 320 else 4
     else:
-        warps = 4 if programs <= 8 * 132 or width_pow2 > 64 else 1
+        warps = 4 if width_pow2 > 64 else 1
     block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
     return dict(BLOCK=block, num_warps=warps, num_stages=1)
 
