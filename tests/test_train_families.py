@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from visar.pipelines.loading import load, load_tokenizer
+from visar.train.building import select_layers
 from visar.train.generator import position_weights, token_loss, train_generator
 from visar.train.self_correction import self_correction
 from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
@@ -133,6 +134,8 @@ def test_a_student_starts_from_its_teachers_layers(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             train_generator(TINY.generator_options(data, place, tmp_path / "no", **{**small, **wrong}))
+    with pytest.raises(ValueError, match="initial_layers is for raster and next-scale"):
+        select_layers({"base_blocks.0.weight": torch.zeros(1)}, (0,))
 
 
 def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):

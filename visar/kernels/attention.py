@@ -304,13 +304,16 @@ def cached_attention(
 def _token_tile(programs: int, slots: int, width_pow2: int) -> dict[str, int]:
     """Cache slots that a program of one position takes at once, and its launch options."""
     # Few programs: wide tiles, so that a long cache takes few turns. Many: small ones, so that many fit into a
-    # multiprocessor (an H100 has 132); one warp is the fastest there, but not over wide heads.
+    # multiprocessor (an H100 has 132); one warp is the fastest there, but not over wide heads. In between the length
+    # of the cache decides.
     if programs <= 132:
         warps = 16 if slots > 320 else 8
-    elif programs <= 8 * 132 and width_pow2 <= 64:
+    elif width_pow2 > 64:
+        warps = 4
+    elif programs <= 8 * 132:
         warps = 8 if slots > 320 else 4
     else:
-        warps = 4 if width_pow2 > 64 else 1
+        warps = 1
     block = min(2**11 * warps // width_pow2, 32 * warps, max(triton.next_power_of_2(slots), 16))
     return dict(BLOCK=block, num_warps=warps, num_stages=1)
 
