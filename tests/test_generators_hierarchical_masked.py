@@ -83,9 +83,9 @@ def test_teacher_forced_parity(parity, method):
     torch.testing.assert_close(model(tokens, condition), io["teacher/out/next_scale_logits"], **close)
     null = model.null_condition(condition)
     torch.testing.assert_close(model(tokens, null), io["teacher/out/next_scale_logits_uncond"], **close)
-    torch.testing.assert_close(model.current_inputs(tokens), io["teacher/out/mask_input"], atol=1e-4, rtol=0)
     masked = torch.zeros(1, model.num_tokens, dtype=torch.bool)
     masked[0, io["teacher/in/masked_positions"] + model.block_sizes[0]] = True
+    torch.testing.assert_close(model.current_inputs(tokens, masked), io["teacher/out/mask_input"], atol=1e-4, rtol=0)
     torch.testing.assert_close(model(tokens, condition, masked), io["teacher/out/mask_logits"], **close)
 
 
@@ -169,10 +169,10 @@ def test_block_diagonal_equals_dense_masked_attention():
         torch.testing.assert_close(model(tokens, condition, mask), dense, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shared_adaln", [False, True])
+@pytest.mark.parametrize("settings", [{}, dict(shared_adaln=True), dict(hide_masked=True)])
 @torch.no_grad()
-def test_decoding_equals_teacher_forcing(shared_adaln):
-    model = tiny_model(shared_adaln=shared_adaln)
+def test_decoding_equals_teacher_forcing(settings):
+    model = tiny_model(**settings)
     tokens = torch.randint(16, (2, model.num_tokens), generator=torch.Generator().manual_seed(0))
     masked = torch.rand(2, model.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.5
     condition = Condition(labels_BA=torch.tensor([[0], [2]]))
@@ -196,6 +196,20 @@ def test_decoding_equals_teacher_forcing(shared_adaln):
             expected = (null + 3 * (refined - null))[:, here]
             torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
         model.append(state, part)
+
+
+@pytest.mark.parametrize("hide_masked", [False, True])
+@torch.no_grad()
+def test_whether_hidden_codes_reach_the_law(hide_masked):
+    model = tiny_model(hide_masked=hide_masked)
+    tokens = torch.randint(16, (2, model.num_tokens), generator=torch.Generator().manual_seed(0))
+    masked = torch.rand(2, model.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.5
+    condition, visible = Condition(labels_BA=torch.tensor([[0], [2]])), ~masked
+    law = model(tokens, condition, masked)
+    for changed, hidden in ((masked, True), (visible, False)):
+        current = torch.where(changed, (tokens + 1) % 16, tokens)
+        same = torch.equal(model(tokens, condition, masked, current), law)
+        assert same == (hidden and hide_masked)
 
 
 @torch.no_grad()

@@ -47,6 +47,9 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         num_classes, attributes, word_vocab_size, shared_adaln, qk_norm, drop_path, dropout, norm_eps: see
             `NextScaleTransformer`. With shared_adaln, which no released model has, all three kinds of blocks share
             one modulation layer; it learns in the first phase only.
+        hide_masked: leave masked codes out of the map of a scale's own codes. Released models have them in it (False),
+            and resizing and convolution carry them to the neighbours: the true ones in training, stale draws in
+            sampling, so that refinement trained that way does worse than no refinement where it hides little.
 
     Raises:
         ValueError: sizes that exclude each other.
@@ -73,6 +76,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         drop_path: float = 0.0,
         dropout: float = 0.0,
         norm_eps: float = 1e-6,
+        hide_masked: bool = False,
     ) -> None:
         super().__init__()
         if width % num_heads:
@@ -193,15 +197,18 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         embedded = self.word_embed(codes_BLC.to(self.word_embed.weight.dtype))
         return torch.where(masked_BL[..., None], self.mask_embed.weight[0].to(embedded.dtype), embedded)
 
-    def current_input(self, scale: int, tokens_BL: Tensor) -> Tensor:
+    def current_input(self, scale: int, tokens_BL: Tensor, masked_BL: Tensor) -> Tensor:
         """The map of a scale's own codes (resized, through phi) seen at its resolution, [B, L, C]."""
-        contribution = self.pyramid.contribution(scale, self.pyramid.embedding(tokens_BL))
-        return self.pyramid.next_input(contribution, scale)
+        codes_BLC = self.pyramid.embedding(tokens_BL)
+        if self.config["hide_masked"]:
+            codes_BLC = codes_BLC.masked_fill(masked_BL[..., None], 0.0)
+        return self.pyramid.next_input(self.pyramid.contribution(scale, codes_BLC), scale)
 
-    def current_inputs(self, tokens_BN: Tensor) -> Tensor:
+    def current_inputs(self, tokens_BN: Tensor, masked_BN: Tensor) -> Tensor:
         """`current_input` of all scales after the first, [B, N - L_0, C]."""
-        parts = tokens_BN.split(self.block_sizes, dim=1)
-        return torch.cat([self.current_input(scale, parts[scale]) for scale in range(1, len(parts))], dim=1)
+        tokens, masked = (parts.split(self.block_sizes, dim=1) for parts in (tokens_BN, masked_BN))
+        scales = range(1, len(tokens))
+        return torch.cat([self.current_input(scale, tokens[scale], masked[scale]) for scale in scales], dim=1)
 
     # -------------------------------------------------------------------------------------------- teacher forcing
     def forward(
@@ -226,7 +233,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         with torch.no_grad():
             inputs_BLC = self.pyramid.inputs(tokens_BN)
             current_BN = tokens_BN if current_BN is None else current_BN
-            current_BLC = None if masked_BN is None else self.current_inputs(current_BN)
+            current_BLC = None if masked_BN is None else self.current_inputs(current_BN, masked_BN)
         condition_RD = self.condition_vector(condition)
         x = self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1)
         if current_BLC is not None and masked_BN is not None:
@@ -265,7 +272,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         modulations = {name: value[:, :rows] for name, value in state.modulations.items()}
         inputs_BLC = state.inputs_BNC[:, self.begin_of(scale) : self.ends[scale]]
         x = self.embed(state.condition_RD[:rows], inputs_BLC, scale, scale)
-        current = self._masked_codes(self.current_input(scale, tokens_BL), masked_BL)
+        current = self._masked_codes(self.current_input(scale, tokens_BL, masked_BL), masked_BL)
         x = x + (torch.cat([current, current]) if guided else current)
         logits = self._run(x, modulations, (self.block_sizes[scale],), "mask")
         return combine(logits, guidance_scale) if guided else logits.float()

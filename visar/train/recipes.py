@@ -68,7 +68,7 @@ _HMAR = replace(
     num_layers=8,
     hidden_width=736,
     scale_weights=(1.0,) * 8,
-    model_options='{"shared_adaln": true, "num_refinement_layers": 2, "drop_path": 0.05}',
+    model_options='{"shared_adaln": true, "num_refinement_layers": 2, "hide_masked": true, "drop_path": 0.05}',
 )
 
 _EAGLE = TrainDrafter(
