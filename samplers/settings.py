@@ -42,6 +42,13 @@ def read_setting(sampler: str, name: str, text: str) -> Any:
         raise ValueError(f"sampler {sampler}: {name} {text!r}; allowed: {describe(annotation)}") from error
 
 
+def several(sampler: str, name: str, value: Any) -> Any:
+    """The value of a sampler's setting; one alone where the setting takes several becomes a tuple of one."""
+    annotation = setting(sampler, name).annotation
+    flat = get_origin(annotation) in SEQUENCES and get_origin(get_args(annotation)[0]) not in SEQUENCES
+    return (value,) if flat and not isinstance(value, collections.abc.Sequence) else value
+
+
 def describe(annotation: Any) -> str:
     """What may be written for an annotation, in words."""
     if annotation is Drafter:

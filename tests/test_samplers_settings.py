@@ -6,7 +6,7 @@ import pytest
 
 from visar.sampler_arguments import parse_sampler, parse_sampling, split_run, take_sampler_options
 from visar.samplers.index import SAMPLERS
-from visar.samplers.settings import describe, read_setting
+from visar.samplers.settings import describe, read_setting, several
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,21 @@ from visar.samplers.settings import describe, read_setting
 def test_texts_become_values(sampler, name, text, value):
     found = read_setting(sampler, name, text)
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "value", "found"),
+    [
+        ("static_tree", "branches", 3, (3,)),
+        ("static_tree", "branches", [2, 1], [2, 1]),
+        ("collaborative", "takes_over", 5, (5,)),
+        ("collaborative", "takes_over", (2, 5), (2, 5)),
+        ("jacobi", "window", 32, 32),
+        ("lantern", "max_moved", None, None),
+    ],
+)
+def test_one_value_is_enough_where_several_may_be_given(sampler, name, value, found):
+    assert several(sampler, name, value) == found
 
 
 @pytest.mark.parametrize(

@@ -149,10 +149,9 @@ def test_both_phases_of_a_hierarchical_masked_generator(data, tmp_path):
     for out in (tmp_path / "first", tmp_path / "second"):
         found = TINY.losses(out)
         assert sum(found[-3:]) < 0.98 * sum(found[:3])
-    before, after = (
-        load(tmp_path / name / "model", device="cpu", dtype="float32").generator.state_dict()
-        for name in ("first", "second")
-    )
+    models = [load(tmp_path / name / "model", device="cpu", dtype="float32").generator for name in ("first", "second")]
+    assert all(model.config["hide_masked"] for model in models)
+    before, after = (model.state_dict() for model in models)
     changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"mask_blocks", "mask_head_nm", "mask_head", "mask_embed"}
     assert torch.equal(before["mask_head.weight"], before["ns_head.weight"])

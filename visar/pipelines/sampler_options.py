@@ -8,7 +8,7 @@ from typing import Any
 from visar.guidance import Guidance
 from visar.samplers.drafters import Drafter
 from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
-from visar.samplers.settings import read_setting
+from visar.samplers.settings import read_setting, several
 
 NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -90,8 +90,8 @@ def resolve_options(
         allowed = ", ".join(entry.settings()) or "none"
         raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
     for name, value in options.items():
-        if isinstance(value, str):
-            options[name] = read_setting(sampler, name, value)
+        read = read_setting if isinstance(value, str) else several
+        options[name] = read(sampler, name, value)
     if isinstance(options.get("drafter"), str):
         options["drafter"] = helpers.drafter(options["drafter"], generator)
     if "followers" in options:

@@ -102,6 +102,8 @@ def build_generator(
         build = HierarchicalMaskedTransformer if family == "hmar" else NextScaleTransformer
         arguments |= dict(scales=layout.scales, mlp_ratio=hidden_width / width, dropout=dropout)
         arguments |= {name: tokenizer.config[name] for name in ("num_phi", "phi_ratio")}
+        if family == "hmar":
+            arguments["hide_masked"] = True  # released models are not trained so; see docs/results.md
     else:
         build = RasterGPT
         arguments |= dict(grid=layout.scales[0], hidden_width=hidden_width)

@@ -68,7 +68,7 @@ _HMAR = replace(
     num_layers=8,
     hidden_width=736,
     scale_weights=(1.0,) * 8,
-    model_options='{"shared_adaln": true, "num_refinement_layers": 2, "hide_masked": true, "drop_path": 0.05}',
+    model_options='{"shared_adaln": true, "num_refinement_layers": 2, "drop_path": 0.05}',
 )
 
 _EAGLE = TrainDrafter(
@@ -123,11 +123,11 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
         _VQ,
         out=Path("runs/fashion-vq"),
         data=Path("fashion.zip"),
-        model_options='{"base_channels": 32}',
+        model_options='{"base_channels": 64}',
         codebook_size=512,
         augment="none",
-        perceptual_weight=0.1,
-        steps=3500,
+        perceptual_weight=2.0,
+        steps=1500,
         batch_size=256,
     ),
     "fashion-raster": replace(
@@ -139,7 +139,10 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
         variants=1,
         num_layers=6,
         batch_size=512,
-        steps=6000,
+        steps=2500,
+        optimizer="muon",
+        learning_rate=3e-3,
+        dropout=0.2,
         model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
     ),
     "emoji-msvq": _MSVQ,
