@@ -9,6 +9,7 @@ import difflib
 import itertools
 import operator
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,7 +28,14 @@ IGNORED_WORDS = frozenset({"style", "a", "an", "the", "of", "with", "and", "in"}
 def split_words(text: str) -> list[str]:
     """Words of a caption: lower case, split at everything but letters, digits and apostrophes, small words left
     out."""
-    return [word for word in re.findall(r"[^\W_]+(?:['’][^\W_]+)*", text.lower()) if word not in IGNORED_WORDS]
+    composed = unicodedata.normalize("NFC", text.lower())
+    return [word for word in re.findall(r"[^\W_]+(?:['’][^\W_]+)*", composed) if word not in IGNORED_WORDS]
+
+
+def plain_spelling(word: str) -> str:
+    """A word as a keyboard has it: straight apostrophes, no accents."""
+    letters = unicodedata.normalize("NFKD", word.replace("’", "'"))
+    return "".join(letter for letter in letters if not unicodedata.combining(letter))
 
 
 def pack_numbers(numbers: Sequence[int]) -> str:
@@ -135,7 +143,9 @@ class Vocabulary:
     # ---------------------------------------------------------------------------------------------------------- names
     @cached_property
     def _word_ids(self) -> dict[str, int]:
-        return {word: i for i, word in enumerate(self.words) if i > 1}
+        """Numbers of words, and of plain spellings that are no word themselves."""
+        exact = {word: i for i, word in enumerate(self.words) if i > 1}
+        return {plain_spelling(word): i for word, i in exact.items()} | exact
 
     @property
     def null_labels(self) -> tuple[int, ...]:
@@ -174,13 +184,16 @@ class Vocabulary:
     def encode_text(self, text: str) -> list[int]:
         """Word ids of a text, not padded; those of the empty text say "not given".
 
+        Apostrophes may be straight or curly, and accents left out or added.
+
         Raises:
             ValueError: a text without any word, unknown words (with the nearest known ones), or too many.
         """
         words = split_words(text)
-        unknown = [word for word in words if word not in self._word_ids]
+        found = [self._word_ids.get(word, self._word_ids.get(plain_spelling(word))) for word in words]
+        unknown = [word for word, number in zip(words, found, strict=True) if number is None]
         if unknown:
-            hints = "; ".join(f"{word!r}{_nearest(word, list(self._word_ids))}" for word in unknown)
+            hints = "; ".join(f"{word!r}{_nearest(word, self.words[2:])}" for word in unknown)
             raise ValueError(f"prompt {text!r} has words that this model does not know: {hints}")
         if not text:
             return [self.words.index(NULL)]
@@ -188,7 +201,7 @@ class Vocabulary:
             raise ValueError(f"prompt {text!r} has no word")
         if len(words) > self.num_words:
             raise ValueError(f"prompt {text!r} has {len(words)} words; this model reads up to {self.num_words}")
-        return [self._word_ids[word] for word in words]
+        return [number for number in found if number is not None]
 
     def encode_texts(self, texts: Sequence[str]) -> Tensor:
         """Word ids int64 [B, num_words], padded with 0."""
