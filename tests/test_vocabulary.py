@@ -38,7 +38,7 @@ def test_words_are_split_and_small_ones_left_out() -> None:
     assert split_words("A slice of PIE, the cat’s e-mail: 3D style") == ["slice", "pie", "cat’s", "e", "mail", "3d"]
 
 
-@pytest.mark.parametrize("text", ["cat’s piñata", "cat's piñata", "cat’s pinata", "Cat's pin\u0303ata", "cät’s piñata"])
+@pytest.mark.parametrize("text", ["cat’s piñata", "cat's pinata", "Cat’s pin\u0303ata", "cät’s piñata"])
 def test_apostrophes_and_accents_may_be_written_either_way(text: str) -> None:
     known = build_vocabulary({"class": ("a",)}, np.zeros((1, 1), np.int64), ["cat’s piñata"], np.arange(1))
     assert [known.words[number] for number in known.encode_text(text)] == ["cat’s", "piñata"]
