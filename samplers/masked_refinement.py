@@ -149,6 +149,8 @@ def sample_masked_refinement(
         ValueError: a setting or schedule out of range, or a condition that does not fit the model.
     """
     begun = time.perf_counter()
+    if not 0.0 <= refinement_guidance < float("inf"):
+        raise ValueError(f"refinement_guidance {refinement_guidance}; it must be a finite number >= 0 (1.0 = off)")
     settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
     _, last = check_scales(model, num_scales, None)
     passes = refinement_schedule(model.block_sizes, schedule)[:last]

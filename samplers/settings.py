@@ -1,10 +1,14 @@
-"""Settings of samplers given as text: on a command line, or in a list of samplers to compare."""
+"""Settings of samplers: as text, on a command line or in a list of samplers to compare, and as values from Python."""
 
 import ast
 import collections.abc
 import inspect
 import types
+from numbers import Integral, Real
 from typing import Any, Literal, Union, get_args, get_origin
+
+import numpy as np
+import torch
 
 from visar.multiscale import ScaleGenerator
 from visar.samplers.drafters import Drafter
@@ -26,27 +30,21 @@ def setting(sampler: str, name: str) -> inspect.Parameter:
     return settings[name]
 
 
-def read_setting(sampler: str, name: str, text: str) -> Any:
-    """The value of a sampler's setting from its text, by the setting's annotation.
+def take_setting(sampler: str, name: str, value: Any) -> Any:
+    """A sampler's setting, given as text or as a value, in the type of its annotation.
 
-    Numbers and words are written as they are, true and false in any case, tuples as 4,2,1 (those of tuples as a Python
-    literal, such as "((0,), (1,), (0, 0))"). Drafters and models stay text: pipelines load them.
+    Text: numbers and words as they are, true and false in any case, tuples as 4,2,1 (those of tuples as a Python
+    literal, such as "((0,), (1,), (0, 0))"); drafters and models stay text: pipelines load them. Values: NumPy's
+    numbers are numbers, any sequence is a tuple, and so is one value alone; a pipeline stands for its generator.
 
     Raises:
-        ValueError: no such sampler or setting, or a text that is no value of it; names the allowed ones.
+        ValueError: no such sampler or setting, or no value of it; names the allowed ones.
     """
     annotation = setting(sampler, name).annotation
     try:
-        return _read(annotation, text.strip())
+        return _take(annotation, value)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(f"sampler {sampler}: {name} {text!r}; allowed: {describe(annotation)}") from error
-
-
-def several(sampler: str, name: str, value: Any) -> Any:
-    """The value of a sampler's setting; one alone where the setting takes several becomes a tuple of one."""
-    annotation = setting(sampler, name).annotation
-    flat = get_origin(annotation) in SEQUENCES and get_origin(get_args(annotation)[0]) not in SEQUENCES
-    return (value,) if flat and not isinstance(value, collections.abc.Sequence) else value
+        raise ValueError(f"sampler {sampler}: {name} {value!r}; allowed: {describe(annotation)}") from error
 
 
 def describe(annotation: Any) -> str:
@@ -98,10 +96,34 @@ def _read(annotation: Any, text: str) -> Any:
     return _fail()
 
 
-def _first(annotations: list[Any], text: str) -> Any:
+def _take(annotation: Any, value: Any) -> Any:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if isinstance(value, str):
+        return _read(annotation, value.strip())
+    if annotation is Drafter:
+        return value if callable(getattr(value, "start", None)) else _fail()
+    if annotation is ScaleGenerator:
+        value = getattr(value, "generator", value)
+    if annotation is bool:
+        return value if isinstance(value, bool) else _fail()
+    if annotation in (int, float):
+        kind = Integral if annotation is int else Real
+        return annotation(value) if isinstance(value, kind) and not isinstance(value, bool) else _fail()
+    if origin is Literal:
+        return value if value in arguments else _fail()
+    if origin in (Union, types.UnionType):
+        return _first(list(arguments), value)
+    if origin in SEQUENCES:
+        value = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
+        several = value if isinstance(value, collections.abc.Sequence) else (value,)
+        return tuple(_take(arguments[0], each) for each in several)
+    return value if isinstance(value, annotation) else _fail()
+
+
+def _first(annotations: list[Any], value: Any) -> Any:
     for annotation in annotations:
         try:
-            return _read(annotation, text)
+            return _take(annotation, value)
         except (ValueError, SyntaxError, TypeError):
             continue
     return _fail()

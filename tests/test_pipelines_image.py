@@ -173,6 +173,13 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(output_type="jpeg"), "output_type 'jpeg'; choose one of pil, pt, np"),
         (dict(sampler="jacoby"), "unknown sampler 'jacoby'"),
         (dict(sampler_options={"windw": 3}), "has no option 'windw'"),
+        (dict(sampler="jacobi", sampler_options="window=16"), "sampler_options 'window=16'; give a dictionary"),
+        (dict(sampler="jacobi", sampler_options={"window": 2.0}), "window 2.0; allowed: a whole number"),
+        (dict(class_labels=1.5), "class_labels 1.5; a name or a whole number"),
+        (dict(class_labels=[]), "class_labels is empty"),
+        (dict(guidance_scale="high"), "guidance_scale 'high'; give a number"),
+        (dict(seed="a"), "seed 'a'; it must be a whole number"),
+        (dict(seeds=[1.5]), "seed 1.5; it must be a whole number"),
         (dict(seed=-1), "seed -1"),
         (dict(seed=1, seeds=[1]), "one of seed, seeds and generator"),
         (dict(seeds=[1, 2]), "2 seeds for 1 images"),
@@ -185,11 +192,21 @@ def test_bad_input(classes, arguments, message):
 
 
 @pytest.mark.parametrize(
+    "labels", [[1, 2], ("dog", 2), torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), torch.tensor(2)]], ids=str
+)
+def test_classes_in_any_form(classes, labels):
+    expected = classes(class_labels=[1, 2], seed=3)
+    assert torch.equal(classes(class_labels=labels, seed=np.int64(3)).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (dict(class_labels="cat"), "conditioned on words"),
         (dict(prompt="blak cat"), "does not know: 'blak'; nearest: black"),
         (dict(prompt=" , "), "has no word"),
+        (dict(prompt=5), "prompt 5; a text is needed"),
+        (dict(prompt=["black cat", None]), "prompt None; a text is needed"),
         (dict(prompt="cat cat cat cat cat cat"), "6 words; this model reads up to"),
         (dict(prompt="cat", attributes={"style": "ink"}), "a prompt says everything"),
     ],

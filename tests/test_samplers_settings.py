@@ -2,11 +2,13 @@
 
 import shlex
 
+import numpy as np
 import pytest
+import torch
 
 from visar.sampler_arguments import parse_sampler, parse_sampling, split_run, take_sampler_options
 from visar.samplers.index import SAMPLERS
-from visar.samplers.settings import describe, read_setting, several
+from visar.samplers.settings import describe, take_setting
 
 
 @pytest.mark.parametrize(
@@ -28,23 +30,54 @@ from visar.samplers.settings import describe, read_setting, several
     ],
 )
 def test_texts_become_values(sampler, name, text, value):
-    found = read_setting(sampler, name, text)
+    found = take_setting(sampler, name, text)
     assert found == value and type(found) is type(value)
 
 
 @pytest.mark.parametrize(
     ("sampler", "name", "value", "found"),
     [
-        ("static_tree", "branches", 3, (3,)),
-        ("static_tree", "branches", [2, 1], [2, 1]),
-        ("collaborative", "takes_over", 5, (5,)),
-        ("collaborative", "takes_over", (2, 5), (2, 5)),
-        ("jacobi", "window", 32, 32),
+        ("jacobi", "window", np.int64(32), 32),
+        ("lantern", "max_moved", np.float32(0.5), 0.5),
+        ("lantern", "max_moved", 1, 1.0),
         ("lantern", "max_moved", None, None),
+        ("static_tree", "branches", 3, (3,)),
+        ("static_tree", "branches", [2, "1"], (2, 1)),
+        ("static_tree", "branches", np.array([2, 1]), (2, 1)),
+        ("static_tree", "branches", torch.tensor([2, 1]), (2, 1)),
+        ("static_tree", "paths", [[0], [1], [0, 0]], ((0,), (1,), (0, 0))),
+        ("collaborative", "takes_over", 5, (5,)),
+        ("masked_refinement", "schedule", [1, [1, 3], 2], (1, (1, 3), 2)),
+        ("masked_refinement", "schedule", "1/1,3/2", "1/1,3/2"),
     ],
 )
-def test_one_value_is_enough_where_several_may_be_given(sampler, name, value, found):
-    assert several(sampler, name, value) == found
+def test_values_from_python(sampler, name, value, found):
+    taken = take_setting(sampler, name, value)
+    assert taken == found and type(taken) is type(found)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name", "value", "allowed"),
+    [
+        ("jacobi", "window", 16.0, "a whole number"),
+        ("jacobi", "window", True, "a whole number"),
+        ("jacobi", "window", None, "a whole number"),
+        ("jacobi", "window", [16], "a whole number"),
+        ("jacobi", "adaptive", 1, "true or false"),
+        ("jacobi", "coupling", 3, "none, maximal, gumbel"),
+        ("lantern", "max_moved", [0.1], "a number or none"),
+        ("static_tree", "branches", ["a"], "a whole number, or several as in 4,2,1"),
+        ("static_tree", "paths", [[0.5]], "none"),
+        ("speculative", "drafter", 3, "a drafter's folder"),
+        ("collaborative", "followers", object(), "a model's name or folder"),
+        ("collaborative", "takes_over", 6.5, "a whole number"),
+        ("masked_refinement", "schedule", [1, 2.5], "a whole number"),
+        ("masked_refinement", "refinement_guidance", None, "a number"),
+    ],
+)
+def test_values_that_are_none_of_a_setting(sampler, name, value, allowed):
+    with pytest.raises(ValueError, match=f"sampler {sampler}: {name} .*; allowed: .*{allowed}"):
+        take_setting(sampler, name, value)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +99,7 @@ def test_one_value_is_enough_where_several_may_be_given(sampler, name, value, fo
 )
 def test_other_texts_are_refused(sampler, name, text, message):
     with pytest.raises(ValueError, match=message):
-        read_setting(sampler, name, text)
+        take_setting(sampler, name, text)
 
 
 def test_every_setting_says_what_it_takes():

@@ -8,7 +8,7 @@ from visar.flags import take_value
 from visar.guidance import Guidance
 from visar.samplers.filtering import check_filters
 from visar.samplers.index import find_sampler
-from visar.samplers.settings import read_setting
+from visar.samplers.settings import take_setting
 
 FILTERS: dict[str, type[int] | type[float]] = {"temperature": float, "top_k": int, "top_p": float}
 GENERAL = ("guidance_scale", "guidance_schedule", *FILTERS)
@@ -32,7 +32,7 @@ def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any
         name = flag.removeprefix("--sampler.").replace("-", "_")
         arguments, value = take_value(arguments, flag)
         if value is not None:  # else given twice: taken already
-            values[name] = read_setting(sampler, name, value)
+            values[name] = take_setting(sampler, name, value)
     missing = find_sampler(sampler).missing(values)
     if missing:
         raise ValueError(f"sampler {sampler} needs {' and '.join(f'--sampler.{name}' for name in missing)}")
@@ -48,7 +48,7 @@ def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
     """
     name = text.partition(":")[0]
     find_sampler(name)
-    return name, {key: read_setting(name, key, value) for key, value in _settings(text)}
+    return name, {key: take_setting(name, key, value) for key, value in _settings(text)}
 
 
 def parse_sampling(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
@@ -68,7 +68,7 @@ def parse_sampling(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
     general: dict[str, Any] = {}
     for key, value in _settings(text):
         if key in own:
-            settings[key] = read_setting(name, key, value)
+            settings[key] = take_setting(name, key, value)
         elif key in GENERAL:
             general[key] = _read_general(name, key, value)
         else:

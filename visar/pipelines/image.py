@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -18,7 +19,7 @@ from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics
 from visar.pictures import to_pictures
 from visar.pipelines import batching
-from visar.pipelines.requests import numbered_classes, seeds_of_images
+from visar.pipelines.requests import each_image, numbered_classes, seeds_of_images
 from visar.pipelines.sampler_options import (
     NEUTRAL,
     Helpers,
@@ -237,6 +238,8 @@ class ImagePipeline(DiffusionPipeline):
         guidance = guidance_scale
         if not isinstance(guidance, Guidance):
             own = guidance_of_defaults(self.config["defaults"])
+            if guidance is not None and not isinstance(guidance, Real):
+                raise ValueError(f"guidance_scale {guidance!r}; give a number >= 0 (1.0 = off) or a Guidance")
             guidance = (
                 own if guidance is None else Guidance(float(guidance), schedule=own.schedule, interval=own.interval)
             )
@@ -346,8 +349,8 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"batch_size {batch_size}; it must be >= 1")
         if class_labels is not None and prompt is not None:
             raise ValueError("give class_labels or prompt, not both")
-        labels = None if class_labels is None else _each(class_labels, num_images)
-        prompts = None if prompt is None else _each(prompt, num_images)
+        labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)
+        prompts = None if prompt is None else each_image("prompt", prompt, num_images)
         given = labels if labels is not None else prompts
         count = condition.batch if condition is not None else num_images if given is None else len(given)
         image_seed_list = self.prepare_seeds(count, seed, seeds, generator)
@@ -405,11 +408,6 @@ class ImagePipeline(DiffusionPipeline):
                 statistics = statistics + out.statistics
         self.maybe_free_model_hooks()
         return finished()
-
-
-def _each(values: int | str | Sequence, num_images: int) -> list:
-    listed = [values] if isinstance(values, int | str) else list(values)
-    return [value for value in listed for _ in range(num_images)]
 
 
 def _finish(image_BCHW: Tensor, output_type: str) -> Any:

@@ -1,11 +1,40 @@
 """What a call asks for: seeds and numbered classes image by image, classes and labels as text."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from typing import Any
 
 import torch
 
 from visar.condition import Condition
 from visar.noise import Noise, Use, image_seeds
+
+
+def each_image(name: str, values: Any, num_images: int) -> list[Any]:
+    """Classes or prompts, one or several, each for `num_images` images.
+
+    Raises:
+        ValueError: none at all, or one that is no text (or, for classes, no whole number).
+    """
+    kinds: tuple[type, ...] = (str,) if name == "prompt" else (str, Integral)
+    values = values.tolist() if isinstance(values, torch.Tensor) else values
+    listed = [values] if isinstance(values, kinds) or not isinstance(values, Iterable) else list(values)
+    listed = [value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value for value in listed]
+    if not listed:
+        raise ValueError(f"{name} is empty; give one or several, or leave it out")
+    wrong = [value for value in listed if not isinstance(value, kinds)]
+    if wrong:
+        needed = "a text" if name == "prompt" else "a name or a whole number"
+        raise ValueError(f"{name} {wrong[0]!r}; {needed} is needed")
+    return [value for value in listed for _ in range(num_images)]
+
+
+def _whole(seed: Any) -> int:
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise ValueError(f"seed {seed!r}; it must be a whole number of 0 ... 2^63 - 1") from error
 
 
 def seeds_of_images(
@@ -20,9 +49,9 @@ def seeds_of_images(
     if seeds is not None:
         if len(seeds) != num_images:
             raise ValueError(f"{len(seeds)} seeds for {num_images} images")
-        return [int(value) for value in seeds]
+        return [_whole(value) for value in seeds]
     if seed is not None:
-        return image_seeds(seed, num_images)
+        return image_seeds(_whole(seed), num_images)
     generators = generator if isinstance(generator, list) else [generator] * num_images
     if len(generators) != num_images:
         raise ValueError(f"{len(generators)} generators for {num_images} images")
@@ -49,7 +78,9 @@ def numbered_classes(
         drawn = Noise(seeds).uniform(Use.CONDITION, 0) * num_classes
         labels = drawn.long().clamp(max=num_classes - 1)
     else:
-        wrong = [label for label in class_labels if not (isinstance(label, int) and 0 <= label < num_classes)]
+        wrong = [
+            label for label in class_labels if not (isinstance(label, Integral) and 0 <= int(label) < num_classes)
+        ]
         if wrong:
             raise ValueError(f"class {wrong[0]!r}; this model's classes are the numbers 0 ... {num_classes - 1}")
         labels = torch.tensor([int(label) for label in class_labels])

@@ -6,9 +6,10 @@ from numbers import Real
 from typing import Any
 
 from visar.guidance import Guidance
+from visar.multiscale import ScaleGenerator
 from visar.samplers.drafters import Drafter
 from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
-from visar.samplers.settings import read_setting, several
+from visar.samplers.settings import take_setting
 
 NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
@@ -64,7 +65,10 @@ class Helpers:
             return model
         key = (model, generator.device, generator.dtype)
         if key not in self._models:
-            self._models[key] = load(model, device=generator.device, dtype=generator.dtype).generator
+            loaded = load(model, device=generator.device, dtype=generator.dtype).generator
+            if not isinstance(loaded, ScaleGenerator):
+                raise ValueError(f"{model} is a {type(loaded).__name__}; followers are generators over scales")
+            self._models[key] = loaded
         return self._models[key]
 
 
@@ -80,18 +84,19 @@ def resolve_options(
         helpers: what was loaded for it.
 
     Raises:
-        ValueError: unknown sampler or option, an option that it needs is not given, or a generator that lacks what
-            the sampler needs.
+        ValueError: unknown sampler or option, a value that the option does not take, an option that it needs is not
+            given, or a generator that lacks what the sampler needs.
     """
     entry = find_sampler(sampler)
+    if not isinstance(given, Mapping):
+        raise ValueError(f"sampler_options {given!r}; give a dictionary, such as {{'window': 16}}")
     options = dict(given)
     unknown = sorted(set(options) - set(entry.settings()))
     if unknown:
         allowed = ", ".join(entry.settings()) or "none"
         raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
     for name, value in options.items():
-        read = read_setting if isinstance(value, str) else several
-        options[name] = read(sampler, name, value)
+        options[name] = take_setting(sampler, name, value)
     if isinstance(options.get("drafter"), str):
         options["drafter"] = helpers.drafter(options["drafter"], generator)
     if "followers" in options:
