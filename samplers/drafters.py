@@ -30,8 +30,9 @@ class Target:
     Attributes:
         model, state: the generator and its decoding state.
         condition, guidance: of the call.
-        window: most drafted tokens of a pass; depth: most of them one after another.
+        window: most tokens that are drafted in a pass; depth: most of them one after another.
         filters: temperature, top_k and top_p, which drafters of the same kind of law apply too.
+        chain: whether a pass's tokens all follow one another.
     """
 
     model: Generator
@@ -41,6 +42,7 @@ class Target:
     window: int
     depth: int
     filters: tuple[float, int, float]
+    chain: bool = True
 
 
 @dataclass
@@ -107,6 +109,8 @@ def check_fit(drafter: Generator, model: Generator) -> None:
     Raises:
         ValueError: other vocabulary or other grid.
     """
+    if "grid" not in drafter.config:
+        raise ValueError(f"a {type(drafter).__name__} cannot draft here; the drafter must draw one token a step too")
     ours, theirs = ((m.config["vocab_size"], tuple(m.config["grid"])) for m in (drafter, model))
     if ours != theirs:
         raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
@@ -152,7 +156,7 @@ class ModelDrafting:
 
     def __init__(self, generator: Generator, own: Any, target: Target) -> None:
         self.generator, self.own, self.target = generator, own, target
-        self.reread = 1 if target.window == target.depth else target.depth + 1
+        self.reread = 1 if target.chain else target.depth + 1
 
     def calls(self, depth: int) -> int:
         return depth

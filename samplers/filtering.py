@@ -34,6 +34,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
             code always stays; 1.0 = off.
     """
+    top_k = int(top_k)
     if (top_k or top_p < 1.0) and fits_kernels(logits):
         from visar.kernels.draw import filter_codes
 

@@ -102,6 +102,6 @@ def find_sampler(name: str) -> SamplerEntry:
     Raises:
         ValueError: no sampler of that name; lists those there are.
     """
-    if name not in SAMPLERS:
+    if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]

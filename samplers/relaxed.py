@@ -29,7 +29,7 @@ from visar.output import SampleOutput
 from visar.runtime import EAGER, Runtime
 from visar.samplers.drafters import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
-from visar.samplers.tree_speculation import Read, dynamic_size, run_trees, static_shape
+from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
 from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
 from visar.samplers.verify import Generator, acceptance, one_hot, residual
 from visar.tree import DraftTree
@@ -239,6 +239,7 @@ def sample_lantern(
         ("lantern", tree, tuple(shape), children, max_moved, max_ratio, greedy, table.shape[1]),
         depth=depth,
         nodes=nodes,
+        grown=0 if tree == "static" else grown_size(model, depth, children),
         noise=noise,
         guidance=guidance,
         filters=(temperature, top_k, top_p),

@@ -53,6 +53,7 @@ def run_trees(
     callback: Callable[[int, Tensor], None] | None,
     runtime: Runtime,
     table: Tensor | None = None,
+    grown: int = 0,
 ) -> SampleOutput:
     """The loop of all samplers that draft trees.
 
@@ -62,6 +63,7 @@ def run_trees(
         key: what a captured pass depends on besides model, batch, filters and drafter.
         depth, nodes: D and M of its trees.
         table: a tensor that it reads; the session keeps a copy for captured passes.
+        grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = it grows none.
 
     Raises:
         ValueError: see the samplers.
@@ -72,10 +74,11 @@ def run_trees(
     drafter = NgramDrafter() if drafter is None else drafter
     device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
     guided = guidance.active(num_tokens)
-    session = runtime.session(model, device, (key, batch, guided, *filters, depth, nodes, drafter.key()))
+    session = runtime.session(model, device, (key, batch, guided, *filters, depth, nodes, grown, drafter.key()))
     kept = session.state = session.state or Kept()
-    state = kept.target = model.start(condition, guidance, ragged=True, window=nodes, state=kept.target)
-    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, nodes, depth, filters))
+    room, chain = max(nodes, depth, grown), nodes == depth and not grown
+    state = kept.target = model.start(condition, guidance, ragged=True, window=room, state=kept.target)
+    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, room, depth, filters, chain))
     source = held_noise(session, noise)
     held_table = None if table is None else session.hold("table", table)
     pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
@@ -238,6 +241,7 @@ def sample_dynamic_tree(
         ("dynamic tree", children),
         depth=depth,
         nodes=nodes,
+        grown=grown_size(model, depth, children),
         noise=noise,
         guidance=guidance,
         filters=(temperature, top_k, top_p),
@@ -279,6 +283,11 @@ def dynamic_size(model: Generator, depth: int, children: int, nodes: int) -> int
             raise ValueError(f"{name} {value}; it must be >= 1")
     children = min(children, int(model.config["vocab_size"]))
     return min(nodes, children + (depth - 1) * children * children)
+
+
+def grown_size(model: Generator, depth: int, children: int) -> int:
+    """Nodes of a dynamic tree that the drafter reads: the best `children` of every level but the last."""
+    return (depth - 1) * min(children, int(model.config["vocab_size"]))
 
 
 @torch.no_grad()

@@ -126,6 +126,13 @@ def test_the_command_edits_a_file(tmp_path, capsys):
     assert "seed 2: class 2" in capsys.readouterr().out
     with PIL.Image.open(tmp_path / "out.png") as sheet:
         assert sheet.size == (4 * 18 + 2, 20)
+    assert main([*common[:-1], str(tmp_path / "out.jpg"), *choices]) == 0
+    with PIL.Image.open(tmp_path / "out.jpg") as sheet:
+        assert sheet.format == "JPEG"
+    assert main([*common[:-1], str(tmp_path / "out.txt"), *choices]) == 1
+    assert "must end in one of .png, .jpg" in capsys.readouterr().err
+    assert main(["edit", str(tmp_path / "model"), str(tmp_path), "--device", "cpu"]) == 1
+    assert "is not a picture" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
     assert main(["edit", str(tmp_path / "model"), str(tmp_path / "text.png"), "--device", "cpu"]) == 1
     assert "is not a picture" in capsys.readouterr().err

@@ -103,6 +103,16 @@ def test_law_of_a_transformer(name, which):
     assert_exact(name, model, drafters(model)[which], 4000, guidance=Guidance(2.0))
 
 
+@pytest.mark.parametrize(
+    "settings", [dict(nodes=1), dict(nodes=2, depth=2, children=2), dict(nodes=2, depth=4, children=3)], ids=str
+)
+@pytest.mark.parametrize("which", ["model", "feature", "heads", "ngram"])
+def test_law_of_trees_that_are_smaller_than_what_was_drafted(which, settings):
+    model = transformer(3, (2, 2))
+    drafter = NgramDrafter() if which == "ngram" else drafters(model)[which]
+    assert_exact("dynamic", model, drafter, 4000, guidance=Guidance(2.0), **settings)
+
+
 @pytest.mark.parametrize("name", ["chain", "static", "k-seq"])
 def test_a_model_accepts_its_own_drafts(name):
     """A wrong cache, position or mask in drafter or target would show here."""
@@ -375,6 +385,10 @@ def test_bad_drafters():
     with pytest.raises(ValueError, match="weight -1"):
         NgramDrafter(weight=-1)
     model = transformer()
+    without_grid = torch.nn.Identity()
+    without_grid.config = {"vocab_size": 4}
+    with pytest.raises(ValueError, match="Identity cannot draft here"):
+        sample_speculative(model, labels(0), noise=Noise([0]), drafter=ModelDrafter(without_grid))
     with pytest.raises(ValueError, match="reach 2"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 16, num_right=2))
     with pytest.raises(ValueError, match="width"):

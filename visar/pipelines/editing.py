@@ -120,6 +120,9 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     return [list(row) for row in zip(*columns, strict=True)]
 
 
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
 def edit(options: Edit) -> str:
     """Runs `visar edit`; returns what to print.
 
@@ -128,10 +131,12 @@ def edit(options: Edit) -> str:
     """
     if options.num_images < 1:
         raise ValueError(f"num_images {options.num_images}; it must be >= 1")
+    if options.out.suffix.lower() not in PICTURE_SUFFIXES:
+        raise ValueError(f"out {options.out}; it must end in one of {', '.join(PICTURE_SUFFIXES)}")
     try:
         with PIL.Image.open(options.picture) as file:
             given = file.convert("RGBA")
-    except (PIL.UnidentifiedImageError, FileNotFoundError) as error:
+    except OSError as error:
         raise ValueError(f"{options.picture} is not a picture: {error}") from error
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -155,6 +160,6 @@ def edit(options: Edit) -> str:
     canvas = PIL.Image.new("RGBA", shown.size, "white")
     canvas.alpha_composite(shown)
     with atomic_write(options.out) as path:
-        grid([canvas.convert("RGB"), *result.images], columns=1 + options.num_images).save(path, format="PNG")
+        grid([canvas.convert("RGB"), *result.images], columns=1 + options.num_images).save(path)
     lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
     return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])

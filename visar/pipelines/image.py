@@ -2,9 +2,9 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -341,12 +341,14 @@ class ImagePipeline(DiffusionPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
-        if num_images < 1 or int(num_images) != num_images:
-            raise ValueError(f"num_images {num_images}; it must be a whole number >= 1")
+        if not isinstance(num_images, Integral) or num_images < 1:
+            raise ValueError(f"num_images {num_images!r}; it must be a whole number >= 1")
         if isinstance(batch_size, str) and batch_size != "auto":
             raise ValueError(f'batch_size {batch_size!r}; a number >= 1, "auto" or None')
-        if isinstance(batch_size, int) and batch_size < 1:
-            raise ValueError(f"batch_size {batch_size}; it must be >= 1")
+        if not isinstance(batch_size, str | None) and (not isinstance(batch_size, Integral) or batch_size < 1):
+            raise ValueError(f"batch_size {batch_size!r}; it must be a whole number >= 1")
+        if not isinstance(attributes, Mapping | None):
+            raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
             raise ValueError("give class_labels or prompt, not both")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 
 from visar.condition import Condition
@@ -47,12 +48,17 @@ def seeds_of_images(
     if sum(source is not None for source in (seed, seeds, generator)) > 1:
         raise ValueError("give one of seed, seeds and generator")
     if seeds is not None:
+        if not isinstance(seeds, Sequence | np.ndarray | torch.Tensor):
+            raise ValueError(f"seeds {seeds!r}; give one an image, or `seed` for all of them")
         if len(seeds) != num_images:
             raise ValueError(f"{len(seeds)} seeds for {num_images} images")
         return [_whole(value) for value in seeds]
     if seed is not None:
         return image_seeds(_whole(seed), num_images)
-    generators = generator if isinstance(generator, list) else [generator] * num_images
+    generators = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
+    wrong = [each for each in generators if not isinstance(each, torch.Generator | None)]
+    if wrong:
+        raise ValueError(f"generator {wrong[0]!r}; a torch.Generator is needed, or one an image")
     if len(generators) != num_images:
         raise ValueError(f"{len(generators)} generators for {num_images} images")
     return [
