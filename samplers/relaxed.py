@@ -105,7 +105,7 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
     """
     batch = p_BLV.shape[0]
     reached = [torch.ones(batch, dtype=torch.bool, device=p_BLV.device)]
-    judged_B = torch.zeros(batch, dtype=torch.int64, device=p_BLV.device)
+    judged_BD = torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device)
     for node in range(tree.num_nodes):
         parent_B1, token_B = tree.parents_BM[:, node, None], tree.tokens_BM[:, node]
         law_BV = p_BLV.gather(1, parent_B1[..., None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
@@ -113,7 +113,7 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
         likeliest_B = law_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
         open_B = torch.stack(reached, dim=1).gather(1, parent_B1).squeeze(1)
         reached.append(open_B & likeliest_B)
-        judged_B = judged_B + open_B
+        judged_BD = judged_BD.scatter_add(1, tree.depth_BL[:, node + 1, None] - 1, open_B[:, None].long())
     reached_BL = torch.stack(reached, dim=1)
     deepest_B = (tree.depth_BL * reached_BL).argmax(1)
     line_BL = tree.seen_BLL.gather(1, deepest_B[:, None, None].expand(-1, 1, tree.num_nodes + 1)).squeeze(1)
@@ -126,7 +126,7 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
     law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
     half_B = torch.full((batch,), 0.5, device=p_BLV.device)
     refused_B = (tree.parents_BM == deepest_B[:, None]).any(1)
-    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, refused_B, law_BV, half_B)
+    return finish(tree, slots_BD[:, :depth], kept_B, judged_BD, refused_B, law_BV, half_B)
 
 
 @torch.no_grad()

@@ -98,7 +98,9 @@ def run_trees(
         way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
         count_B = way.kept_B + 1
         model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
-        counts.add(count_B, way.kept_B, way.judged_B, num_tokens - start_B, way.refused_B)
+        left_B = num_tokens - start_B
+        judged_B = torch.where(torch.arange(depth, device=device) < left_B[:, None], way.judged_BD, 0).sum(1)
+        counts.add(count_B, way.kept_B, judged_B, left_B, way.refused_B)
         features_RLD = None
         if shown:
             slots_BL = torch.cat([torch.zeros_like(start_B)[:, None], way.slots_BD], dim=1)

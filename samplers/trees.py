@@ -229,7 +229,7 @@ class Walk:
         slots_BD: int64 slots of the accepted nodes, from the root down; 0 behind the last.
         tokens_BL: int64 [B, D + 1] accepted tokens and the one drawn after them; 0 behind it.
         kept_B: number of accepted nodes.
-        judged_B: number of nodes judged.
+        judged_BD: int64, number of nodes judged at every depth.
         refused_B: bool, whether nodes were rejected where the token after the accepted ones is.
         law_BV: law of the token that comes after the accepted ones.
     """
@@ -237,7 +237,7 @@ class Walk:
     slots_BD: Tensor
     tokens_BL: Tensor
     kept_B: Tensor
-    judged_B: Tensor
+    judged_BD: Tensor
     refused_B: Tensor
     law_BV: Tensor
 
@@ -246,7 +246,7 @@ def finish(
     tree: DraftTree,
     slots_BD: Tensor,
     kept_B: Tensor,
-    judged_B: Tensor,
+    judged_BD: Tensor,
     refused_B: Tensor,
     law_BV: Tensor,
     uniform_B: Tensor,
@@ -256,7 +256,7 @@ def finish(
     tokens_BD = padded_BL.gather(1, slots_BD)
     tokens_BL = torch.cat([tokens_BD, torch.zeros_like(tokens_BD[:, :1])], dim=1)
     tokens_BL = tokens_BL.scatter(1, kept_B[:, None], draw(law_BV, uniform_B)[:, None])
-    return Walk(slots_BD, tokens_BL, kept_B, judged_B, refused_B, law_BV)
+    return Walk(slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
 
 
 def walk(
@@ -272,9 +272,9 @@ def walk(
         depth: D.
     """
     batch, device = p_BLV.shape[0], p_BLV.device
-    current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+    current_B, kept_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
     refused_B = torch.zeros(batch, dtype=torch.bool, device=device)
-    slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=device)
+    slots_BD, judged_BD = (torch.zeros(batch, depth + 1, dtype=torch.int64, device=device) for _ in range(2))
     law_BV = p_BLV[:, 0]
     for node in range(tree.num_nodes):
         here_B = tree.parents_BM[:, node] == current_B
@@ -285,8 +285,9 @@ def walk(
         current_B = torch.where(accepted_B, node + 1, current_B)
         # Not accepted: the write goes to the spare column.
         slots_BD = slots_BD.scatter(1, torch.where(accepted_B, kept_B, depth)[:, None], node + 1)
-        kept_B, judged_B, refused_B = kept_B + accepted_B, judged_B + here_B, (refused_B | here_B) & ~accepted_B
-    return finish(tree, slots_BD[:, :depth], kept_B, judged_B, refused_B, law_BV, emit_uniform_B)
+        judged_BD = judged_BD.scatter_add(1, kept_B[:, None], here_B[:, None].long())
+        kept_B, refused_B = kept_B + accepted_B, (refused_B | here_B) & ~accepted_B
+    return finish(tree, slots_BD[:, :depth], kept_B, judged_BD[:, :depth], refused_B, law_BV, emit_uniform_B)
 
 
 def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
@@ -334,10 +335,10 @@ def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_
     if fits_kernels(p_BLV):
         return walk_by_kernel(p_BLV, tree, None, accept_uniform_BM, emit_uniform_B, depth)
     batch, device = p_BLV.shape[0], p_BLV.device
-    current_B, kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3))
+    current_B, kept_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
     going_B = torch.ones(batch, dtype=torch.bool, device=device)
     refused_B = ~going_B
-    slots_BD = torch.zeros(batch, depth, dtype=torch.int64, device=device)
+    slots_BD, judged_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=device) for _ in range(2))
     law_BV = p_BLV[:, 0]
     for level in range(depth):
         child_BM = (tree.parents_BM == current_B[:, None]) & going_B[:, None]
@@ -350,14 +351,14 @@ def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_
         accepted_BM = accept_uniform_BM * left_BM < chance_BM
         found_B, winner_B = accepted_BM.any(1), accepted_BM.int().argmax(1)
         elder_B = (child_BM.cumsum(1) - 1).gather(1, winner_B[:, None]).squeeze(1)
-        judged_B = judged_B + torch.where(found_B, elder_B + 1, children_B)
+        judged_BD[:, level] = torch.where(found_B, elder_B + 1, children_B)
         current_B = torch.where(found_B, winner_B + 1, current_B)
         slots_BD[:, level] = current_B * found_B
         refusing_B = ~found_B & (children_B > 0)
         left_BV = torch.where(refusing_B[:, None], normalised(rest_BV), law_BV)
         law_BV = torch.where(found_B[:, None], row_at(p_BLV, current_B), left_BV)
         kept_B, going_B, refused_B = kept_B + found_B, found_B, refused_B | refusing_B
-    return finish(tree, slots_BD, kept_B, judged_B, refused_B, law_BV, emit_uniform_B)
+    return finish(tree, slots_BD, kept_B, judged_BD, refused_B, law_BV, emit_uniform_B)
 
 
 def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 24) -> Tensor:
@@ -391,8 +392,8 @@ def walk_chains(
     batch, depth, chains = accept_uniform_BDk.shape
     alive_Bk = torch.ones(batch, chains, dtype=torch.bool, device=p_BLV.device)
     going_B = alive_Bk[:, 0]
-    kept_B, judged_B = (torch.zeros(batch, dtype=torch.int64, device=p_BLV.device) for _ in range(2))
-    slots_BD = torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device)
+    kept_B = torch.zeros(batch, dtype=torch.int64, device=p_BLV.device)
+    slots_BD, judged_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device) for _ in range(2))
     law_BV = p_BLV[:, 0]
     for level in range(depth):
         tokens_Bk = tree.tokens_BM[:, level * chains : (level + 1) * chains]
@@ -405,7 +406,7 @@ def walk_chains(
         accepted_Bk = alive_Bk & (accept_uniform_BDk[:, level] < chance_Bk) & going_B[:, None]
         found_B, winner_B = accepted_Bk.any(1), accepted_Bk.int().argmax(1)
         tried_Bk = alive_Bk & (torch.arange(chains, device=law_BV.device) <= winner_B[:, None])
-        judged_B = judged_B + torch.where(found_B, tried_Bk.sum(1), drafts_B) * going_B
+        judged_BD[:, level] = torch.where(found_B, tried_Bk.sum(1), drafts_B) * going_B
         beta_B = shared_BV.sum(-1)
         weight_B = (1 - (1 - beta_B).clamp(min=0.0) ** drafts_B) / beta_B.clamp(min=1e-30)
         left_BV = normalised(residual(law_BV, shared_BV * weight_B[:, None]))
@@ -414,4 +415,4 @@ def walk_chains(
         slots_BD[:, level] = torch.where(found_B, slot_B, 0)
         alive_Bk = alive_Bk & (tokens_Bk == tokens_Bk.gather(1, winner_B[:, None])) & found_B[:, None]
         going_B, kept_B = going_B & found_B, kept_B + found_B
-    return finish(tree, slots_BD, kept_B, judged_B, ~going_B, law_BV, emit_uniform_B)
+    return finish(tree, slots_BD, kept_B, judged_BD, ~going_B, law_BV, emit_uniform_B)

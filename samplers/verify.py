@@ -177,7 +177,7 @@ class Counts:
         """Counts one pass.
 
         Args:
-            count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts.
+            count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts, none beyond the end.
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
             refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """

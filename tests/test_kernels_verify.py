@@ -156,8 +156,8 @@ def test_walk(device, monkeypatch, vocab_size, kind):
         got = walk_drawn(p, tree, q, accept, emit, depth)
     else:
         got = walk_by_kernel(p, tree, q, accept, emit, depth, neighbours_Vk=near, **bounds)
-    assert way.kept_B.max() > 0 and (way.judged_B > way.kept_B).any()
-    for name in ("slots_BD", "kept_B", "judged_B", "refused_B"):
+    assert way.kept_B.max() > 0 and (way.judged_BD.sum(1) > way.kept_B).any()
+    for name in ("slots_BD", "kept_B", "judged_BD", "refused_B"):
         assert torch.equal(getattr(got, name), getattr(way, name)), name
     torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-4)
     assert torch.equal(got.tokens_BL, way.tokens_BL)
@@ -174,7 +174,7 @@ def test_walk_of_chains(device, monkeypatch):
     way = plain(monkeypatch, lambda: walk_chains(p, tree, levels, accept, emit))
     got = walk_chains(p, tree, levels, accept, emit)
     assert way.kept_B.max() > 0
-    for name in ("slots_BD", "kept_B", "judged_B", "refused_B", "tokens_BL"):
+    for name in ("slots_BD", "kept_B", "judged_BD", "refused_B", "tokens_BL"):
         assert torch.equal(getattr(got, name), getattr(way, name)), name
     torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-3)
 

@@ -113,6 +113,22 @@ def test_law_of_trees_that_are_smaller_than_what_was_drafted(which, settings):
     assert_exact("dynamic", model, drafter, 4000, guidance=Guidance(2.0), **settings)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "settings"),
+    [
+        (sample_speculative, dict(num_drafts=5)),
+        (sample_static_tree, dict(branches=(1,) * 5)),
+        (sample_k_seq, dict(num_chains=1, num_drafts=5)),
+    ],
+)
+def test_drafts_beyond_the_end_do_not_count(sampler, settings):
+    """Nine tokens by passes of six: of the second pass's five drafts three are inside."""
+    model = transformer(6, (3, 3))
+    settings = dict(settings, drafter=ModelDrafter(model), noise=Noise(image_seeds(0, 4)))
+    statistics = sampler(model, many(1, 4), **settings).statistics
+    assert (statistics.proposed, statistics.accepted) == (4 * (5 + 3), 4 * (5 + 3))
+
+
 @pytest.mark.parametrize("name", ["chain", "static", "k-seq"])
 def test_a_model_accepts_its_own_drafts(name):
     """A wrong cache, position or mask in drafter or target would show here."""

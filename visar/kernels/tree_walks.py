@@ -21,7 +21,7 @@ from visar.kernels.laws import at, chance_of, codes_of, inverted, residual_of, t
 
 @triton.jit
 def _ended(
-    law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr,
+    law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr,
     law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
@@ -31,7 +31,7 @@ def _ended(
     tokens = tl.where(step == kept, emitted, tokens_D)
     tl.store(tokens_ptr + image * (depth + 1) + step, tokens, mask=step < depth + 1)
     tl.store(kept_ptr + image, kept)
-    tl.store(judged_ptr + image, judged)
+    tl.store(judged_ptr + image * depth + step, judged_D, mask=step < depth)
     tl.store(refused_ptr + image, refused.to(tl.uint8))
 
 
@@ -54,7 +54,7 @@ def _walk(
     law = tl.load(rows, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
     kept = tl.full([], 0, tl.int64)
-    judged = tl.full([], 0, tl.int64)
+    judged_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for node in range(nodes):
         parent = tl.load(parents_ptr + image * parents_image + node)
@@ -98,11 +98,11 @@ def _walk(
             slots_D = tl.where(mark, slot, slots_D)
             tokens_D = tl.where(mark, token, tokens_D)
             current = tl.where(accepted, slot, current)
+            judged_D += (step == kept).to(tl.int64)
             kept += accepted.to(tl.int64)
-            judged += 1
             refused = tl.where(accepted, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
+        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
         refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
@@ -111,10 +111,11 @@ def _way(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tupl
     """Fields of `visar.samplers.trees.Walk`, to be written, and the same as kernels take them: bools as bytes."""
     slots_BD = torch.empty(batch, depth, dtype=torch.int64, device=device)
     tokens_BL = torch.empty(batch, depth + 1, dtype=torch.int64, device=device)
-    kept_B, judged_B = (torch.empty(batch, dtype=torch.int64, device=device) for _ in range(2))
+    kept_B = torch.empty(batch, dtype=torch.int64, device=device)
+    judged_BD = torch.empty_like(slots_BD)
     refused_B = torch.empty(batch, dtype=torch.bool, device=device)
     law_BV = torch.empty(batch, codes, device=device)
-    way = (slots_BD, tokens_BL, kept_B, judged_B, refused_B, law_BV)
+    way = (slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
     return way, (*way[:4], refused_B.view(torch.uint8), law_BV)
 
 
@@ -198,7 +199,7 @@ def _chains(
     law = tl.load(rows + code, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
     kept = tl.full([], 0, tl.int64)
-    judged = tl.full([], 0, tl.int64)
+    judged_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for level in range(depth):
         if refused == 0:
@@ -227,7 +228,8 @@ def _chains(
             accepted = (alive != 0) & (accept < chance)
             winner = tl.min(tl.where(accepted, chain, chains), axis=0)
             found = winner < chains
-            judged += tl.sum(tl.where(chain <= winner, alive, 0), axis=0)
+            tried = tl.sum(tl.where(chain <= winner, alive, 0), axis=0)
+            judged_D = tl.where(step == level, tried, judged_D)
             weight = (1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains)) / tl.maximum(beta, 1e-30)
             left = residual_of(law, shared * weight)
             slot = 1 + level * chains + winner
@@ -242,7 +244,7 @@ def _chains(
             kept += found.to(tl.int64)
             refused = tl.where(found, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
+        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
         refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
