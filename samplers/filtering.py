@@ -4,6 +4,8 @@ Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/
 autoregressive/models/generate.py). B batch, L positions, V codes.
 """
 
+from numbers import Integral
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -19,8 +21,8 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
     """
     if not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature {temperature}; it must be a finite number > 0 (1.0 = off; top_k=1 is greedy)")
-    if top_k < 0 or top_k != int(top_k):
-        raise ValueError(f"top_k {top_k}; it must be a whole number >= 0 (0 = off)")
+    if not isinstance(top_k, Integral) or top_k < 0:
+        raise ValueError(f"top_k {top_k!r}; it must be a whole number >= 0 (0 = off)")
     if not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p {top_p}; it must be in (0, 1] (1.0 = off)")
 
@@ -34,7 +36,6 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
             code always stays; 1.0 = off.
     """
-    top_k = int(top_k)
     if (top_k or top_p < 1.0) and fits_kernels(logits):
         from visar.kernels.draw import filter_codes
 

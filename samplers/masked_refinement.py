@@ -36,9 +36,9 @@ def refinement_schedule(sizes: Sequence[int], schedule: Schedule | None) -> tupl
     Args:
         sizes: tokens of every scale.
         schedule: of the first scales (later ones take one pass): the counts (n0, n1, ...) of a scale's passes, which
-            add up to its tokens; one count alone, whatever it is, means no refinement; a number m means m passes
+            add up to its tokens; a list of one count, whatever it is, means no refinement; a number m means m passes
             that keep about the same number each, the first ones less. As text: "/" between scales, "," between
-            counts, such as 1/1,3/1,1,2,5. None is HMAR's default.
+            counts, such as 1/1,3/1,1,2,5; a scale without commas is a number of passes. None is HMAR's default.
 
     Raises:
         ValueError: counts that do not add up, more passes than tokens, or more entries than scales.
@@ -151,6 +151,8 @@ def sample_masked_refinement(
     begun = time.perf_counter()
     if not 0.0 <= refinement_guidance < float("inf"):
         raise ValueError(f"refinement_guidance {refinement_guidance}; it must be a finite number >= 0 (1.0 = off)")
+    if refinement_guidance != 1.0 and not guidance.active(len(model.scales)):
+        raise ValueError(f"refinement_guidance {refinement_guidance} needs guidance, which is off")
     settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
     _, last = check_scales(model, num_scales, None)
     passes = refinement_schedule(model.block_sizes, schedule)[:last]

@@ -101,7 +101,7 @@ def _take(annotation: Any, value: Any) -> Any:
     if isinstance(value, str):
         return _read(annotation, value.strip())
     if annotation is Drafter:
-        return value if callable(getattr(value, "start", None)) else _fail()
+        return value if all(callable(getattr(value, name, None)) for name in ("key", "start")) else _fail()
     if annotation is ScaleGenerator:
         value = getattr(value, "generator", value)
     if annotation is bool:

@@ -228,6 +228,12 @@ def test_one_pass_a_scale_is_plain_sampling():
     assert refined.statistics.forward_passes == {"generator": 1 + 2 + 4}
 
 
+@pytest.mark.parametrize("settings", [dict(refinement_guidance=3.0), dict(refinement_guidance=-1.0)])
+def test_guidance_of_masked_passes_that_makes_no_sense(settings):
+    with pytest.raises(ValueError, match=f"refinement_guidance {settings['refinement_guidance']}"):
+        sample_masked_refinement(tiny_model(), Condition(labels_BA=torch.tensor([[0]])), noise=Noise([1]), **settings)
+
+
 @torch.no_grad()
 def test_kept_tokens_never_change():
     model = tiny_model(scales=(1, 2, 3, 4))

@@ -1,6 +1,7 @@
 """Raster transformer: parity with LlamaGen and D-AR, cached against full passes, windows, ragged rows, conditions."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,15 @@ def tiny(kind, **changes) -> tuple[RasterGPT, Condition]:
     columns = 0 if kind == "word prefix" else 1 + len(model.config["attributes"])
     labels = torch.tensor([[0, 1, 0], [4, 3, 1], [5, 0, 2]])[:, :columns] if columns else None
     return model, Condition(labels_BA=labels, words_BT=words if "word" in kind else None)
+
+
+@torch.no_grad()
+def test_a_used_state_takes_captions_with_and_without_a_mask():
+    model, masked = tiny("captions")
+    for first, second in ((masked, replace(masked, text_mask_BT=None)), (replace(masked, text_mask_BT=None), masked)):
+        expected = model.predict(model.start(second))
+        again = model.start(second, state=model.start(first))
+        torch.testing.assert_close(model.predict(again), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("kind", CONDITIONS)

@@ -10,6 +10,7 @@ from visar.generators.raster import RasterGPT
 from visar.guidance import Guidance
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load, load_tokenizer
+from visar.samplers.relaxed import neighbour_table
 from visar.tokenizers.vq import VQTokenizer
 from visar.vocabulary import build_vocabulary
 
@@ -117,6 +118,43 @@ def test_defaults_and_guidance(classes):
     assert not torch.equal(classes("cat", seed=1, num_images=8, guidance_scale=6.0).tokens, base.tokens)
 
 
+def test_a_scale_keeps_the_rest_of_the_default_guidance(classes):
+    pipeline = ImagePipeline(
+        classes.tokenizer,
+        classes.generator,
+        classes.vocabulary.to_dict(),
+        {"guidance": {"scale": 3.0, "convention": "extrapolate", "schedule": "linear", "start": 1.0}},
+    )
+    given = pipeline.sampling_settings(guidance_scale=4.0)["guidance"]
+    assert given.scales(3) == pipeline.sampling_settings()["guidance"].scales(3) == [2.0, 3.0, 4.0]
+
+
+def test_attributes_without_a_class():
+    """What `visar train generator --no-class-condition --words sum` makes of images with attributes."""
+    pipeline = make(words=True)
+    config = {name: value for name, value in pipeline.generator.config.items() if not name.startswith("_")}
+    generator = RasterGPT(**(config | dict(attributes=(2,), words="sum"))).eval()
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    pipeline = ImagePipeline(pipeline.tokenizer, generator, pipeline.vocabulary.to_dict(), {"guidance_scale": 1.5})
+    pipeline.set_progress_bar_config(disable=True)
+    for given, style in ((dict(attributes={"style": "oil"}), 1), (dict(prompt=["black cat", "dog"]), 2)):
+        condition, _ = pipeline.prepare_condition([3, 4], None, given.get("prompt"), given.get("attributes"))
+        assert condition.labels_BA.tolist() == [[style], [style]] and condition.words_BT is not None
+        count = 1 if "prompt" in given else 2
+        assert pipeline(**given, num_images=count, seed=3).tokens.shape == (2, 16)
+    assert pipeline(num_images=2, seed=3).tokens.shape == (2, 16)
+
+
+def test_a_table_of_neighbours_goes_before_the_codebook(classes):
+    settings = dict(sampler="lantern", seed=1, num_images=2)
+    options = dict(max_moved=0.2, num_neighbours=3, tree="static", branches=(2, 1))
+    table = neighbour_table(classes.tokenizer.codebook, 3)
+    expected = classes("cat", sampler_options=options, **settings)
+    found = classes("cat", sampler_options=options | dict(neighbours=table), **settings)
+    assert torch.equal(found.tokens, expected.tokens)
+
+
 def test_callback_sees_tokens_as_they_come(classes):
     seen = []
 
@@ -180,6 +218,8 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(guidance_scale="high"), "guidance_scale 'high'; give a number"),
         (dict(seed="a"), "seed 'a'; it must be a whole number"),
         (dict(seeds=[1.5]), "seed 1.5; it must be a whole number"),
+        (dict(top_k=2.0), "top_k 2.0; it must be a whole number"),
+        (dict(condition=Condition(labels_BA=torch.tensor([[0, 0]])), class_labels=1), "condition says everything"),
         (dict(num_images="3"), "num_images '3'"),
         (dict(batch_size=1.5), "batch_size 1.5"),
         (dict(attributes="style=ink"), "attributes 'style=ink'; give a dictionary"),

@@ -91,7 +91,7 @@ def test_recorded_walks(parity, kind):
         trace = case["trace_paper"]
         way = walk(p, tree, judge, uniforms(case, tree, trace), torch.tensor([0.5]), int(tree.depth_BL.max()))
         assert int(way.kept_B) == int(case["accept_length_paper"]), name
-        assert int(way.judged_B) == len(trace)
+        assert int(way.judged_BD.sum()) == len(trace)
         torch.testing.assert_close(way.law_BV[0], case["next_dist_paper"], atol=1e-5, rtol=0)
         for row in trace.tolist():
             near = [s for s in seen if s[0] == int(row[1]) and abs(s[1] - row[2]) < 1e-5 and abs(s[2] - row[3]) < 1e-5]

@@ -1,6 +1,7 @@
 """Settings of samplers given as text, on the command line and in lists of samplers."""
 
 import shlex
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def test_values_from_python(sampler, name, value, found):
         ("static_tree", "branches", ["a"], "a whole number, or several as in 4,2,1"),
         ("static_tree", "paths", [[0.5]], "none"),
         ("speculative", "drafter", 3, "a drafter's folder"),
+        ("speculative", "drafter", SimpleNamespace(start=print), "a drafter's folder"),
         ("collaborative", "followers", object(), "a model's name or folder"),
         ("collaborative", "takes_over", 6.5, "a whole number"),
         ("masked_refinement", "schedule", [1, 2.5], "a whole number"),

@@ -203,7 +203,7 @@ def test_chosen_siblings_at_once_equal_one_after_another():
     at_once = walk_chosen(p, tree, uniform[:, 1:], uniform[:, 0], 3)
     in_turn = walk(p, tree, judge, uniform[:, 1:], uniform[:, 0], 3)
     assert set(in_turn.kept_B.tolist()) == {0, 1, 2, 3}
-    for name in ("slots_BD", "tokens_BL", "kept_B", "judged_B", "refused_B"):
+    for name in ("slots_BD", "tokens_BL", "kept_B", "judged_BD", "refused_B"):
         assert torch.equal(getattr(at_once, name), getattr(in_turn, name)), name
     torch.testing.assert_close(at_once.law_BV, in_turn.law_BV, atol=1e-6, rtol=1e-5)
 

@@ -316,15 +316,16 @@ class RasterGPT(ModelMixin, ConfigMixin):
         rows = double(condition, self.null_condition(condition)) if guided else condition
         prefix_RPD, valid_RP = self.prefix(rows)
         if state is None:
-            padded = valid_RP is not None
+            padded = valid_RP is not None or bool(self.config["caption_width"])
             state = RasterState.allocate(self, prefix_RPD, guided=guided, padded=padded, ragged=ragged, window=window)
         state.length.zero_()
         state.tokens.zero_()
         state.prefix_last_RD.copy_(prefix_RPD[:, -1])
         if state.scale_N is not None:
             state.scale_N[: self.num_tokens].copy_(torch.tensor(guidance.scales(self.num_tokens)))
-        if state.key_valid_RS is not None and valid_RP is not None:
-            state.key_valid_RS[:, : self.prefix_length].copy_(valid_RP)
+        if state.key_valid_RS is not None:
+            prefix_valid_RS = state.key_valid_RS[:, : self.prefix_length]
+            prefix_valid_RS.fill_(True) if valid_RP is None else prefix_valid_RS.copy_(valid_RP)
         if self.prefix_length > 1:
             self._read_prefix(state, prefix_RPD[:, :-1], valid_RP)
         state.block = 0

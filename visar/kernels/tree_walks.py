@@ -21,8 +21,8 @@ from visar.kernels.laws import at, chance_of, codes_of, inverted, residual_of, t
 
 @triton.jit
 def _ended(
-    law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr,
-    law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
+    refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
     tl.store(law_ptr + image * codes + code, law, mask=inside)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, Literal
 
@@ -196,14 +196,19 @@ class ImagePipeline(DiffusionPipeline):
         if self.vocabulary is None:
             return numbered_classes(config["num_classes"], seeds, class_labels, attributes)
         uniform = Noise(seeds).uniform(Use.CONDITION, 0)
-        return self.vocabulary.complete(
+        condition, descriptions = self.vocabulary.complete(
             uniform,
             class_labels=class_labels,
             prompts=prompts,
             attributes=attributes,
-            with_labels=takes_class,
+            with_labels=takes_class or bool(config["attributes"]),
             with_words=takes_words,
         )
+        if config["attributes"] and not takes_class:
+            null_BA = torch.tensor(self.vocabulary.null_labels).expand(len(seeds), -1)
+            labels_BA = null_BA if condition.labels_BA is None else condition.labels_BA
+            condition = replace(condition, labels_BA=labels_BA[:, 1:])
+        return condition, descriptions
 
     def _captions(self, seeds: list[int], prompts: Sequence[str] | None) -> tuple[Condition, list[str]]:
         name = self.config["defaults"].get("text_encoder")
@@ -240,9 +245,11 @@ class ImagePipeline(DiffusionPipeline):
             own = guidance_of_defaults(self.config["defaults"])
             if guidance is not None and not isinstance(guidance, Real):
                 raise ValueError(f"guidance_scale {guidance!r}; give a number >= 0 (1.0 = off) or a Guidance")
-            guidance = (
-                own if guidance is None else Guidance(float(guidance), schedule=own.schedule, interval=own.interval)
-            )
+            if guidance is None:
+                guidance = own
+            else:
+                start = own.start if own.start is None or own.convention == "interpolate" else own.start + 1.0
+                guidance = Guidance(float(guidance), schedule=own.schedule, start=start, interval=own.interval)
         return {**settings, "guidance": guidance}
 
     def sample_tokens(
@@ -268,7 +275,7 @@ class ImagePipeline(DiffusionPipeline):
         """
         entry, options = resolve_options(sampler, sampler_options or {}, self.generator, self._helpers)
         check_one_value(sampler, entry, temperature=temperature, top_k=top_k, top_p=top_p)
-        if "codebook" in entry.settings():
+        if "codebook" in entry.settings() and options.get("neighbours") is None:
             options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
         return entry.load()(
             self.generator,
@@ -351,6 +358,8 @@ class ImagePipeline(DiffusionPipeline):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
             raise ValueError("give class_labels or prompt, not both")
+        if condition is not None and (class_labels is not None or prompt is not None or attributes):
+            raise ValueError("condition says everything: give it without class_labels, prompt and attributes")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)
         prompts = None if prompt is None else each_image("prompt", prompt, num_images)
         given = labels if labels is not None else prompts
