@@ -21,10 +21,10 @@ from visar.samplers.next_scale import (
     check_scales,
     draw_scale,
     finish,
-    hold_noise,
     open_session,
     scale_settings,
 )
+from visar.samplers.verify import held_noise
 
 Strategy = Literal["codes", "map", "refine"]
 
@@ -174,7 +174,7 @@ def sample_edit(
     options = ("edit", settings, strategy, always_keep, keep.shape[0])
     session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
-    held_noise = hold_noise(session, noise)
+    source = held_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
     again_BN = session.hold("again", noise.uniform(Use.TOKEN, every_position, counter=1))
@@ -188,7 +188,7 @@ def sample_edit(
 
     def step() -> None:
         scale = state.block
-        drawn = draw_scale(model, state, settings[scale], uniform_BN, held_noise)
+        drawn = draw_scale(model, state, settings[scale], uniform_BN, source)
         if strategy == "map":
             keep_map(model, state, *drawn, given_maps[scale], keep_Bhw)
             return

@@ -1,6 +1,5 @@
 """Ancestral sampling scale by scale, with settings a scale: all that VAR's released sampler offers."""
 
-import copy
 import time
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from visar.noise import Noise, Use
 from visar.output import SampleOutput, SampleStatistics
 from visar.runtime import EAGER, Runtime, Session
 from visar.samplers.filtering import categorical, check_filters, filter_logits
+from visar.samplers.verify import held_noise
 
 
 @dataclass(frozen=True)
@@ -138,13 +138,6 @@ def open_session(
     return runtime.session(model, noise.device, key)  # type: ignore[arg-type]
 
 
-def hold_noise(session: Session, noise: Noise) -> Noise:
-    """The source with its seeds in a tensor of the session's, for draws inside captured steps."""
-    held = copy.copy(noise)
-    held.seeds_B = session.hold("seeds", noise.seeds_B)
-    return held
-
-
 @torch.no_grad()
 def sample_next_scale(
     model: ScaleGenerator,
@@ -196,12 +189,12 @@ def sample_next_scale(
     session.state = state
     if prefix_tokens is not None:
         append_prefix(model, state, prefix_tokens)
-    held_noise = hold_noise(session, noise)
+    source = held_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
-        model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, held_noise))
+        model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, source))
 
     for scale in range(first, last):
         state.block = scale
