@@ -69,11 +69,11 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     from visar import load
     from visar.files import atomic_write
     from visar.memory import OutOfMemory
-    from visar.pictures import grid
+    from visar.pictures import WRITTEN_AS, grid
     from visar.pipelines.editing import scale_previews
     from visar.pipelines.requests import named_values, number_or_name
 
-    single = options.out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    single = options.out.suffix.lower() in WRITTEN_AS
     attributes = named_values(options.attribute)
     _check_writable(options.out if single else options.out / "seeds.txt")
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)

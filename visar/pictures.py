@@ -8,6 +8,8 @@ from torch import Tensor
 
 from visar.output import to_uint8
 
+WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of pictures that commands write
+
 
 def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
     """Pictures of images in [-1, 1]."""

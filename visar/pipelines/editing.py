@@ -10,7 +10,7 @@ from torch import Tensor
 
 from visar.data.images import as_float
 from visar.files import atomic_write
-from visar.pictures import grid, to_pictures
+from visar.pictures import WRITTEN_AS, grid, to_pictures
 from visar.pipelines.edit_options import Box, Edit
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.pipelines.loading import load
@@ -120,9 +120,6 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-
-
 def edit(options: Edit) -> str:
     """Runs `visar edit`; returns what to print.
 
@@ -131,8 +128,8 @@ def edit(options: Edit) -> str:
     """
     if options.num_images < 1:
         raise ValueError(f"num_images {options.num_images}; it must be >= 1")
-    if options.out.suffix.lower() not in PICTURE_SUFFIXES:
-        raise ValueError(f"out {options.out}; it must end in one of {', '.join(PICTURE_SUFFIXES)}")
+    if options.out.suffix.lower() not in WRITTEN_AS:
+        raise ValueError(f"out {options.out}; it must end in one of {', '.join(WRITTEN_AS)}")
     try:
         with PIL.Image.open(options.picture) as file:
             given = file.convert("RGBA")
