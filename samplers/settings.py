@@ -64,8 +64,9 @@ def describe(annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         return " or ".join(describe(argument) for argument in arguments)
     if get_origin(annotation) in SEQUENCES:
-        nested = get_origin(arguments[0]) in SEQUENCES
-        return "tuples such as ((0,), (1,), (0, 0))" if nested else f"{describe(arguments[0])}, or several as in 4,2,1"
+        members = get_args(arguments[0]) if get_origin(arguments[0]) in (Union, types.UnionType) else arguments[:1]
+        single = [describe(member) for member in members if get_origin(member) not in SEQUENCES]
+        return f"{' or '.join(single)}, or several as in 4,2,1" if single else "tuples such as ((0,), (1,), (0, 0))"
     return f"a {getattr(annotation, '__name__', annotation)}, which cannot be given as text"
 
 

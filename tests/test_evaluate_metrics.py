@@ -218,6 +218,13 @@ def test_too_few_samples_are_named(images: Tensor, extractor: Extractor) -> None
     assert any("KID over 100 subsets of 8" in note for note in metrics.notes)
 
 
+@pytest.mark.filterwarnings("ignore:.*singular covariance")
+def test_precision_and_recall_are_left_out_where_there_are_no_neighbours(images: Tensor, extractor: Extractor) -> None:
+    metrics = compute_metrics(extractor(images[:8]), as_reference(images[:3], extractor), extractor.kind)
+    assert metrics.precision is None and metrics.recall is None and metrics.kid is not None
+    assert any("3 pictures have no 3-th neighbour" in note for note in metrics.notes)
+
+
 def test_enough_samples_do_not_warn() -> None:
     values = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     reference = Reference("r", "images", "0", "generation", None, None, "none", {"320": features_statistics(values)})

@@ -45,7 +45,7 @@ def reference(extractor: Extractor, real: torch.Tensor) -> Reference:
 def evaluate(out: Path, extractor: Extractor, reference: Reference, **changes: Any) -> Report:
     arguments: dict[str, Any] = {
         "name": "paint",
-        "settings": {"sampler": "ancestral", "uint8_rule": "round", "guidance": {"scale": 1.5}},
+        "settings": {"sampler": "ancestral", "uint8_rule": "round", "guidance": {"scale": 1.5, "interval": None}},
         "world": World(0, 1, torch.device("cpu")),
     }
     options = changes.pop("options", RunOptions(out, 30, 8, seed=1))
@@ -68,7 +68,7 @@ def test_the_card_has_the_whole_protocol(
         "extractor: tiny",
         "num samples: 30",
         "labels: balanced: image i has class i mod 5 (6 a class)",
-        "guidance: scale=1.5",
+        "guidance: scale=1.5\n",
         "sampler: ancestral",
         "seeds: image i: 1 + i",
         "uint8 rule: round",

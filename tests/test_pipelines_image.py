@@ -238,6 +238,34 @@ def test_bad_input(classes, arguments, message):
 
 
 @pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(sampler="jacoby"), "unknown sampler 'jacoby'"),
+        (dict(sampler="next_scale"), "does not fit a RasterGPT; samplers that do: ancestral, jacobi, speculative"),
+        (dict(sampler="speculative", sampler_options={"drafter": "nope"}), "unknown drafter 'nope'"),
+        (dict(sampler="jacobi", sampler_options={"windw": 3}), "has no option 'windw'"),
+        (dict(top_p=1.5), "top_p 1.5"),
+        (dict(top_p=[0.9, 0.5]), "takes one number"),
+        (dict(guidance_scale=-1.0), "guidance scale -1.0"),
+    ],
+)
+def test_settings_are_checked_without_drawing(classes, settings, message, monkeypatch):
+    monkeypatch.setattr(RasterGPT, "start", lambda *_, **__: pytest.fail("something was drawn"))
+    classes.check_settings(sampler="jacobi", sampler_options={"window": 4}, top_k=3, guidance_scale=2.0)
+    with pytest.raises(ValueError, match=message):
+        classes.check_settings(**settings)
+
+
+def test_a_pipeline_shows_itself_in_a_few_lines(classes, texts):
+    shown = repr(classes).splitlines()
+    assert len(shown) == 5
+    assert "RasterGPT" in shown[1] and "16 tokens of 16 codes" in shown[1]
+    assert shown[3].split() == ["conditions", "class", "(3),", "style", "(2)"]
+    assert "guidance_scale 1.5, top_k 12" in shown[4]
+    assert repr(texts).splitlines()[3].split() == ["conditions", "words"]
+
+
+@pytest.mark.parametrize(
     "labels", [[1, 2], ("dog", 2), torch.tensor([1, 2]), np.array([1, 2]), [np.int64(1), torch.tensor(2)]], ids=str
 )
 def test_classes_in_any_form(classes, labels):

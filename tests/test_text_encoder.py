@@ -252,9 +252,9 @@ def test_conditions_that_a_caption_model_does_not_take(folder):
     with pytest.raises(ValueError, match="pass condition=Condition"):
         make({})(prompt="red cat")
     pipeline = make({"text_encoder": str(folder)})
-    with pytest.raises(ValueError, match="conditioned on captions: give prompt$"):
+    with pytest.raises(ValueError, match="conditioned on captions: give a prompt$"):
         pipeline()
-    with pytest.raises(ValueError, match="give prompt, not class_labels"):
+    with pytest.raises(ValueError, match="give a prompt, no class"):
         pipeline(class_labels=0)
     with pytest.raises(ValueError, match="caption 0 is empty"):
         pipeline(prompt="")

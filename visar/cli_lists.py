@@ -52,6 +52,8 @@ class Samplers:
 
 def samplers(options: Samplers, echo: Echo) -> None:
     """Runs `visar samplers`; echo prints a table: header and rows."""
+    from torch import Tensor
+
     from visar.samplers.index import SAMPLERS
 
     rows = [("sampler", "law", "source", "needs", "settings (defaults)")]
@@ -60,5 +62,7 @@ def samplers(options: Samplers, echo: Echo) -> None:
             f"{key} (needed)" if value.default is value.empty else f"{key}={value.default!r}"
             for key, value in entry.settings().items()
         )
+        if any(value.annotation is Tensor for value in entry.settings().values()):
+            settings = f"tensors, see visar edit: {settings}"
         rows.append((name, "exact" if entry.exact else "lossy", entry.paper, " ".join(entry.needs), settings or "-"))
     echo(rows)

@@ -47,7 +47,7 @@ class Sample:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
     offload: bool = False
     """Keep tokenizer and text encoder on the CPU except for their part: slower, and less memory of a GPU."""
     quantize: Literal["none", "int8", "fp8"] = "none"
@@ -70,14 +70,19 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     from visar.files import atomic_write
     from visar.memory import OutOfMemory
     from visar.pictures import WRITTEN_AS, grid
-    from visar.pipelines.editing import scale_previews
+    from visar.pipelines.editing import check_over_scales, scale_previews
     from visar.pipelines.requests import named_values, number_or_name
 
     single = options.out.suffix.lower() in WRITTEN_AS
     attributes = named_values(options.attribute)
     _check_writable(options.out if single else options.out / "seeds.txt")
+    beside = options.out.resolve().with_name(f"{options.out.resolve().stem}-scales.png")
+    if options.previews:
+        _check_writable(beside)
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
+    if options.previews:
+        check_over_scales(pipeline)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(
@@ -101,7 +106,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     _write_images(result, options.out, single, report)
     if options.previews:
         rows = scale_previews(pipeline, result.tokens)
-        with atomic_write(options.out.with_name(f"{options.out.stem}-scales.png")) as path:
+        with atomic_write(beside) as path:
             grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
     passes = sum(result.statistics.forward_passes.values())
     count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"

@@ -248,7 +248,7 @@ class Vocabulary:
         """
         captions = self.rows[self.rows[:, 0] >= 0, 0]
         if not len(captions):
-            raise ValueError("this model knows no training captions to draw from: give prompt")
+            raise ValueError("this model knows no training captions to draw from: give a prompt")
         last = len(captions) - 1
         return [self.texts[captions[min(int(uniform * len(captions)), last)]] for uniform in uniform_B.tolist()]
 

@@ -269,8 +269,10 @@ def measure_acceptance(
         raise ValueError(f"batch_sizes {batch_sizes}; they must be >= 1")
     if settings.get("calls", 1) < 1:
         raise ValueError(f"calls {settings['calls']}; it must be >= 1")
-    for sampler in samplers:
-        parse_sampler(sampler)  # a slip shows before the first row
+    general = {name: settings.get(name) for name in ("guidance_scale", "temperature", "top_k", "top_p")}
+    for sampler in samplers:  # a slip shows before the first row
+        name, own = parse_sampler(sampler)
+        pipeline.check_settings(sampler=name, sampler_options=own, **general)
     rows: list[AcceptanceRow] = []
     for batch in batch_sizes:
         ancestral: float | None = None

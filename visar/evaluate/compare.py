@@ -22,7 +22,9 @@ def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> N
         reports = [*distinct_names([load_report(name) for name in options.names])]
     else:
         world = join_world(placement(options.device)[0])
-        reports = [_compared(options, run, world, progress) for run in runs]
+        reports = [
+            _compared(options, run, _first_checks(runs, number), world, progress) for number, run in enumerate(runs)
+        ]
         leave_world(world)
     found = [report for report in reports if report is not None]
     if found:
@@ -76,7 +78,18 @@ def _sampling(text: str, guidance_scale: float | None) -> Sampling:
     return Sampling(name, settings, guidance, **general)
 
 
-def _compared(options: Compare, run: _Run, world: World, progress: Progress | None) -> Report | None:
+def _first_checks(runs: list[_Run], number: int) -> list[_Run]:
+    """All runs of a model before its first: a slip in the last one shows then; none before its others."""
+    model = runs[number].model
+    return [] if model in {run.model for run in runs[:number]} else [run for run in runs if run.model == model]
+
+
+def _compared(
+    options: Compare, run: _Run, checks: list[_Run], world: World, progress: Progress | None
+) -> Report | None:
+    pipeline = load(run.model, device=world.device, dtype=options.dtype)
+    for other in checks:
+        other.sampling.check(pipeline)
     score = ScoreOptions(
         reference=options.reference,
         extractor=options.extractor,
@@ -84,7 +97,7 @@ def _compared(options: Compare, run: _Run, world: World, progress: Progress | No
         train=options.train,
     )
     report = evaluate_pipeline(
-        load(run.model, device=world.device, dtype=options.dtype),
+        pipeline,
         run.sampling,
         score,
         run.options,

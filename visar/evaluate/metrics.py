@@ -169,7 +169,11 @@ def compute_metrics(
         )
         size = min(options.kid_subset_size, len(generated), len(reference.features[layer]))
         notes.append(f"KID over {options.kid_subsets} subsets of {size}")
-        precision, recall = precision_recall(generated, reference.features[layer], options.neighbours)
+        smallest = min(len(generated), len(reference.features[layer]))
+        if smallest > options.neighbours:
+            precision, recall = precision_recall(generated, reference.features[layer], options.neighbours)
+        else:
+            notes.append(f"no precision and recall: {smallest} pictures have no {options.neighbours}-th neighbour")
     else:
         notes.append("no KID, precision and recall: the reference holds statistics only, no features")
     return Metrics(

@@ -71,7 +71,7 @@ class Eval:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
     quantize: Literal["none", "int8", "fp8"] = "none"
     """8 bits for every weight of the generator's blocks and head; needs torchao."""
 
@@ -129,7 +129,7 @@ class EvalTokenizer:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Compare:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
 
 
 @dataclass(frozen=True)
@@ -210,4 +210,4 @@ class Acceptance:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

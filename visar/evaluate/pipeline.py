@@ -49,6 +49,14 @@ class Sampling:
             "top_p": self.top_p,
         }
 
+    def check(self, pipeline: ImagePipeline) -> None:
+        """Finds before any work that the pipeline cannot sample so; see `ImagePipeline.check_settings`.
+
+        Raises:
+            ValueError: the first setting that does not fit.
+        """
+        pipeline.check_settings(sampler_options=self.sampler_options, **self.call_settings())
+
 
 class PipelineGenerator:
     """A pipeline as an `ImageGenerator`.
@@ -168,6 +176,7 @@ def evaluate_pipeline(
     if score.protocol != "generation":
         raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
     check_batches(speed_batches)
+    sampling.check(pipeline)
     joined = world or join_world(pipeline.device.type)
     generate = PipelineGenerator(pipeline, sampling, uint8_rule)
     if joined.device != pipeline.device:

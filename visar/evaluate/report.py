@@ -330,7 +330,8 @@ def card(report: Report) -> str:
 
 def _plain(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}={_plain(item)}" for key, item in value.items()) or "none"
+        given = {key: item for key, item in value.items() if item is not None}
+        return ", ".join(f"{key}={_plain(item)}" for key, item in given.items()) or "none"
     if isinstance(value, float):
         return f"{value:.6g}"
     return "not known" if value is None else str(value)

@@ -47,4 +47,4 @@ class Edit:
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
     dtype: str | None = None
-    """float32 or bfloat16; float32 on a CPU, bfloat16 on a GPU."""
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

@@ -27,8 +27,10 @@ from visar.pipelines.sampler_options import (
     guidance_of_defaults,
     resolve_options,
 )
+from visar.pipelines.summary import summary
 from visar.quantize import quantized_layers, scaled
 from visar.runtime import EAGER, Runtime
+from visar.samplers.filtering import check_filters
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.tokenizers.decoding import decode_tokens
 from visar.vocabulary import Vocabulary
@@ -96,6 +98,10 @@ class ImagePipeline(DiffusionPipeline):
         self.offload = False
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
+
+    def __repr__(self) -> str:
+        """A few lines; diffusers would print the whole configuration, all words of the vocabulary among it."""
+        return summary(self)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
         """Writes the pipeline to a folder, as diffusers does.
@@ -187,12 +193,12 @@ class ImagePipeline(DiffusionPipeline):
         takes_words = bool(config["word_vocab_size"])
         if config.get("caption_width"):
             if class_labels is not None or attributes:
-                raise ValueError("this model is conditioned on captions: give prompt, not class_labels or attributes")
+                raise ValueError("this model is conditioned on captions: give a prompt, no class or attributes")
             return self._captions(seeds, prompts)
         if class_labels is not None and not takes_class:
-            raise ValueError("this model is conditioned on words: give prompt, not class_labels")
+            raise ValueError("this model is conditioned on words: give a prompt, not a class")
         if prompts is not None and (takes_class or not takes_words):
-            raise ValueError("this model is conditioned on classes: give class_labels, not prompt")
+            raise ValueError("this model is conditioned on classes: give a class, not a prompt")
         if self.vocabulary is None:
             return numbered_classes(config["num_classes"], seeds, class_labels, attributes)
         uniform = Noise(seeds).uniform(Use.CONDITION, 0)
@@ -218,7 +224,7 @@ class ImagePipeline(DiffusionPipeline):
             )
         if prompts is None:
             if self.vocabulary is None:
-                raise ValueError("this model is conditioned on captions: give prompt")
+                raise ValueError("this model is conditioned on captions: give a prompt")
             prompts = self.vocabulary.draw_texts(Noise(seeds).uniform(Use.CONDITION, 0))
         device = self._execution_device
         if self._text_encoder is None:
@@ -251,6 +257,29 @@ class ImagePipeline(DiffusionPipeline):
                 start = own.start if own.start is None or own.convention == "interpolate" else own.start + 1.0
                 guidance = Guidance(float(guidance), schedule=own.schedule, start=start, interval=own.interval)
         return {**settings, "guidance": guidance}
+
+    def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
+        """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
+        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it, and not kept.
+
+        Args:
+            sampler_options: of the sampler.
+            settings: of `sampling_settings`.
+
+        Raises:
+            ValueError: the first thing that does not fit.
+        """
+        chosen = self.sampling_settings(**settings)
+        entry, _ = resolve_options(chosen["sampler"], sampler_options or {}, self.generator, Helpers())
+        filters = {name: chosen[name] for name in ("temperature", "top_k", "top_p")}
+        check_one_value(chosen["sampler"], entry, **filters)
+        temperature, top_k, top_p = (_listed(value) for value in filters.values())
+        for each in temperature:
+            check_filters(each, 0, 1.0)
+        for each in top_k:
+            check_filters(1.0, each, 1.0)
+        for each in top_p:
+            check_filters(1.0, 0, each)
 
     def sample_tokens(
         self,
@@ -357,7 +386,7 @@ class ImagePipeline(DiffusionPipeline):
         if not isinstance(attributes, Mapping | None):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
-            raise ValueError("give class_labels or prompt, not both")
+            raise ValueError("give a class (class_labels) or a prompt, not both")
         if condition is not None and (class_labels is not None or prompt is not None or attributes):
             raise ValueError("condition says everything: give it without class_labels, prompt and attributes")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)
@@ -427,3 +456,7 @@ def _finish(image_BCHW: Tensor, output_type: str) -> Any:
     if output_type == "np":
         return ((image_BCHW + 1.0) / 2.0).permute(0, 2, 3, 1).cpu().numpy()
     return to_pictures(image_BCHW)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return [value] if isinstance(value, Real) else value

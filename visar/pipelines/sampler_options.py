@@ -101,13 +101,17 @@ def resolve_options(
         options["drafter"] = helpers.drafter(options["drafter"], generator)
     if "followers" in options:
         options["followers"] = [helpers.model(each, generator) for each in options["followers"]]
-    missing = [need for need in entry.needs if not callable(getattr(generator, need, None))]
-    if missing:
-        raise ValueError(f"sampler {sampler} needs a generator with {', '.join(missing)}; this one has none")
+    if not _fits(entry, generator):
+        able = ", ".join(name for name, other in SAMPLERS.items() if _fits(other, generator))
+        raise ValueError(f"sampler {sampler} does not fit a {type(generator).__name__}; samplers that do: {able}")
     lacking = entry.missing(options)
     if lacking:
         raise ValueError(f"sampler {sampler} needs the options {' and '.join(lacking)}")
     return entry, options
+
+
+def _fits(entry: SamplerEntry, generator: Any) -> bool:
+    return all(callable(getattr(generator, need, None)) for need in entry.needs)
 
 
 def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
