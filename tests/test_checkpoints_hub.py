@@ -13,9 +13,11 @@ from visar.checkpoints import hub
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS
 from visar.guidance import Guidance
+from visar.pipelines.drafters import CLASSES, load_drafter
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load, load_tokenizer
 from visar.pipelines.sampler_options import guidance_of_defaults
+from visar.samplers.feature_drafters import target_digest
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
@@ -223,3 +225,14 @@ def test_embedded_generators_name_their_tokenizer():
         if facts["kind"] == "tokenizer":
             with pytest.raises(ValueError, match="is a tokenizer: use visar.load_tokenizer"):
                 load(name, device="cpu")
+
+
+def test_embedded_drafters_are_those_of_the_weights_that_ship():
+    drafters = [name for name in hub.embedded_names() if hub.about(name)["kind"] == "drafter"]
+    assert drafters
+    for name in drafters:
+        config = json.loads((hub.EMBEDDED_FOLDER / name / "config.json").read_text())
+        target = load(config["target"], device="cpu").generator
+        assert config["target_digest"] == target_digest(target)
+        kind = {class_name: kind for kind, class_name in CLASSES.items()}[config["_class_name"]]
+        assert load_drafter(kind, target).config["target"] == config["target"]
