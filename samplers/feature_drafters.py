@@ -9,7 +9,7 @@ T slots of a cache, M nodes.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -371,6 +371,23 @@ def above_index(last_T: Tensor, offset: int, columns: int) -> tuple[Tensor, Tens
     return above_T.clamp(min=0), (above_T >= 0) & (above_T <= last_T)
 
 
+def heads_predictions(
+    heads: Any, hidden_BND: Tensor, call: Callable[..., Tensor] | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """Every offset of `SpatialHeads`, and their predictions [B, N - offset, D] of the vectors that far ahead.
+
+    Args:
+        hidden_BND: teacher-forced hidden vectors of the target.
+        call: the heads as they are to be called; None is `heads` itself.
+    """
+    predict: Callable[..., Tensor] = heads if call is None else call
+    num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][1]
+    for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
+        last = torch.arange(num_tokens - offset, device=hidden_BND.device)
+        above, known = above_index(last, offset, columns)
+        yield offset, predict(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
+
+
 def heads_loss(
     heads: Any,
     model: Generator,
@@ -390,16 +407,11 @@ def heads_loss(
 
     Differs from the paper: the target's laws, which drafts are judged by, stand in for the data's tokens.
     """
-    predict: Callable[..., Tensor] = heads if call is None else call
     hidden_BND = hidden_BND.detach()
-    num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][1]
     with torch.no_grad():
         law_BNV = torch.softmax(model.output(hidden_BND).float(), dim=-1)
     total, weights = hidden_BND.new_zeros((), dtype=torch.float32), 0.0
-    for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
-        last = torch.arange(num_tokens - offset, device=hidden_BND.device)
-        above, known = above_index(last, offset, columns)
-        predicted = predict(hidden_BND[:, last], hidden_BND[:, above], known[None], offset)
+    for offset, predicted in heads_predictions(heads, hidden_BND, call):
         log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
         weight = decay ** (offset - 1)
         total = total - weight * (law_BNV[:, offset:] * log_law).sum(-1).mean()

@@ -327,6 +327,12 @@ def test_weights_of_another_architecture(place, tiny, capsys):
     assert not (place / "grid.png").exists()
 
 
+def test_what_torchao_makes_others_log_stays_off_the_screen(place):
+    line = [sys.executable, "-m", "visar.cli", "models", "--classes", "emoji-raster"]
+    ended = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert "torchao" not in ended.stderr and "register_constant" not in ended.stderr
+
+
 def test_processes_end_with_a_status_and_without_a_traceback(place):
     def start(line: str) -> subprocess.Popen:
         return subprocess.Popen(

@@ -5,6 +5,7 @@ for, the options from modules that import no framework: usage and --help wait fo
 """
 
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -300,6 +301,12 @@ def parse(arguments: list[str]) -> Callable[[], object]:
     return lambda: run(options, *extra)
 
 
+def _silence_imports() -> None:
+    """Keeps off the screen what torch and diffusers log where torchao is installed, about classes unused here."""
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -311,6 +318,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(version("torch-visar"))
         return 0
+    _silence_imports()
     status = 2
     try:
         run = parse(arguments)

@@ -22,9 +22,9 @@ from visar.pipelines.loading import load
 from visar.samplers.feature_drafters import (
     FeatureDrafter,
     SpatialHeads,
-    above_index,
     feature_loss,
     heads_loss,
+    heads_predictions,
     target_digest,
 )
 from visar.text_encoder import load_text_encoder
@@ -207,12 +207,7 @@ class DrafterTask(Task):
         """(offset, predictions of the hidden vectors from that position on)."""
         if self.options.kind == "eagle":
             return [(1, model(self.target.embed(ids_RN[:, :-1]), hidden_RND[:, :-1]))]
-        found, num_tokens, columns = [], ids_RN.shape[1], model.config["grid"][1]
-        for offset in range(1, min(len(model.right), num_tokens - 1) + 1):
-            last = torch.arange(num_tokens - offset, device=ids_RN.device)
-            above, known = above_index(last, offset, columns)
-            found.append((offset, model(hidden_RND[:, last], hidden_RND[:, above], known[None], offset)))
-        return found
+        return list(heads_predictions(model, hidden_RND))
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
         """None: a drafter makes no pictures of its own."""
