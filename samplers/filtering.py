@@ -4,7 +4,7 @@ Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/
 autoregressive/models/generate.py). B batch, L positions, V codes.
 """
 
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -19,11 +19,11 @@ def check_filters(temperature: float, top_k: int, top_p: float) -> None:
     Raises:
         ValueError: temperature not positive, top_k negative or not whole, top_p outside (0, 1].
     """
-    if not 0.0 < temperature < float("inf"):
+    if not isinstance(temperature, Real) or not 0.0 < temperature < float("inf"):
         raise ValueError(f"temperature {temperature}; it must be a finite number > 0 (1.0 = off; top_k=1 is greedy)")
     if not isinstance(top_k, Integral) or top_k < 0:
         raise ValueError(f"top_k {top_k!r}; it must be a whole number >= 0 (0 = off)")
-    if not 0.0 < top_p <= 1.0:
+    if not isinstance(top_p, Real) or not 0.0 < top_p <= 1.0:
         raise ValueError(f"top_p {top_p}; it must be in (0, 1] (1.0 = off)")
 
 

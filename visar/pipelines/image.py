@@ -4,7 +4,7 @@ import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -21,16 +21,16 @@ from visar.pictures import to_pictures
 from visar.pipelines import batching
 from visar.pipelines.requests import each_image, numbered_classes, seeds_of_images
 from visar.pipelines.sampler_options import (
-    NEUTRAL,
     Helpers,
+    check_chosen,
     check_one_value,
+    chosen_settings,
     guidance_of_defaults,
     resolve_options,
 )
 from visar.pipelines.summary import summary
 from visar.quantize import quantized_layers, scaled
 from visar.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters
 from visar.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.tokenizers.decoding import decode_tokens
 from visar.vocabulary import Vocabulary
@@ -243,20 +243,8 @@ class ImagePipeline(DiffusionPipeline):
         top_p: float | Sequence[float] | None = None,
     ) -> dict[str, Any]:
         """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values."""
-        defaults = {**NEUTRAL, **self.config["defaults"]}
         given = {"sampler": sampler, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        settings = {name: defaults[name] if value is None else value for name, value in given.items()}
-        guidance = guidance_scale
-        if not isinstance(guidance, Guidance):
-            own = guidance_of_defaults(self.config["defaults"])
-            if guidance is not None and not isinstance(guidance, Real):
-                raise ValueError(f"guidance_scale {guidance!r}; give a number >= 0 (1.0 = off) or a Guidance")
-            if guidance is None:
-                guidance = own
-            else:
-                start = own.start if own.start is None or own.convention == "interpolate" else own.start + 1.0
-                guidance = Guidance(float(guidance), schedule=own.schedule, start=start, interval=own.interval)
-        return {**settings, "guidance": guidance}
+        return chosen_settings(self.config["defaults"], guidance_scale, given)
 
     def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
         """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
@@ -269,17 +257,7 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: the first thing that does not fit.
         """
-        chosen = self.sampling_settings(**settings)
-        entry, _ = resolve_options(chosen["sampler"], sampler_options or {}, self.generator, Helpers())
-        filters = {name: chosen[name] for name in ("temperature", "top_k", "top_p")}
-        check_one_value(chosen["sampler"], entry, **filters)
-        temperature, top_k, top_p = (_listed(value) for value in filters.values())
-        for each in temperature:
-            check_filters(each, 0, 1.0)
-        for each in top_k:
-            check_filters(1.0, each, 1.0)
-        for each in top_p:
-            check_filters(1.0, 0, each)
+        check_chosen(self.sampling_settings(**settings), sampler_options or {}, self.generator)
 
     def sample_tokens(
         self,
@@ -456,7 +434,3 @@ def _finish(image_BCHW: Tensor, output_type: str) -> Any:
     if output_type == "np":
         return ((image_BCHW + 1.0) / 2.0).permute(0, 2, 3, 1).cpu().numpy()
     return to_pictures(image_BCHW)
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    return [value] if isinstance(value, Real) else value

@@ -1,13 +1,14 @@
 """Sampling settings of a pipeline: its defaults, and a sampler's own options as the sampler takes them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from visar.guidance import Guidance
 from visar.multiscale import ScaleGenerator
 from visar.samplers.drafters import Drafter
+from visar.samplers.filtering import check_filters
 from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
 from visar.samplers.settings import take_setting
 
@@ -36,6 +37,34 @@ def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
     except TypeError as error:
         names = ", ".join(field.name for field in dataclasses.fields(Guidance))
         raise ValueError(f"default guidance {', '.join(fields)}; its fields: {names}") from error
+
+
+def chosen_settings(
+    defaults: Mapping[str, Any], guidance_scale: float | Guidance | None, given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """sampler, temperature, top_k, top_p and guidance: what is given, else a pipeline's default, else neutral.
+
+    Args:
+        defaults: of the pipeline.
+        guidance_scale: strength, which leaves the rest of the default guidance as it is; or the whole guidance.
+        given: by name; None where nothing is given.
+
+    Raises:
+        ValueError: a guidance_scale that is no number.
+    """
+    standard = {**NEUTRAL, **defaults}
+    settings = {name: standard[name] if value is None else value for name, value in given.items()}
+    guidance = guidance_scale
+    if not isinstance(guidance, Guidance):
+        own = guidance_of_defaults(defaults)
+        if guidance is not None and not isinstance(guidance, Real):
+            raise ValueError(f"guidance_scale {guidance!r}; give a number >= 0 (1.0 = off) or a Guidance")
+        if guidance is None:
+            guidance = own
+        else:
+            start = own.start if own.start is None or own.convention == "interpolate" else own.start + 1.0
+            guidance = Guidance(float(guidance), schedule=own.schedule, start=start, interval=own.interval)
+    return {**settings, "guidance": guidance}
 
 
 class Helpers:
@@ -118,7 +147,7 @@ def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
     """Checks that temperature, top_k and top_p are lists only where the sampler takes one value a scale.
 
     Raises:
-        ValueError: a list for another sampler.
+        ValueError: a list for another sampler, or a text.
     """
     for name, value in filters.items():
         if not isinstance(value, Real) and not entry.takes_one_a_scale(name):
@@ -126,3 +155,28 @@ def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
             raise ValueError(
                 f"{name} {value!r}; sampler {sampler} takes one number, these take one a scale: {', '.join(able)}"
             )
+        if isinstance(value, str):
+            raise ValueError(f"{name} {value!r}; give a number, or a list with one a scale")
+
+
+def check_chosen(chosen: Mapping[str, Any], options: Mapping[str, Any], generator: Any) -> None:
+    """Checks settings before anything is drawn; drafters and followers are loaded for it, and not kept.
+
+    Args:
+        chosen: what `chosen_settings` gives.
+        options: of the sampler.
+        generator: to sample from.
+
+    Raises:
+        ValueError: the first thing that does not fit.
+    """
+    entry, _ = resolve_options(chosen["sampler"], options, generator, Helpers())
+    filters = {name: chosen[name] for name in ("temperature", "top_k", "top_p")}
+    check_one_value(chosen["sampler"], entry, **filters)
+    temperature, top_k, top_p = (value if isinstance(value, Sequence) else [value] for value in filters.values())
+    for each in temperature:
+        check_filters(each, 0, 1.0)
+    for each in top_k:
+        check_filters(1.0, each, 1.0)
+    for each in top_p:
+        check_filters(1.0, 0, each)
