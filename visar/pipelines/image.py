@@ -21,8 +21,9 @@ from visar.pictures import to_pictures
 from visar.pipelines import batching
 from visar.pipelines.requests import each_image, numbered_classes, seeds_of_images
 from visar.pipelines.sampler_options import (
+    Begun,
+    Check,
     Helpers,
-    check_chosen,
     check_one_value,
     chosen_settings,
     guidance_of_defaults,
@@ -257,7 +258,10 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: the first thing that does not fit.
         """
-        check_chosen(self.sampling_settings(**settings), sampler_options or {}, self.generator)
+        chosen = {**self.sampling_settings(**settings), "sampler_options": sampler_options}
+        anything = Condition(labels_BA=torch.zeros(1, 1, dtype=torch.int64))
+        with contextlib.suppress(Begun):
+            self._run_sampler(Helpers(), Check(), anything, [0], callback=None, **chosen)
 
     def sample_tokens(
         self,
@@ -280,22 +284,38 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
-        entry, options = resolve_options(sampler, sampler_options or {}, self.generator, self._helpers)
-        check_one_value(sampler, entry, temperature=temperature, top_k=top_k, top_p=top_p)
-        if "codebook" in entry.settings() and options.get("neighbours") is None:
-            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
-        return entry.load()(
-            self.generator,
-            condition.to(self._execution_device),
-            noise=Noise(seeds, self._execution_device),
+        return self._run_sampler(
+            self._helpers,
+            self.runtime,
+            condition,
+            seeds,
+            sampler=sampler,
+            sampler_options=sampler_options,
             guidance=guidance,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             callback=callback,
-            runtime=self.runtime,
-            **options,
         )
+
+    def _run_sampler(
+        self,
+        helpers: Helpers,
+        runtime: Runtime,
+        condition: Condition,
+        seeds: list[int],
+        *,
+        sampler: str,
+        sampler_options: dict[str, Any] | None,
+        **settings: Any,
+    ) -> SampleOutput:
+        entry, options = resolve_options(sampler, sampler_options or {}, self.generator, helpers)
+        check_one_value(sampler, entry, **{name: settings[name] for name in ("temperature", "top_k", "top_p")})
+        if "codebook" in entry.settings() and options.get("neighbours") is None:
+            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
+        noise = Noise(seeds, self._execution_device)
+        condition = condition.to(self._execution_device)
+        return entry.load()(self.generator, condition, noise=noise, runtime=runtime, **settings, **options)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""

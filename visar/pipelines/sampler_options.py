@@ -1,14 +1,16 @@
 """Sampling settings of a pipeline: its defaults, and a sampler's own options as the sampler takes them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from numbers import Real
 from typing import Any
 
+import torch
+
 from visar.guidance import Guidance
 from visar.multiscale import ScaleGenerator
+from visar.runtime import Runtime, Session
 from visar.samplers.drafters import Drafter
-from visar.samplers.filtering import check_filters
 from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
 from visar.samplers.settings import take_setting
 
@@ -159,24 +161,12 @@ def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
             raise ValueError(f"{name} {value!r}; give a number, or a list with one a scale")
 
 
-def check_chosen(chosen: Mapping[str, Any], options: Mapping[str, Any], generator: Any) -> None:
-    """Checks settings before anything is drawn; drafters and followers are loaded for it, and not kept.
+class Begun(Exception):
+    """A sampler has found nothing wrong and would begin."""
 
-    Args:
-        chosen: what `chosen_settings` gives.
-        options: of the sampler.
-        generator: to sample from.
 
-    Raises:
-        ValueError: the first thing that does not fit.
-    """
-    entry, _ = resolve_options(chosen["sampler"], options, generator, Helpers())
-    filters = {name: chosen[name] for name in ("temperature", "top_k", "top_p")}
-    check_one_value(chosen["sampler"], entry, **filters)
-    temperature, top_k, top_p = (value if isinstance(value, Sequence) else [value] for value in filters.values())
-    for each in temperature:
-        check_filters(each, 0, 1.0)
-    for each in top_k:
-        check_filters(1.0, each, 1.0)
-    for each in top_p:
-        check_filters(1.0, 0, each)
+class Check(Runtime):
+    """Stops a sampler where it would begin: its own settings have been checked by then, and nothing was drawn."""
+
+    def session(self, model: Any, device: torch.device, key: Hashable) -> Session:
+        raise Begun
