@@ -26,7 +26,7 @@ class Sample:
     num_images: int = 1
     """How many images."""
     seed: int = 0
-    """Image i has seed + i, and depends on nothing else of the call."""
+    """Image i has seed + i; its random numbers depend on nothing else of the call."""
     out: Path = Path("samples.png")
     """A .png file for a grid, or a folder for one file an image."""
     sampler: str | None = None

@@ -361,7 +361,8 @@ class ImagePipeline(DiffusionPipeline):
             temperature: > 0; 1.0 = off. It and the next two may be lists, one value a scale, for samplers over scales.
             top_k: 0 = off.
             top_p: in (0, 1]; 1.0 = off.
-            seed: image i of the call has seed + i; an image depends on its own seed and condition only.
+            seed: image i of the call has seed + i; an image depends on its own seed and condition only, and on how
+                matrix products of the batch's size are rounded.
             seeds: one an image, instead of seed.
             generator: torch generator(s) to draw the seeds from, instead of seed.
             batch_size: most images at a time; None is all; "auto" finds the most that fit, see `find_batch_size`.
