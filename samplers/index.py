@@ -41,6 +41,10 @@ class SamplerEntry:
         """Its own settings that have no default and are not given."""
         return [name for name, own in self.settings().items() if own.default is own.empty and name not in given]
 
+    def fits(self, generator: Any) -> bool:
+        """Whether a generator has what it needs."""
+        return all(callable(getattr(generator, need, None)) for need in self.needs)
+
     def takes_one_a_scale(self, name: str) -> bool:
         """Whether temperature, top_k or top_p may be a list with one value a scale."""
         return get_origin(inspect.signature(self.load()).parameters[name].annotation) is not None

@@ -76,9 +76,8 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     single = options.out.suffix.lower() in WRITTEN_AS
     attributes = named_values(options.attribute)
     _check_writable(options.out if single else options.out / "seeds.txt")
-    beside = options.out.resolve().with_name(f"{options.out.resolve().stem}-scales.png")
     if options.previews:
-        _check_writable(beside)
+        _check_writable(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
     if options.previews:
@@ -106,11 +105,17 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     _write_images(result, options.out, single, report)
     if options.previews:
         rows = scale_previews(pipeline, result.tokens)
-        with atomic_write(beside) as path:
+        with atomic_write(_beside(options.out)) as path:
             grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
     passes = sum(result.statistics.forward_passes.values())
     count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
     report(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
+
+
+def _beside(out: Path) -> Path:
+    """Where previews go."""
+    out = out.resolve()
+    return out.with_name(f"{out.stem}-scales.png")
 
 
 def _check_writable(path: Path) -> None:

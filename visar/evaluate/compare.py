@@ -23,7 +23,7 @@ def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> N
     else:
         world = join_world(placement(options.device)[0])
         reports = [
-            _compared(options, run, _first_checks(runs, number), world, progress) for number, run in enumerate(runs)
+            _compared(options, run, _later_runs(runs, number), world, progress) for number, run in enumerate(runs)
         ]
         leave_world(world)
     found = [report for report in reports if report is not None]
@@ -78,17 +78,17 @@ def _sampling(text: str, guidance_scale: float | None) -> Sampling:
     return Sampling(name, settings, guidance, **general)
 
 
-def _first_checks(runs: list[_Run], number: int) -> list[_Run]:
-    """All runs of a model before its first: a slip in the last one shows then; none before its others."""
+def _later_runs(runs: list[_Run], number: int) -> list[_Run]:
+    """Those of the same model, if this is its first run: a slip in the last one shows before it. Else none."""
     model = runs[number].model
-    return [] if model in {run.model for run in runs[:number]} else [run for run in runs if run.model == model]
+    return [] if model in {run.model for run in runs[:number]} else [r for r in runs[number + 1 :] if r.model == model]
 
 
 def _compared(
-    options: Compare, run: _Run, checks: list[_Run], world: World, progress: Progress | None
+    options: Compare, run: _Run, later: list[_Run], world: World, progress: Progress | None
 ) -> Report | None:
     pipeline = load(run.model, device=world.device, dtype=options.dtype)
-    for other in checks:
+    for other in later:
         other.sampling.check(pipeline)
     score = ScoreOptions(
         reference=options.reference,

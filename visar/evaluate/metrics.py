@@ -167,9 +167,8 @@ def compute_metrics(
         kid, kid_std = kernel_distance(
             generated, reference.features[layer], options.kid_subsets, options.kid_subset_size
         )
-        size = min(options.kid_subset_size, len(generated), len(reference.features[layer]))
-        notes.append(f"KID over {options.kid_subsets} subsets of {size}")
         smallest = min(len(generated), len(reference.features[layer]))
+        notes.append(f"KID over {options.kid_subsets} subsets of {min(options.kid_subset_size, smallest)}")
         if smallest > options.neighbours:
             precision, recall = precision_recall(generated, reference.features[layer], options.neighbours)
         else:

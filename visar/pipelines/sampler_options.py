@@ -132,17 +132,13 @@ def resolve_options(
         options["drafter"] = helpers.drafter(options["drafter"], generator)
     if "followers" in options:
         options["followers"] = [helpers.model(each, generator) for each in options["followers"]]
-    if not _fits(entry, generator):
-        able = ", ".join(name for name, other in SAMPLERS.items() if _fits(other, generator))
+    if not entry.fits(generator):
+        able = ", ".join(name for name, other in SAMPLERS.items() if other.fits(generator))
         raise ValueError(f"sampler {sampler} does not fit a {type(generator).__name__}; samplers that do: {able}")
     lacking = entry.missing(options)
     if lacking:
         raise ValueError(f"sampler {sampler} needs the options {' and '.join(lacking)}")
     return entry, options
-
-
-def _fits(entry: SamplerEntry, generator: Any) -> bool:
-    return all(callable(getattr(generator, need, None)) for need in entry.needs)
 
 
 def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
