@@ -209,7 +209,9 @@ def test_one_model_alone_and_stored_dtypes(parity, tmp_path):
     assert tuple(RasterGPT.from_pretrained(tmp_path / "like").config["grid"]) == (24, 24)
     with pytest.raises(ValueError, match="holds one model"):
         load(tmp_path / "gpt", device="cpu")
-    with pytest.raises(ValueError, match="holds a RasterGPT; known tokenizers: MultiScaleVQTokenizer, VQTokenizer"):
+    with pytest.raises(
+        ValueError, match="RasterGPT is no class that may be loaded here; allowed: MultiScaleVQTokenizer, VQTokenizer"
+    ):
         load_tokenizer(tmp_path / "gpt", device="cpu")
 
 

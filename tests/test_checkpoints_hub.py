@@ -190,12 +190,9 @@ def test_damaged_folders_are_named(tmp_path):
     content = json.loads(index.read_text())
     for change, message in (
         ({"_class_name": "OtherPipeline"}, "holds a OtherPipeline; an ImagePipeline is needed"),
-        ({"generator": ["os", "path"]}, r"needs os\.path; only models of visar are loaded"),
-        (
-            {"generator": ["visar.generators.raster", "Nothing"]},
-            "needs Nothing of visar.generators.raster, which this",
-        ),
-        ({"generator": ["visar.generators.none", "None"]}, "which this version of visar lacks"),
+        ({"generator": ["os", "path"]}, "what it names is no class that may be loaded here; allowed: .*RasterGPT"),
+        ({"generator": ["visar.generators.raster", "Nothing"]}, "Nothing is no class that may"),
+        ({"generator": ["visar.generators.none", "None"]}, "None is no class that may"),
         ({"generator": None}, "model_index.json has generator None"),
         (
             {"generator": ["visar.generators.raster", "RasterGPT"]},

@@ -63,7 +63,7 @@ def load_text_encoder(name: str | Path, device: torch.device | str = "cpu") -> T
         from transformers import AutoModelForTextEncoding, AutoTokenizer
     except ImportError as error:
         raise ImportError("text encoders need transformers: pip install 'torch-visar[text]'") from error
-    place, settings = _place(name), dict(local_files_only=str(name) != FLAN_T5_XL)
+    place, settings = _place(name), dict(local_files_only=str(name) != FLAN_T5_XL, trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **settings)
         model, found = AutoModelForTextEncoding.from_pretrained(

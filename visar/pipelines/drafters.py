@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from visar.checkpoints import hub
-from visar.pipelines.loading import load, load_component, read_json
+from visar.pipelines.loading import DRAFTERS, load, load_component, read_json
 from visar.samplers.drafters import Drafter, ModelDrafter, NgramDrafter, check_fit
 from visar.samplers.feature_drafters import check_features, target_digest
 
@@ -43,10 +43,7 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
             f"unknown drafter {text!r}{inner}; allowed: ngram, eagle, heads, the folder of a drafter (model/ of visar "
             "train drafter), or the name or folder of a smaller model of the same tokens"
         )
-    class_name = str(read_json(folder / "config.json").get("_class_name"))
-    if class_name not in CLASSES.values():
-        raise ValueError(f"{folder} holds a {class_name}; drafters: {', '.join(CLASSES.values())}")
-    drafter: Any = load_component("visar.samplers.feature_drafters", class_name, folder)
+    drafter: Any = load_component(DRAFTERS, read_json(folder / "config.json").get("_class_name"), folder)
     nn.Module.to(drafter, device=target.device, dtype=target.dtype)
     check_features(drafter, target)
     return drafter.eval().requires_grad_(False)

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ from visar.pipelines.image import ImagePipeline
 from visar.quantize import check_quantization, quantize_
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# A folder of one model names its class only; here is where the class is.
+# Folders name the classes of their models. These are the only ones that loading a folder makes, and where they are.
 TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQTokenizer": "visar.tokenizers.vq"}
+GENERATORS = {
+    "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
+    "NextScaleTransformer": "visar.generators.next_scale",
+    "RasterGPT": "visar.generators.raster",
+    "TabularGenerator": "visar.generators.tabular",
+}
+DRAFTERS = {"FeatureDrafter": "visar.samplers.feature_drafters", "SpatialHeads": "visar.samplers.feature_drafters"}
 
 
 def load(
@@ -111,31 +119,50 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _tokenizer(folder: Path) -> ModelMixin:
-    class_name = read_json(folder / "config.json").get("_class_name")
-    if class_name not in TOKENIZERS:
-        raise ValueError(f"{folder} holds a {class_name}; known tokenizers: {', '.join(TOKENIZERS)}")
-    return load_component(TOKENIZERS[class_name], class_name, folder)
+    return load_component(TOKENIZERS, read_json(folder / "config.json").get("_class_name"), folder)
 
 
-def load_component(module: str, class_name: str, folder: Path) -> ModelMixin:
+def model_class(allowed: Mapping[str, str], name: object, module: object = None) -> type[ModelMixin]:
+    """The class of a model that a file names, from a table; nothing that is not in the table is imported or called.
+
+    Args:
+        allowed: names of classes and the modules that define them, such as GENERATORS.
+        name: what the file says; anything that JSON can hold.
+        module: where the file says that the class is; None where it does not say.
+
+    Raises:
+        ValueError: another class, or one said to be in another module.
+    """
+    if not isinstance(name, str) or name not in allowed or module not in (None, allowed[name]):
+        # A stranger's text is quoted only where it is the name of a class.
+        quoted = name if isinstance(name, str) and name.isidentifier() and name[0].isupper() else "what it names"
+        raise ValueError(f"{quoted} is no class that may be loaded here; allowed: {', '.join(allowed)}")
+    found = getattr(importlib.import_module(allowed[name]), name)
+    assert issubclass(found, ModelMixin) and found.__module__ == allowed[name]
+    return found
+
+
+def load_component(allowed: Mapping[str, str], name: object, folder: Path, module: object = None) -> ModelMixin:
     """A model on the CPU, in the dtype that its file is stored in.
 
     Not by `from_pretrained`: what that does about dtypes differs between versions of diffusers, it needs accelerate
     for models with parts kept in float32, and it only warns of weights that are missing.
 
+    Args:
+        allowed, name, module: see `model_class`.
+        folder: with config.json and the weights.
+
     Raises:
-        ValueError: a class that is not one of visar's models, settings that it does not have, or weights that are
+        ValueError: a class that is not one of the allowed ones, settings that it does not have, or weights that are
             damaged, missing or too many.
     """
-    if not module.startswith("visar."):
-        raise ValueError(f"{folder} needs {module}.{class_name}; only models of visar are loaded")
     try:
-        model_class = getattr(importlib.import_module(module), class_name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{folder} needs {class_name} of {module}, which this version of visar lacks") from error
+        found = model_class(allowed, name, module)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
     try:
-        model = empty(model_class, config)
+        model = empty(found, config)
     except TypeError as error:
         raise ValueError(f"{folder} was made by another version of visar: {error}") from error
     return load_strict(model, _weights(folder), str(folder))
@@ -188,12 +215,12 @@ def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != ImagePipeline.__name__:
         raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
-    for name in ("tokenizer", "generator"):
+    for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
         if name in components:
             continue
         match index.get(name):
             case [str(module), str(class_name)]:
-                components[name] = load_component(module, class_name, folder / name)
+                components[name] = load_component(allowed, class_name, folder / name, module)
             case other:
                 raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
     return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
