@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from visar.files import load_weights
+from visar.io.files import load_weights
 
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,7 +19,7 @@ _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 
 
 def read(path: str | Path) -> dict[str, object]:
-    """Contents of a weights file; `visar.files.load_weights`, and command-line settings saved along are let through.
+    """Contents of a weights file as `load_weights` reads it; command-line settings saved along are let through.
 
     Raises:
         ValueError: the file is missing, damaged, or asks for code to be run.

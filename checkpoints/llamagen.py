@@ -14,7 +14,7 @@ from torch import Tensor
 
 from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, require, unwrap
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
-from visar.rope import RopeKind
+from visar.layers.rope import RopeKind
 from visar.tokenizers.vq import VQTokenizer
 
 VQ_MARK, GPT_MARK = "encoder.conv_blocks.0.res.0.conv1.weight", "layers.0.attention.wqkv.weight"

@@ -5,7 +5,7 @@ are read off keys and shapes. Ignored: `lvl_1L` and `attn_bias_for_masking` (the
 read off the first), `zero_k_bias` (checked to be zero), `quantize.ema_vocab_hit_SV` (a count of uses that nobody
 reads).
 
-A transformer's configuration and weights include the tokenizer's codebook and phi; see visar/multiscale.py.
+A transformer's configuration and weights include the tokenizer's codebook and phi; see visar/generators/scales.py.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, rename, require
 from visar.generators.next_scale import SCALES_256, SCALES_512, SCALES_1024, NextScaleTransformer
-from visar.scale_attention import scale_mask
+from visar.layers.scale_attention import scale_mask
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 Scales = Sequence[int | Sequence[int]]

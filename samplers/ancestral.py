@@ -6,12 +6,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.generators.interface import BlockGenerator
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, Use
-from visar.output import SampleOutput, SampleStatistics
-from visar.runtime import EAGER, Runtime
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import BlockGenerator
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput, SampleStatistics
+from visar.core.runtime import EAGER, Runtime
 from visar.samplers.filtering import check_filters, sample_logits
 
 

@@ -10,20 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.multiscale import ScaleGenerator, ScaleState
-from visar.noise import Noise, Use
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
-from visar.samplers.next_scale import (
-    ScaleSettings,
-    check_scales,
-    draw_scale,
-    finish,
-    open_session,
-    scale_settings,
-)
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.samplers.next_scale import ScaleSettings, check_scales, draw_scale, finish, open_session, scale_settings
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,3 +127,14 @@ def sample_logits(
         uniform_M = uniform.reshape(-1).contiguous()
         codes_M = draw_codes(logits.flatten(0, -2).contiguous(), uniform_M, temperature, top_k, top_p)
     return codes_M.view(uniform.shape)
+
+
+def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
+    logits = logits.float()
+    if fits_kernels(logits):
+        from visar.kernels.draw import law
+
+        with kernels.on(logits.device):
+            return law(logits, temperature, top_k, top_p)
+    return torch.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)

@@ -14,13 +14,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Generator
+from visar.core.noise import Noise
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
 from visar.samplers.jacobi import Initial, run_jacobi
-from visar.samplers.verify import Generator
 
 
 def group_members(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, get_origin
 
-from visar.output import SampleOutput
+from visar.core.output import SampleOutput
 
 COMMON = ("model", "condition", "noise", "guidance", "temperature", "top_k", "top_p", "callback", "runtime")
 

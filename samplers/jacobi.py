@@ -21,15 +21,15 @@ import torch
 from torch import Tensor
 
 from visar import kernels
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, Use
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters, draw, fits_kernels
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Generator
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.samplers.filtering import check_filters, draw, fits_kernels, token_law
 from visar.samplers.verify import (
     Counts,
-    Generator,
     Verdict,
     check_window,
     held_noise,
@@ -37,7 +37,6 @@ from visar.samplers.verify import (
     one_hot,
     residual,
     run_passes,
-    token_law,
     verify,
 )
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
-from visar.guidance import OFF, Guidance
-from visar.multiscale import ScaleState
-from visar.noise import Noise, Use
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
+from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical
 from visar.samplers.next_scale import ScaleSettings, check_scales, finish, open_session, scale_settings
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.multiscale import ScaleGenerator, ScaleState
-from visar.noise import Noise, Use
-from visar.output import SampleOutput, SampleStatistics
-from visar.runtime import EAGER, Runtime, Session
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput, SampleStatistics
+from visar.core.runtime import EAGER, Runtime, Session
+from visar.generators.scales import ScaleGenerator, ScaleState
 from visar.samplers.filtering import categorical, check_filters, filter_logits
 from visar.samplers.verify import held_noise
 

@@ -22,17 +22,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
-from visar.samplers.drafters import Drafter, Drafting
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Generator
+from visar.core.noise import Noise
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.core.tree import DraftTree
+from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
 from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
-from visar.samplers.verify import Generator, acceptance, one_hot, residual
-from visar.tree import DraftTree
+from visar.samplers.verify import acceptance, one_hot, residual
 
 
 def neighbour_table(codebook_VC: Tensor, num_neighbours: int, chunk: int = 1024) -> Tensor:

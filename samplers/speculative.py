@@ -1,7 +1,7 @@
 """Drafted speculation: a cheap drafter proposes a chain of tokens, the generator judges them in one pass.
 
 Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts a position are in
-visar/samplers/trees.py, drafters in visar/samplers/drafters.py and visar/samplers/feature_drafters.py.
+visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
 
 B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D width.
 """
@@ -13,23 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, Use
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
-from visar.samplers.drafters import Drafter, Drafting, Kept, NgramDrafter, Target
-from visar.samplers.filtering import check_filters, draw
-from visar.samplers.verify import (
-    Counts,
-    Generator,
-    check_window,
-    held_noise,
-    judged_in_chain,
-    run_passes,
-    token_law,
-    verify,
-)
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Generator
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
+from visar.samplers.drafters.ngram import NgramDrafter
+from visar.samplers.filtering import check_filters, draw, token_law
+from visar.samplers.verify import Counts, check_window, held_noise, judged_in_chain, run_passes, verify
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,13 +12,16 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance, repeat
-from visar.noise import Noise, Use
-from visar.output import SampleOutput
-from visar.runtime import EAGER, Runtime
-from visar.samplers.drafters import Drafter, Drafting, Kept, NgramDrafter, Target
-from visar.samplers.filtering import check_filters
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance, repeat
+from visar.core.interface import Generator
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.core.tree import DraftTree
+from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
+from visar.samplers.drafters.ngram import NgramDrafter
+from visar.samplers.filtering import check_filters, token_law
 from visar.samplers.trees import (
     Walk,
     check_paths,
@@ -30,8 +33,7 @@ from visar.samplers.trees import (
     walk_chosen,
     walk_drawn,
 )
-from visar.samplers.verify import Counts, Generator, check_window, held_noise, run_passes, token_law
-from visar.tree import DraftTree
+from visar.samplers.verify import Counts, check_window, held_noise, run_passes
 
 Read = Callable[[DraftTree], Tensor]
 Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]

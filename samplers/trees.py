@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from visar import kernels
-from visar.samplers.drafters import Drafting
+from visar.core.tree import DraftTree
+from visar.samplers.drafters.interface import Drafting
 from visar.samplers.filtering import draw, fits_kernels
 from visar.samplers.verify import acceptance, residual, row_at
-from visar.tree import DraftTree
 
 Judge = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 

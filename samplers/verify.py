@@ -23,21 +23,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
-from visar.noise import Noise
-from visar.output import SampleOutput, SampleStatistics
-from visar.runtime import Session
-from visar.samplers.filtering import draw, filter_logits, fits_kernels
-
-
-def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
-    logits = logits.float()
-    if fits_kernels(logits):
-        from visar.kernels.draw import law
-
-        with kernels.on(logits.device):
-            return law(logits, temperature, top_k, top_p)
-    return torch.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)
+from visar.core.noise import Noise
+from visar.core.output import SampleOutput, SampleStatistics
+from visar.core.runtime import Session
+from visar.samplers.filtering import draw, fits_kernels
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -73,13 +62,6 @@ def judged_in_chain(kept_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Ten
 def row_at(values_BLX: Tensor, index_B: Tensor) -> Tensor:
     """Row index_B[b] of every image's [L, X], as [B, X]."""
     return values_BLX.gather(1, index_B[:, None, None].expand(-1, 1, values_BLX.shape[-1])).squeeze(1)
-
-
-Generator = Any
-"""An nn.Module that predicts one token a step: config, num_tokens, start, verify and commit (see RasterGPT).
-
-Samplers say what else they call. Not a protocol, so that one's own subclass of nn.Module is not forced to repeat it.
-"""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def record_samples(found: dict[str, str]) -> None:
 
 
 def command(found: dict[str, str], key: str, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "visar.cli", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "visar.cli.main", *arguments], capture_output=True, text=True)
     if done.returncode:
         found[key] = f"failed: {(done.stderr.strip().splitlines() or [''])[-1]}"
     print(key, "failed" if done.returncode else "done", flush=True)

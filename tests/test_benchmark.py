@@ -15,13 +15,13 @@ from visar.bench.rows import compare_with_baseline, read_rows
 from visar.bench.run import bench
 from visar.bench.subjects import PRESETS, Subject, build, find_preset, floor_seconds, tiny
 from visar.checkpoints.common import empty
-from visar.cli import main, parse
-from visar.condition import Condition
+from visar.cli.main import main, parse
+from visar.core.condition import Condition
+from visar.generators.causal_state import RasterState
 from visar.generators.raster import RasterGPT
-from visar.generators.raster_state import RasterState
-from visar.memory import OutOfMemory, estimated_batch, largest_batch, memory_need
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
+from visar.pipelines.memory import OutOfMemory, estimated_batch, largest_batch, memory_need
 
 CPU = torch.device("cpu")
 RELEASED_MILLIONS = {

@@ -9,15 +9,17 @@ from safetensors.torch import save_file
 
 from visar.checkpoints import hmar, hub, llamagen, var
 from visar.checkpoints.code import load_pair
-from visar.checkpoints.convert import convert, sniff
+from visar.checkpoints.convert import sniff
 from visar.checkpoints.options import Convert
-from visar.condition import Condition
+from visar.cli.convert import convert
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance
-from visar.noise import Noise
-from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.components import load_tokenizer
+from visar.pipelines.loading import load
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.collaborative import sample_collaborative
 from visar.samplers.masked_refinement import sample_masked_refinement

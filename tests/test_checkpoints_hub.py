@@ -10,14 +10,15 @@ import pytest
 import torch
 
 from visar.checkpoints import hub
+from visar.core.guidance import Guidance
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS
-from visar.guidance import Guidance
+from visar.pipelines.components import load_tokenizer
 from visar.pipelines.drafters import CLASSES, load_drafter
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.loading import load, load_tokenizer
-from visar.pipelines.sampler_options import guidance_of_defaults
-from visar.samplers.feature_drafters import target_digest
+from visar.pipelines.loading import load
+from visar.pipelines.sampling import guidance_of_defaults
+from visar.samplers.drafters.interface import target_digest
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 

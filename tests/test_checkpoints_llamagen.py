@@ -9,16 +9,8 @@ import torch
 from safetensors.torch import save_file
 
 from visar.checkpoints.common import check_keys, count_modules, empty, read, rename, unwrap
-from visar.checkpoints.llamagen import (
-    NUM_HEADS,
-    convert_gpt,
-    convert_vq,
-    export_gpt,
-    export_vq,
-    load_gpt,
-    load_vq,
-)
-from visar.condition import Condition
+from visar.checkpoints.llamagen import NUM_HEADS, convert_gpt, convert_vq, export_gpt, export_vq, load_gpt, load_vq
+from visar.core.condition import Condition
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
 from visar.tokenizers.vq import VQTokenizer
 

@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from visar.checkpoints.hub import OFFICIAL, embedded_names
-from visar.cli import COMMANDS, main
-from visar.cli_sample import Sample
+from visar.cli.main import COMMANDS, main
+from visar.cli.sample import Sample
+from visar.cli.sampler_flags import take_sampler_options
 from visar.evaluate.extractors import EXTRACTORS
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
-from visar.sampler_arguments import take_sampler_options
 from visar.samplers.index import SAMPLERS
 from visar.tokenizers.vq import VQTokenizer
 

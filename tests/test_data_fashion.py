@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from visar.cli import main
+from visar.cli.main import main
 from visar.data.fashion_mnist import CLASSES, build_fashion, read_idx
 from visar.data.images import load_image_set
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from visar.data.images import as_float, load_image_set, make_image_set
-from visar.output import to_uint8
+from visar.io.pictures import to_uint8
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 

@@ -8,8 +8,9 @@ import torch
 
 from visar.data.augment import DRAWINGS, Augmentation
 from visar.data.images import ImageSet, as_float, load_image_set
-from visar.data.tokens import TokenCache, build_token_cache, weights_digest
+from visar.layers.quantize import weights_digest
 from visar.tokenizers.vq import VQTokenizer
+from visar.train.token_cache import TokenCache, build_token_cache
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 

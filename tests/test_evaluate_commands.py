@@ -12,28 +12,21 @@ import torch
 import tyro
 from PIL import Image
 
-from visar.condition import Condition
-from visar.evaluate.commands import (
-    Eval,
-    EvalTokenizer,
-    Stats,
-    evaluate,
-    evaluate_tokenizer,
-    read_prompts,
-    stats,
-)
-from visar.evaluate.compare import compare
+from visar.cli.compare import compare
+from visar.cli.evaluate import Eval, EvalTokenizer, Stats, evaluate, evaluate_tokenizer, read_prompts, stats
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.data.vocabulary import Vocabulary, build_vocabulary
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
 from visar.evaluate.images import UINT8_RULES, ArrayImages
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
-from visar.evaluate.run import label_plan, make_statistics
+from visar.evaluate.references import make_statistics
+from visar.evaluate.run import label_plan
 from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance
 from visar.pipelines.image import ImagePipeline
 from visar.tokenizers.vq import VQTokenizer
-from visar.vocabulary import Vocabulary, build_vocabulary
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 COMMANDS = (Eval, Stats, EvalTokenizer, Compare)

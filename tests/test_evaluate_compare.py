@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from visar.evaluate import pipeline as evaluation
-from visar.evaluate.compare import compare
+from visar.cli.compare import compare
+from visar.evaluate import run as evaluation
 from visar.evaluate.extractors import EXTRACTORS
 from visar.evaluate.labels import Label, LabelPlan
 from visar.evaluate.options import Compare

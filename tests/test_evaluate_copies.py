@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from visar.core.interface import TokenLayout
 from visar.evaluate.copies import copies, moved, nearest, neighbour_picture, thumbnails
 from visar.evaluate.extractors import load_extractor
 from visar.evaluate.images import ArrayImages
 from visar.evaluate.reconstruction import codebook_usage, evaluate_reconstruction, psnr, ssim
 from visar.evaluate.references import measure
-from visar.output import TokenLayout
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 

@@ -19,13 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visar.core.output import SampleStatistics
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.generation import collect, generate_images, remake_images, write_npz
 from visar.evaluate.images import NpzImages
 from visar.evaluate.labels import Label, LabelPlan, LabelTable
-from visar.evaluate.run import RunOptions, label_plan
-from visar.evaluate.sharding import World, finished, load_part, missing_ranges
-from visar.output import SampleStatistics
+from visar.evaluate.parts import load_part
+from visar.evaluate.pipeline import RunOptions
+from visar.evaluate.run import label_plan
+from visar.io.shards import World, finished, missing_ranges
 
 SCRIPT = Path(__file__).parent / "fixtures" / "evaluation.py"
 

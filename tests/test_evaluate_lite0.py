@@ -8,12 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch_fidelity.utils import create_feature_extractor
 
-from visar.evaluate.efficientnet_lite import (
-    EfficientNetLite0,
-    SameConv2d,
-    lite0_weights_path,
-    load_efficientnet_lite0,
-)
+from visar.evaluate.efficientnet_lite import EfficientNetLite0, SameConv2d, lite0_weights_path, load_efficientnet_lite0
 from visar.evaluate.extractors import EXTRACTORS, FeatureExtractorInceptionSpatial, load_extractor
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"

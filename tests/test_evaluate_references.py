@@ -16,8 +16,7 @@ from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, open_images, resized
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.metrics import compute_metrics
-from visar.evaluate.references import load_reference, load_statistics, save_statistics
-from visar.evaluate.run import make_statistics
+from visar.evaluate.references import load_reference, load_statistics, make_statistics, save_statistics
 from visar.evaluate.statistics import frechet_distance
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py")))

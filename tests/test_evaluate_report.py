@@ -12,14 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
+from visar.evaluate.comparison import Point, draw_pareto, frontier, write_comparison
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
 from visar.evaluate.labels import LabelPlan
-from visar.evaluate.pareto import Point, draw_pareto, frontier
+from visar.evaluate.pipeline import RunOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.report import Report, card, check_comparable, load_report, table
-from visar.evaluate.run import RunOptions, evaluate_generator, write_comparison
-from visar.evaluate.sharding import World
+from visar.evaluate.run import evaluate_generator
+from visar.io.shards import World
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py")))
 PLAN = LabelPlan("balanced", num_classes=5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visar.files import atomic_write, load_weights, sha256, tensors_only
+from visar.io.files import atomic_write, load_weights, sha256, tensors_only
 
 
 def test_atomic_write_replaces_or_leaves_alone(tmp_path):

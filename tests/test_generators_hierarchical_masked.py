@@ -6,7 +6,9 @@ import torch
 from visar.checkpoints import hmar
 from visar.checkpoints.common import build
 from visar.checkpoints.var import convert_vq
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
 from visar.generators.hierarchical_masked import (
     HierarchicalMaskedTransformer,
     next_scale_loss,
@@ -14,8 +16,6 @@ from visar.generators.hierarchical_masked import (
     refinement_loss,
     scale_weights,
 )
-from visar.guidance import Guidance
-from visar.noise import Noise
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.editing import box_mask, sample_edit
 from visar.samplers.masked_refinement import least_certain, refinement_schedule, sample_masked_refinement

@@ -5,17 +5,18 @@ import torch
 
 from visar.checkpoints.common import build
 from visar.checkpoints.var import convert_transformer, convert_vq
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise
 from visar.generators.next_scale import NextScaleTransformer
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise
+from visar.layers.scale_attention import scale_attention
+from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.loading import load
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.editing import box_mask, grid_mask, sample_edit
 from visar.samplers.filtering import filter_logits
 from visar.samplers.next_scale import sample_next_scale
-from visar.scale_attention import scale_attention
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 SYSTEMS = ["var", "var_saln"]

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from visar.condition import NULL_WORD, Condition
+from visar.core.condition import NULL_WORD, Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, image_seeds
 from visar.generators.raster import RasterGPT
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, image_seeds
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import filter_logits
 
@@ -294,7 +294,7 @@ def test_reset_parameters_starts_uniform():
 @pytest.mark.parametrize("kind", CONDITIONS)
 @torch.no_grad()
 def test_captured_ids_equal_eager_ids(kind):
-    from visar.runtime import EAGER, Runtime
+    from visar.core.runtime import EAGER, Runtime
 
     model, condition = tiny(kind)
     model, condition = model.cuda(), condition.to("cuda")

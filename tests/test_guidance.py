@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance, combine, double, repeat
 
 
 def test_conventions_agree():

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from visar.runtime import Runtime
+from visar.core.runtime import Runtime
 from visar.tokenizers.convnet import Decoder
 from visar.tokenizers.decoding import decode_tokens
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
@@ -38,7 +38,7 @@ def images(*shape, device, dtype):
 @pytest.mark.parametrize("silu", [True, False])
 @torch.no_grad()
 def test_group_norm(device, dtype, channels, height, width, silu):
-    from visar.kernels_conv import group_norm, moments
+    from visar.kernels.convolution import group_norm, moments
 
     torch.manual_seed(0)
     norm = norm_of(channels, device, dtype)
@@ -60,7 +60,7 @@ def test_group_norm(device, dtype, channels, height, width, silu):
 @pytest.mark.parametrize("num_biases, add", [(0, True), (1, False), (1, True), (2, True)])
 @torch.no_grad()
 def test_moments_of_sums(device, dtype, num_biases, add):
-    from visar.kernels_conv import group_norm, moments
+    from visar.kernels.convolution import group_norm, moments
 
     torch.manual_seed(0)
     channels = 96
@@ -76,7 +76,7 @@ def test_moments_of_sums(device, dtype, num_biases, add):
 
 @torch.no_grad()
 def test_an_image_does_not_depend_on_its_batch(device, dtype):
-    from visar.kernels_conv import group_norm, moments
+    from visar.kernels.convolution import group_norm, moments
 
     torch.manual_seed(0)
     norm = norm_of(64, device, dtype)
@@ -88,7 +88,7 @@ def test_an_image_does_not_depend_on_its_batch(device, dtype):
 
 @pytest.mark.parametrize("channels, height, width", [(32, 1, 1), (96, 5, 7), (128, 3, 130)])
 def test_upsample(device, dtype, channels, height, width):
-    from visar.kernels_conv import upsample
+    from visar.kernels.convolution import upsample
 
     x = images(2, channels, height, width, device=device, dtype=dtype)
     assert torch.equal(upsample(x), functional.interpolate(x, scale_factor=2.0, mode="nearest"))
@@ -96,7 +96,7 @@ def test_upsample(device, dtype, channels, height, width):
 
 def launch(dtype: str, channels: int, size: int, biases: int) -> None:
     """With no bias, nothing is added at all."""
-    from visar.kernels_conv import group_norm, moments, upsample
+    from visar.kernels.convolution import group_norm, moments, upsample
 
     x = torch.zeros(2, channels, size, size, dtype=getattr(torch, dtype))
     bias = torch.zeros(channels, dtype=x.dtype)

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import Runtime
 from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance
-from visar.layers import RMSNorm
-from visar.noise import Noise, image_seeds
-from visar.rope import rope_table
-from visar.runtime import Runtime
+from visar.layers.llama import RMSNorm
+from visar.layers.rope import rope_table
 from visar.samplers.ancestral import sample_ancestral
 
 
@@ -28,7 +28,7 @@ def close(got, expected) -> None:
 @pytest.fixture
 def few_in_float32(monkeypatch):
     """Few rows take the kernels of products in float32 too: the interpreter has no bfloat16."""
-    from visar.kernels import decoder
+    from visar.layers import llama_fused as decoder
 
     monkeypatch.setattr(decoder, "FEW_DTYPES", (*decoder.FEW_DTYPES, torch.float32))
 
@@ -113,7 +113,7 @@ def test_products_refuse(device):
 def test_where_few_rows_go():
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
-    from visar.kernels.decoder import FEW_ROWS, are_few
+    from visar.layers.llama_fused import FEW_ROWS, are_few
 
     layer = nn.Linear(8, 8).bfloat16()
     assert are_few(FEW_ROWS, layer) and not are_few(FEW_ROWS + 1, layer)

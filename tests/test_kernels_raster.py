@@ -6,14 +6,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from visar import kernels
-from visar.cache import KVCache, visible
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance, combine
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import Runtime, Session
 from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance, combine
-from visar.layers import RMSNorm, SwiGLU
-from visar.noise import Noise, image_seeds
-from visar.rope import rope_table, rotate
-from visar.runtime import Runtime, Session
+from visar.layers.cache import KVCache, visible
+from visar.layers.llama import RMSNorm, SwiGLU
+from visar.layers.rope import rope_table, rotate
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import categorical, filter_logits, sample_logits
 from visar.samplers.jacobi import sample_jacobi

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
+from visar.core.runtime import EAGER, Runtime
 from visar.generators.next_scale import NextScaleTransformer
-from visar.guidance import Guidance
-from visar.noise import Noise
-from visar.runtime import EAGER, Runtime
+from visar.layers.scale_blocks import AdaLNBlock, AdaLNOutputNorm, run_blocks
 from visar.samplers.next_scale import sample_next_scale
-from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, run_blocks
 
 
 def error(got, expected) -> float:
@@ -34,7 +34,7 @@ def plain(monkeypatch, call):
 @pytest.mark.parametrize("rows, length, width", [(1, 1, 64), (2, 5, 96), (3, 2, 1920)])
 @pytest.mark.parametrize("with_branch", [True, False])
 def test_modulated_norm(device, dtype, rows, length, width, with_branch):
-    from visar.kernels_scale import modulated_norm
+    from visar.kernels.scales import modulated_norm
 
     torch.manual_seed(0)
     x, branch = (torch.randn(rows, length, width, device=device, dtype=dtype) + 2 for _ in range(2))
@@ -52,7 +52,7 @@ def test_modulated_norm(device, dtype, rows, length, width, with_branch):
 @pytest.mark.parametrize("heads, width", [(1, 64), (3, 32), (30, 64), (2, 20)])
 @pytest.mark.parametrize("rows, length, begin, qk_norm", [(1, 1, 0, True), (2, 4, 3, True), (2, 4, 0, False)])
 def test_split_heads(device, dtype, heads, width, rows, length, begin, qk_norm):
-    from visar.kernels_scale import split_heads
+    from visar.kernels.scales import split_heads
 
     torch.manual_seed(0)
     qkv = torch.randn(rows, length, 3 * heads * width, device=device, dtype=dtype)
@@ -78,7 +78,7 @@ def test_split_heads(device, dtype, heads, width, rows, length, begin, qk_norm):
 
 def launch(dtype: str, width: int, heads: int, normed: bool) -> None:
     """Normed: queries and keys of unit length, and a residual branch added before the norm."""
-    from visar.kernels_scale import modulated_norm, split_heads
+    from visar.kernels.scales import modulated_norm, split_heads
 
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(shape, dtype=getattr(torch, dtype))

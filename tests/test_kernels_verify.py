@@ -5,23 +5,23 @@ import torch
 from torch import nn
 
 from visar import kernels
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import Runtime
+from visar.core.tree import DraftTree
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.raster import RasterGPT
 from visar.generators.tabular import TabularGenerator
-from visar.guidance import Guidance
-from visar.noise import Noise, image_seeds
-from visar.runtime import Runtime
-from visar.samplers.feature_drafters import FeatureDrafter
-from visar.samplers.filtering import draw
+from visar.samplers.drafters.eagle import FeatureDrafter
+from visar.samplers.filtering import draw, token_law
 from visar.samplers.grouped import sample_grouped
 from visar.samplers.jacobi import refresh, sample_jacobi
 from visar.samplers.relaxed import judge_relaxed, relaxed_law, sample_lantern
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
 from visar.samplers.trees import judge_drawn, walk, walk_by_kernel, walk_chains, walk_chosen, walk_drawn
-from visar.samplers.verify import Verdict, one_hot, token_law, verify
-from visar.tree import DraftTree
+from visar.samplers.verify import Verdict, one_hot, verify
 
 VOCABULARIES = [50, 128, 300]
 
@@ -182,9 +182,9 @@ def test_walk_of_chains(device, monkeypatch):
 @pytest.mark.parametrize("first", [0, 3])
 @pytest.mark.parametrize("nodes", [6, 40])
 def test_tree_attention(device, dtype, nodes, first):
-    from visar.cache import visible_tree
     from visar.kernels.attention import cached_attention
-    from visar.rope import rope_table, rotate
+    from visar.layers.cache import visible_tree
+    from visar.layers.rope import rope_table, rotate
 
     batch, rows, heads, width, prefix = 2, 4, 2, 32, 3
     generator = torch.Generator().manual_seed(nodes)

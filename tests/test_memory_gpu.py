@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from visar import load
-from visar.memory import OutOfMemory
+from visar.pipelines.memory import OutOfMemory
 
 pytestmark = pytest.mark.gpu
 

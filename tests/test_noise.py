@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from visar import kernels
-from visar.noise import Noise, Use, image_seeds, philox
+from visar.core.noise import Noise, Use, image_seeds, philox
 
 
 def words(*values: int) -> tuple[torch.Tensor, ...]:

@@ -9,10 +9,10 @@ import PIL.Image
 import pytest
 import torch
 
-from visar.cli import main
+from visar.cli.edit import Edit
+from visar.cli.main import main
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
-from visar.pipelines.edit_options import Edit
 from visar.pipelines.editing import edit_images, scale_previews
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
@@ -152,7 +152,9 @@ def test_the_command_edits_a_file(tmp_path, capsys):
 
 @pytest.mark.parametrize("arguments", [["--help"], ["model", "picture.png", "--strategy", "none"]], ids=str)
 def test_help_and_wrong_options_do_not_wait_for_models(arguments):
-    code = f"import sys; from visar.cli import main; main({['edit', *arguments]}); sys.exit('torch' in sys.modules)"
+    code = (
+        f"import sys; from visar.cli.main import main; main({['edit', *arguments]}); sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
     assert get_args(get_type_hints(Edit)["strategy"]) == get_args(Strategy)
 

@@ -5,14 +5,15 @@ import PIL.Image
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.data.vocabulary import build_vocabulary
 from visar.generators.raster import RasterGPT
-from visar.guidance import Guidance
+from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.loading import load
 from visar.samplers.relaxed import neighbour_table
 from visar.tokenizers.vq import VQTokenizer
-from visar.vocabulary import build_vocabulary
 
 ATTRIBUTES = {"class": ("animal/cat", "animal/dog", "fruit/apple"), "style": ("ink", "oil")}
 LABELS = np.array([[0, 0], [0, 1], [1, 0], [2, 1], [2, 1]])

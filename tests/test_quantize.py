@@ -11,20 +11,19 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from visar import quantize
 from visar.bench.correctness import check_logits
 from visar.bench.options import Bench
 from visar.bench.run import bench
 from visar.bench.subjects import Subject, build, find_preset, floor_seconds, tiny
-from visar.cli import main
-from visar.condition import Condition
-from visar.data.tokens import weights_digest
-from visar.guidance import Guidance
-from visar.memory import any_condition
-from visar.noise import Noise, image_seeds
+from visar.cli.main import main
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.layers import quantize
+from visar.layers.quantize import QUANTIZATIONS, dequantize_, quantize_, quantized_layers, stored, weights_digest
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.quantize import QUANTIZATIONS, dequantize_, quantize_, quantized_layers, stored
+from visar.pipelines.memory import any_condition
 from visar.samplers.ancestral import sample_ancestral
 
 CPU = torch.device("cpu")
@@ -89,7 +88,7 @@ def test_kernel_is_torchaos_linear(device, kind, rows):
 @needs_torchao
 @torch.no_grad()
 def test_steps_by_kernels_are_the_plain_path(device, monkeypatch):
-    from visar.kernels import decoder
+    from visar.layers import llama_fused as decoder
 
     monkeypatch.setattr(decoder, "FEW_DTYPES", (torch.float32,))
     model = small("llamagen-b", "int8", device).generator
@@ -187,6 +186,6 @@ def test_without_torchao(monkeypatch):
 
 
 def test_torchao_is_imported_only_when_asked_for():
-    code = "import sys, json, visar.quantize; print(json.dumps('torchao.quantization' in sys.modules))"
+    code = "import sys, json, visar.layers.quantize; print(json.dumps('torchao.quantization' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False and QUANTIZATIONS == ("none", "int8", "fp8")

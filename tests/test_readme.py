@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visar.cli import COMMANDS, main, parse
+from visar.cli.main import COMMANDS, main, parse
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

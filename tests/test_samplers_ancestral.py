@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, image_seeds
 from visar.generators.raster import RasterGPT
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, image_seeds
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import filter_logits
 

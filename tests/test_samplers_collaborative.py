@@ -8,11 +8,11 @@ import torch
 
 from visar.checkpoints.common import build
 from visar.checkpoints.var import convert_transformer, convert_vq
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
-from visar.guidance import Guidance
-from visar.noise import Noise
 from visar.samplers.collaborative import plan_stages, sample_collaborative
 from visar.samplers.next_scale import sample_next_scale
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer

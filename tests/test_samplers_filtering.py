@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from visar.noise import Noise, Use, image_seeds
+from visar.core.noise import Noise, Use, image_seeds
 from visar.samplers.filtering import categorical, check_filters, draw, filter_logits
 
 

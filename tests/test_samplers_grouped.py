@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import EAGER, Runtime
 from visar.evaluate.laws import check_law, joint_law, position_distances, total_variation
-from visar.guidance import Guidance
-from visar.noise import Noise, image_seeds
-from visar.runtime import EAGER, Runtime
+from visar.samplers.filtering import token_law
 from visar.samplers.grouped import group_chance, group_members, sample_grouped, static_chance, static_groups
 from visar.samplers.jacobi import sample_jacobi
-from visar.samplers.verify import acceptance, residual, token_law, verify
+from visar.samplers.verify import acceptance, residual, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

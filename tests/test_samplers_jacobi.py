@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import EAGER, Runtime
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.tabular import TabularGenerator
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, image_seeds
-from visar.runtime import EAGER, Runtime
+from visar.samplers.filtering import token_law
 from visar.samplers.jacobi import COUPLINGS, INITIALS, guess, refresh, sample_jacobi, window_sizes
-from visar.samplers.verify import one_hot, token_law, verify
+from visar.samplers.verify import one_hot, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,16 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import EAGER, Runtime
+from visar.core.tree import DraftTree
 from visar.evaluate.laws import check_law, joint_law, position_distances, total_variation
-from visar.guidance import Guidance
-from visar.noise import Noise, image_seeds
-from visar.runtime import EAGER, Runtime
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.drafters import ModelDrafter
+from visar.samplers.drafters.model import ModelDrafter
+from visar.samplers.filtering import token_law
 from visar.samplers.relaxed import judge_relaxed, neighbour_table, relaxed_law, sample_lantern, walk_greedy
 from visar.samplers.trees import check_paths, judge_drawn, path_parents, walk, walk_chosen, without
-from visar.samplers.verify import token_law
-from visar.tree import DraftTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

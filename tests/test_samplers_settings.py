@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from visar.sampler_arguments import parse_sampler, parse_sampling, split_run, take_sampler_options
+from visar.cli.compare import split_run
+from visar.cli.sampler_flags import take_sampler_options
 from visar.samplers.index import SAMPLERS
-from visar.samplers.settings import describe, take_setting
+from visar.samplers.settings import describe, parse_sampler, parse_sampling, take_setting
 
 
 @pytest.mark.parametrize(

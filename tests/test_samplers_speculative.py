@@ -7,14 +7,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, Use, image_seeds
+from visar.core.runtime import EAGER, Runtime, Session
+from visar.core.tree import DraftTree
 from visar.evaluate.laws import check_law, chi_squared, joint_law
-from visar.guidance import Guidance
-from visar.noise import Noise, Use, image_seeds
-from visar.runtime import EAGER, Runtime, Session
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.drafters import Kept, ModelDrafter, NgramDrafter, Target
-from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads, feature_loss, heads_loss, target_digest
+from visar.samplers.drafters.eagle import FeatureDrafter, feature_loss
+from visar.samplers.drafters.heads import SpatialHeads, heads_loss
+from visar.samplers.drafters.interface import Kept, Target, target_digest
+from visar.samplers.drafters.model import ModelDrafter
+from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import draw
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
@@ -30,7 +34,6 @@ from visar.samplers.trees import (
     without,
 )
 from visar.samplers.verify import residual
-from visar.tree import DraftTree
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

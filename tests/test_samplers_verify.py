@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, Use, image_seeds
 from visar.evaluate.laws import check_law, chi_squared, joint_law, noise_floor, position_distances
 from visar.generators.tabular import TabularGenerator
-from visar.guidance import OFF, Guidance
-from visar.noise import Noise, Use, image_seeds
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.filtering import draw, filter_logits
-from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, token_law, verify
+from visar.samplers.filtering import draw, filter_logits, token_law
+from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
+from visar.core.runtime import EAGER, Runtime
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
-from visar.guidance import Guidance
-from visar.noise import Noise
-from visar.runtime import EAGER, Runtime
+from visar.layers.scale_attention import scale_attention
 from visar.samplers.collaborative import sample_collaborative
 from visar.samplers.editing import box_mask, sample_edit
 from visar.samplers.masked_refinement import sample_masked_refinement
 from visar.samplers.next_scale import sample_next_scale
-from visar.scale_attention import scale_attention
 
 pytestmark = pytest.mark.gpu
 

@@ -14,20 +14,20 @@ import pytest
 import torch
 
 from visar.checkpoints.hub import OFFICIAL
-from visar.condition import Condition
+from visar.core.condition import Condition
 from visar.data.images import load_image_set
+from visar.data.vocabulary import Vocabulary
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.text_encoder import align_right, encode_captions, load_text_encoder
+from visar.pipelines.text_encoder import align_right, encode_captions, load_text_encoder
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
 from visar.train.building import CAPTION_LENGTH, build_generator
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
 from visar.train.generator import train_generator
-from visar.vocabulary import Vocabulary
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -128,7 +128,7 @@ def test_a_captions_features_are_its_own(folder):
 
 
 def test_long_captions_are_cut_with_a_warning(folder, caplog):
-    with caplog.at_level(logging.WARNING, "visar.text_encoder"):
+    with caplog.at_level(logging.WARNING, "visar.pipelines.text_encoder"):
         encode_captions(["a red cat"], folder, length=5)
         assert not caplog.records
         text, mask = parts(encode_captions(["a red cat on the dog"], folder, length=5))

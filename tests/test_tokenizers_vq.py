@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from visar.checkpoints.llamagen import convert_vq
 from visar.data.crops import center_crop, image_tensor, ten_crop
-from visar.output import to_uint8
+from visar.io.pictures import to_uint8
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage, VectorQuantizer, nearest_codes
 from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
 

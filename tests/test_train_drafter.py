@@ -11,9 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visar.checkpoints import hub
-from visar.cli import main
-from visar.evaluate.acceptance import (
+from visar.bench.acceptance import (
     Acceptance,
     acceptance,
     background_tokens,
@@ -22,12 +20,16 @@ from visar.evaluate.acceptance import (
     markdown,
     measure_acceptance,
 )
+from visar.checkpoints import hub
+from visar.cli.main import main
+from visar.core.guidance import Guidance
 from visar.evaluate.extractors import EXTRACTORS
-from visar.guidance import Guidance
 from visar.pipelines.drafters import load_drafter
 from visar.pipelines.loading import load
-from visar.samplers.drafters import ModelDrafter, NgramDrafter
-from visar.samplers.feature_drafters import FeatureDrafter, SpatialHeads
+from visar.samplers.drafters.eagle import FeatureDrafter
+from visar.samplers.drafters.heads import SpatialHeads
+from visar.samplers.drafters.model import ModelDrafter
+from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.index import find_sampler
 from visar.train.drafter import train_drafter
 from visar.train.options import RunOptions, TrainDrafter

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.components import load_tokenizer
+from visar.pipelines.loading import load
 from visar.train.building import select_layers
 from visar.train.generator import position_weights, token_loss, train_generator
 from visar.train.self_correction import self_correction

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from visar.condition import Condition
-from visar.train.checkpoint import CheckpointStore, check_same_options, replace_folder
+from visar.core.condition import Condition
+from visar.io.files import replace_folder
+from visar.train.checkpoint import CheckpointStore, check_same_options
 from visar.train.conditions import ConditionDropout
 from visar.train.log import RunLog
 from visar.train.loop import check_finite, update_average

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from visar.pipelines.loading import load, load_tokenizer
+from visar.pipelines.components import load_tokenizer
+from visar.pipelines.loading import load
 from visar.train.generator import train_generator
 from visar.train.tokenizer import train_tokenizer
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from visar.vocabulary import Vocabulary, build_vocabulary, pack_numbers, split_words, unpack_numbers
+from visar.data.vocabulary import Vocabulary, build_vocabulary, pack_numbers, split_words, unpack_numbers
 
 ATTRIBUTES = {
     "class": ("animals/cat", "animals/dog", "food/other", "smileys/other"),

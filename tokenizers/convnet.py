@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visar.kernels import usable
-
 NORM_GROUPS = 32
 
 
@@ -245,7 +243,7 @@ class Decoder(_Checkpointable):
     """Features [B, in_channels, h, w] to image [B, out_channels, f * h, f * w], not clamped; the encoder mirrored.
 
     Arguments as of the encoder (channel_multipliers fine to coarse too); every level has one residual block more.
-    In inference on a GPU the fused form of visar/tokenizers/fast_convnet.py takes its place.
+    In inference on a GPU the fused form of visar/tokenizers/convnet_fused.py takes its place.
 
     Raises:
         ValueError: a width is not a multiple of 32.
@@ -283,11 +281,6 @@ class Decoder(_Checkpointable):
         self.conv_out = nn.Conv2d(widths[-1], out_channels, 3, padding=1)
 
     def forward(self, latent_BChw: Tensor) -> Tensor:
-        if usable(latent_BChw):
-            from visar.tokenizers import fast_convnet
-
-            if fast_convnet.applies(self, latent_BChw):
-                return fast_convnet.decode(self, latent_BChw)
         x = self.run(self.mid, self.conv_in(latent_BChw))
         for level in self.conv_blocks:
             x = self.run(level, x)

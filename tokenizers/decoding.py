@@ -4,14 +4,13 @@ B images, C channels, H W image pixels, h w latent grid.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from visar.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime
 from visar.tokenizers.convnet import mark
-from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
-from visar.tokenizers.vq import VQTokenizer
 
 # Output pixels of a call (32 images of 256 x 256) from which on a GPU needs longer than its host does to launch the
 # work: a graph would gain nothing there, and it keeps its memory.
@@ -20,7 +19,7 @@ _LARGEST_CAPTURE = 32 * 256 * 256
 
 @torch.no_grad()
 def decode_tokens(
-    tokenizer: VQTokenizer | MultiScaleVQTokenizer,
+    tokenizer: Any,
     tokens: Tensor,
     *,
     grid: tuple[int, int] | None = None,
@@ -54,7 +53,7 @@ def decode_tokens(
     return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime)
 
 
-def _decode(tokenizer: VQTokenizer | MultiScaleVQTokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tensor:
+def _decode(tokenizer: Any, latent_BChw: Tensor, runtime: Runtime) -> Tensor:
     batch, _, height, width = latent_BChw.shape
     if batch * height * width * tokenizer.downsampling**2 > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
         return tokenizer.decode_latents(latent_BChw)
@@ -94,9 +93,7 @@ def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[i
             yield top, left
 
 
-def _decode_tiles(
-    tokenizer: VQTokenizer | MultiScaleVQTokenizer, latent_BChw: Tensor, tile: int, overlap: int, runtime: Runtime
-) -> Tensor:
+def _decode_tiles(tokenizer: Any, latent_BChw: Tensor, tile: int, overlap: int, runtime: Runtime) -> Tensor:
     batch, _, height, width = latent_BChw.shape
     device, factor = latent_BChw.device, tokenizer.downsampling
     rows, columns = min(tile, height), min(tile, width)

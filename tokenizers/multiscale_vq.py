@@ -13,8 +13,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from visar.output import TokenLayout
+from visar.core.interface import TokenLayout
 from visar.tokenizers.convnet import Decoder, Encoder
+from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.multiscale_quantizer import MultiScaleQuantizer
 from visar.tokenizers.vq import VQOutput
 
@@ -156,7 +157,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
 
     def decode_latents(self, latent_BChw: Tensor) -> Tensor:
         """Images [B, 3, H, W], not clamped, of an accumulated map."""
-        return self.decoder(self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
+        return run(self.decoder, self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
 
     def decode(self, tokens_BN: Tensor) -> Tensor:
         """Images [B, 3, H, W], not clamped, of ids int64 [B, N].

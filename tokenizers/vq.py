@@ -13,8 +13,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from visar.output import TokenLayout
+from visar.core.interface import TokenLayout
 from visar.tokenizers.convnet import Decoder, Encoder
+from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.quantizer import VectorQuantizer
 
 # vq-16, vq-8: released sizes, 71.9 M and 70.1 M parameters (rFID 2.19 and 0.59 at 256 x 256, arXiv 2406.06525).
@@ -211,7 +212,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     def decode_latents(self, latent_BChw: Tensor) -> Tensor:
         """Code vectors [B, codebook_dim, h, w] (any vectors, not only codes) to images; not clamped."""
-        return self.decoder(self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
+        return run(self.decoder, self.post_quant_conv(latent_BChw.to(self.post_quant_conv.weight.dtype)))
 
     def decode(self, ids_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Ids [B, N] to images [B, C, H, W], about [-1, 1], not clamped; arguments and errors as of `lookup`.

@@ -7,38 +7,40 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from visar.condition import Condition
+    from visar.core.condition import Condition
+    from visar.core.guidance import Guidance
+    from visar.core.interface import TokenLayout
+    from visar.core.noise import Noise, image_seeds
+    from visar.core.output import SampleOutput, SampleStatistics
+    from visar.core.runtime import Runtime
     from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
     from visar.generators.next_scale import NextScaleTransformer
     from visar.generators.raster import RasterGPT
-    from visar.guidance import Guidance
-    from visar.noise import Noise, image_seeds
-    from visar.output import SampleOutput, SampleStatistics, TokenLayout
+    from visar.pipelines.components import load_tokenizer
     from visar.pipelines.image import ImageOutput, ImagePipeline
-    from visar.pipelines.loading import load, load_tokenizer
-    from visar.runtime import Runtime
+    from visar.pipelines.loading import load
     from visar.samplers.ancestral import sample_ancestral
     from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
     from visar.tokenizers.vq import VQTokenizer
 
 _MODULES = {
-    "Condition": "visar.condition",
-    "Guidance": "visar.guidance",
+    "Condition": "visar.core.condition",
+    "Guidance": "visar.core.guidance",
     "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
     "ImageOutput": "visar.pipelines.image",
     "ImagePipeline": "visar.pipelines.image",
     "MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq",
     "NextScaleTransformer": "visar.generators.next_scale",
-    "Noise": "visar.noise",
+    "Noise": "visar.core.noise",
     "RasterGPT": "visar.generators.raster",
-    "Runtime": "visar.runtime",
-    "SampleOutput": "visar.output",
-    "SampleStatistics": "visar.output",
-    "TokenLayout": "visar.output",
+    "Runtime": "visar.core.runtime",
+    "SampleOutput": "visar.core.output",
+    "SampleStatistics": "visar.core.output",
+    "TokenLayout": "visar.core.interface",
     "VQTokenizer": "visar.tokenizers.vq",
-    "image_seeds": "visar.noise",
+    "image_seeds": "visar.core.noise",
     "load": "visar.pipelines.loading",
-    "load_tokenizer": "visar.pipelines.loading",
+    "load_tokenizer": "visar.pipelines.components",
     "sample_ancestral": "visar.samplers.ancestral",
 }
 

@@ -7,11 +7,11 @@ import torch
 from torch import nn
 
 from visar.bench.subjects import Subject, dtype_of, random_ids
-from visar.guidance import OFF, Guidance
-from visar.memory import any_condition
-from visar.noise import Noise, image_seeds
-from visar.quantize import dequantize_
-from visar.runtime import EAGER, Runtime
+from visar.core.guidance import OFF, Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.core.runtime import EAGER, Runtime
+from visar.layers.quantize import dequantize_
+from visar.pipelines.memory import any_condition
 from visar.samplers.ancestral import sample_ancestral
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}

@@ -11,12 +11,12 @@ from torch import Tensor
 from visar.bench.options import Bench
 from visar.bench.subjects import Subject, floor_seconds, random_ids
 from visar.bench.timing import Timing, seconds_of, timed
-from visar.guidance import Guidance
-from visar.memory import any_condition
-from visar.noise import image_seeds
-from visar.output import SampleOutput, SampleStatistics
+from visar.core.guidance import Guidance
+from visar.core.noise import image_seeds
+from visar.core.output import SampleOutput, SampleStatistics
+from visar.core.runtime import EAGER, Runtime
 from visar.pipelines.image import ImagePipeline
-from visar.runtime import EAGER, Runtime
+from visar.pipelines.memory import any_condition
 from visar.tokenizers.decoding import decode_tokens
 
 # Samplers whose loop never waits for the device: for them the host's own time can be told.

@@ -1,6 +1,7 @@
 """Options of `visar bench`."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -60,3 +61,42 @@ class Bench:
     """Adds the rows to this file, one JSON object a line."""
     baseline: Path | None = None
     """Rows written before: exit status 1 if a median is worse by more than 3 % and twice the spread."""
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Measures speculative samplers of a raster model: tokens a pass, accepted drafts, speed against ancestral ones.
+
+    Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
+    acceptance.md after every row.
+    """
+
+    model: tyro.conf.Positional[str]
+    """A raster model's name or folder."""
+    out: Path = Path("acceptance")
+    """Folder for acceptance.json and acceptance.md."""
+    samplers: tuple[str, ...] = ()
+    """Each as NAME or NAME:setting=value,setting=value; when not given, all with usual settings. Ancestral sampling is
+    always measured first."""
+    drafters: tuple[str, ...] = ("ngram",)
+    """Drafters of the usual list: ngram, eagle, heads, folders of drafters, or smaller models' names."""
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    """Images of a call."""
+    calls: int = 4
+    """Timed calls a row; image i of a batch size has seed + i whatever the sampler."""
+    seed: int = 0
+    """Of the first image."""
+    background: Literal["white", "black"] = "white"
+    """What the pictures are drawn on."""
+    guidance_scale: float | None = None
+    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
+    temperature: float | None = None
+    """> 0; 1.0 = off."""
+    top_k: int | None = None
+    """0 = off."""
+    top_p: float | None = None
+    """In (0, 1]; 1.0 = off."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from visar.files import atomic_write
+from visar.io.files import atomic_write
 
 Row = dict[str, Any]
 # Rows that agree in these are about the same thing.

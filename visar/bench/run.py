@@ -19,8 +19,8 @@ from visar.bench.rows import Row, add_rows, compare_with_baseline, read_rows
 from visar.bench.subjects import Subject, build, find_preset, load_subject, tiny
 from visar.bench.timing import ceilings, machine_facts, seconds_of
 from visar.bench.windows import check_windows, window_rows
-from visar.pipelines.loading import placement
-from visar.quantize import check_quantization
+from visar.layers.quantize import check_quantization
+from visar.pipelines.components import placement
 from visar.samplers.index import find_sampler
 
 Report = Callable[[str], None]

@@ -11,8 +11,8 @@ from torch import nn
 from visar.generators.hierarchical_masked import HIERARCHICAL_MASKED_PRESETS, HierarchicalMaskedTransformer
 from visar.generators.next_scale import NEXT_SCALE_PRESETS, NextScaleTransformer
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
+from visar.layers.quantize import quantize_, stored
 from visar.pipelines.loading import load
-from visar.quantize import quantize_, stored
 from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
 

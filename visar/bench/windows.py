@@ -8,11 +8,10 @@ import torch
 from visar.bench.options import Bench
 from visar.bench.subjects import Subject
 from visar.bench.timing import Timing, seconds_of
-from visar.guidance import Guidance
-from visar.memory import any_condition
-from visar.runtime import Session
-from visar.samplers.filtering import draw, sample_logits
-from visar.samplers.verify import token_law
+from visar.core.guidance import Guidance
+from visar.core.runtime import Session
+from visar.pipelines.memory import any_condition
+from visar.samplers.filtering import draw, sample_logits, token_law
 
 REPLAYS = 20
 

@@ -31,7 +31,7 @@ from visar.data.emoji_build import (
 )
 from visar.data.emoji_splits import SPLITS
 from visar.data.packages import CLIP_PACKAGES, NAMES, fetch_package, read_members
-from visar.files import atomic_write
+from visar.io.files import atomic_write
 
 FILE = "emojiclips.zip"
 FRAMES = 16

@@ -27,7 +27,7 @@ from diffusers.utils.logging import tqdm
 from visar.data.emoji import FILE, PIXELS_SHA256, pack_pixels
 from visar.data.emoji_splits import SPLITS, concept_key, shipped_splits, unit_hash
 from visar.data.packages import NAMES, STYLE_PACKAGES, fetch_package, read_members
-from visar.files import atomic_write
+from visar.io.files import atomic_write
 
 SIZE = 64
 DRAWN_SIZE = 128

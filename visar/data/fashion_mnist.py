@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from visar.files import atomic_write
+from visar.io.files import atomic_write
 
 CLASSES = (
     "t-shirt",

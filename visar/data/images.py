@@ -22,8 +22,8 @@ from visar.data.emoji import captions as emoji_captions
 from visar.data.emoji import read_emoji
 from visar.data.emoji_splits import shipped_splits, unit_hash
 from visar.data.fashion_mnist import is_fashion, read_fashion
-from visar.files import atomic_write
-from visar.vocabulary import Vocabulary, build_vocabulary, split_words
+from visar.data.vocabulary import Vocabulary, build_vocabulary, split_words
+from visar.io.files import atomic_write
 
 SPLITS = ("train", "val", "test")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from visar.files import sha256
+from visar.io.files import sha256
 
 
 @dataclass(frozen=True)

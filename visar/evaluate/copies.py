@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from visar.files import atomic_write
-from visar.pictures import grid
+from visar.io.files import atomic_write
+from visar.io.pictures import grid
 
 THUMBNAIL = 16
 COPY_DISTANCE = 0.029

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from visar.files import load_weights, sha256, tensors_only
+from visar.io.files import load_weights, sha256, tensors_only
 
 # expansion, kernel, stride, width, repeats: table 1 of the paper (B0)
 _STAGES = (

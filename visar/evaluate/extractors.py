@@ -18,7 +18,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from visar.evaluate.efficientnet_lite import lite0_weights_path, load_efficientnet_lite0
 from visar.evaluate.images import ImageSource
-from visar.files import load_weights, sha256
+from visar.io.files import load_weights, sha256
 
 INCEPTION_URL_SHA_PREFIX = "6726825d"
 

@@ -18,24 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from visar.core.noise import image_seeds
+from visar.core.output import SampleStatistics
 from visar.evaluate.copies import thumbnails
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.images import ImageSource
 from visar.evaluate.labels import Label, LabelPlan
 from visar.evaluate.options import KeepImages
-from visar.evaluate.sharding import (
-    Part,
-    World,
-    finished,
-    image_digests,
-    missing_ranges,
-    parts_in_order,
-    remove_unfinished,
-    save_part,
-)
-from visar.files import atomic_write
-from visar.noise import image_seeds
-from visar.output import SampleStatistics
+from visar.evaluate.parts import Part, image_digests, parts_in_order, save_part
+from visar.io.files import atomic_write
+from visar.io.shards import World, finished, missing_ranges, remove_unfinished
 
 KEEP_IMAGES: tuple[KeepImages, ...] = ("none", "png", "npz")
 

@@ -15,8 +15,8 @@ from visar.data.crops import center_crop
 from visar.data.images import EXTENSIONS, SPLITS, load_image_set
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.options import ResizeChain
-from visar.files import sha256
-from visar.output import to_uint8
+from visar.io.files import sha256
+from visar.io.pictures import to_uint8
 
 IMAGE_ARRAYS = ("arr_0", "images")
 

@@ -8,8 +8,8 @@ from functools import cached_property
 
 import torch
 
+from visar.core.noise import Noise, Use
 from visar.evaluate.options import LabelPolicy
-from visar.noise import Noise, Use
 
 LABEL_POLICIES: tuple[LabelPolicy, ...] = ("balanced", "random", "histogram", "prompts", "none")
 Label = tuple[int, ...] | str | None

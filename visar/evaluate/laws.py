@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
 from visar.samplers.filtering import filter_logits
 
 

@@ -1,24 +1,22 @@
 """Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
-import gc
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
-from visar.data.tokens import weights_digest
-from visar.evaluate.images import UINT8_RULES, open_images
-from visar.evaluate.labels import Label, LabelTable
-from visar.evaluate.references import load_reference
-from visar.evaluate.report import Report, environment, load_report, save_report
-from visar.evaluate.run import Progress, RunOptions, ScoreOptions, counted, evaluate_generator, label_plan, stacked
-from visar.evaluate.sharding import World, join_world, leave_world
-from visar.evaluate.speed import Speed, check_batches, measure_speed
-from visar.guidance import Guidance
-from visar.output import SampleStatistics
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.output import SampleStatistics
+from visar.evaluate.extractors import Extractor, load_extractor
+from visar.evaluate.generation import KeepImages
+from visar.evaluate.images import UINT8_RULES, ResizeChain
+from visar.evaluate.labels import Label, LabelPolicy, LabelTable
+from visar.evaluate.metrics import MetricOptions
+from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
 
 
@@ -140,103 +138,71 @@ class PipelineGenerator:
         }
 
 
-def evaluate_pipeline(
-    pipeline: ImagePipeline,
-    sampling: Sampling,
-    score: ScoreOptions,
-    options: RunOptions,
-    *,
-    name: str,
-    uint8_rule: str = "round",
-    prompts: tuple[str, ...] = (),
-    speed_batches: tuple[int, ...] = (),
-    world: World | None = None,
-    progress: Progress | None = None,
-) -> Report | None:
-    """Scores a pipeline; the whole of `visar eval`. Run by every process of a torchrun or accelerate launch.
+@dataclass(frozen=True)
+class RunOptions:
+    """One evaluation run, whatever makes the pictures.
 
-    Args:
-        pipeline: on the device it shall run on.
-        sampling: how it samples.
-        score: reference and extractor.
-        options: of the run.
-        name: the model's name in tables and cards.
-        uint8_rule: key of UINT8_RULES.
-        prompts: for models conditioned on words; image i has prompt i mod their number.
-        speed_batches: batch sizes at which the first process times whole calls, see `measure_speed`; what the folder's
-            report of the same device says already is kept.
-        world: the processes; None joins those of the launcher.
-        progress: told (what, done, total).
-
-    Returns: the report in the first process, None in the others.
+    Attributes:
+        out: folder of the run: state, metrics.json, card.md, pictures.
+        num_samples: pictures; 50,000 for ImageNet's published figures, 10,000 for the emoji set.
+        batch_size: pictures at a time.
+        seed: image i has seed + i.
+        labels: "auto" (the training histogram where the model or the reference knows it, else balanced classes, else
+            none) or a policy of LabelPlan.
+        keep_images: "none", "png" or "npz".
+        metrics: settings of the scores.
 
     Raises:
-        ValueError: settings, references or folders that do not fit.
+        ValueError: fewer pictures than precision and recall need.
     """
-    if score.protocol != "generation":
-        raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
-    check_batches(speed_batches)
-    sampling.check(pipeline)
-    joined = world or join_world(pipeline.device.type)
-    generate = PipelineGenerator(pipeline, sampling, uint8_rule)
-    if joined.device != pipeline.device:
-        pipeline.to(joined.device)
-    pipeline.set_progress_bar_config(disable=True)
-    extractor = score.load_extractor(joined.device)
-    reference = None
-    if joined.rank == 0:
-        reference = load_reference(
-            score.reference,
-            extractor,
-            protocol=score.protocol,
-            batch_size=options.batch_size,
-            resize=score.resize,
-            image_size=score.image_size,
-            progress=counted(progress, "reference", 0),
+
+    out: Path
+    num_samples: int = 10_000
+    batch_size: int = 64
+    seed: int = 0
+    labels: LabelPolicy | Literal["auto"] = "auto"
+    keep_images: KeepImages = "none"
+    metrics: MetricOptions = field(default_factory=MetricOptions)
+
+    def __post_init__(self) -> None:
+        if self.num_samples <= self.metrics.neighbours:
+            raise ValueError(
+                f"num_samples {self.num_samples}: precision and recall with {self.metrics.neighbours} neighbours need "
+                f"{self.metrics.neighbours + 1} pictures or more"
+            )
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """What pictures are scored with and against; shared by the commands.
+
+    Attributes:
+        reference: name of a shipped file, statistics file, ADM batch, .npz of images, or folder.
+        extractor, extractor_weights, layer, spatial, extractor_dtype: see load_extractor.
+        protocol: "generation" or "reconstruction".
+        resize, image_size: how a folder's pictures get their size.
+        train, held_out: folder or .npz of pictures for the copy rate and its null.
+    """
+
+    reference: str
+    extractor: str = "efficientnet-lite0"
+    extractor_weights: Path | None = None
+    extractor_dtype: Literal["float32", "float64"] = "float32"
+    layer: str | None = None
+    spatial: bool = False
+    protocol: Literal["generation", "reconstruction"] = "generation"
+    resize: ResizeChain = "none"
+    image_size: int | None = None
+    train: str | None = None
+    held_out: str | None = None
+
+    def load_extractor(self, device: torch.device) -> Extractor:
+        """The extractor on a device."""
+        return load_extractor(
+            self.extractor,
+            device=device,
+            dtype=self.extractor_dtype,
+            weights=self.extractor_weights,
+            layer=self.layer,
+            spatial=self.spatial,
         )
-    known = _known_speed(options, joined) if joined.rank == 0 else {}
-    table = joined.from_first(None if reference is None else reference.labels)
-    plan = label_plan(
-        options.labels,
-        num_classes=generate.num_classes,
-        table=generate.training_table(table if isinstance(table, LabelTable) else None),
-        prompts=prompts,
-    )
-    report = evaluate_generator(
-        generate,
-        reference,
-        extractor,
-        plan,
-        options,
-        name=name,
-        settings=generate.settings(),
-        world=joined,
-        train_NHWC=None if score.train is None else stacked(open_images(score.train)),
-        held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
-        progress=progress,
-    )
-    del extractor, reference  # what they hold is no memory of the pipeline
-    if report is not None:
-        batches = speed_batches or tuple(known)
-        for number, batch in enumerate(batches, 1):
-            if batch not in known:
-                pipeline.runtime.clear()
-                gc.collect()
-                known[batch] = measure_speed(generate, plan, batch, seed=options.seed, device=joined.device)
-            report = replace(report, speed=(*report.speed, known[batch]))
-            save_report(report, options.out)
-            if progress is not None:
-                progress("timing", sum(batches[:number]), sum(batches))
-    joined.barrier()  # the others leave the machine to the timing
-    if world is None:
-        leave_world(joined)
-    return report
-
-
-def _known_speed(options: RunOptions, world: World) -> dict[int, Speed]:
-    """Speeds by batch size that the folder's report holds, if they were measured on such a device."""
-    if not (options.out / "metrics.json").is_file():
-        return {}
-    report = load_report(options.out)
-    same = report.protocol["device"] == environment(world.device)["device"]
-    return {row.batch: row for row in report.speed} if same else {}

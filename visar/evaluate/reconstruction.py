@@ -12,12 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from visar.core.interface import TokenLayout
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.images import ImageSource
 from visar.evaluate.metrics import distance_name
 from visar.evaluate.references import Reference, checked
 from visar.evaluate.statistics import FeatureStatistics, RunningStatistics, frechet_distance, singular_note
-from visar.output import TokenLayout, to_uint8
+from visar.io.pictures import to_uint8
 
 
 class Tokenizer(Protocol):

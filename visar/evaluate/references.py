@@ -30,7 +30,8 @@ from visar.evaluate.images import (
 )
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
-from visar.files import atomic_write, sha256
+from visar.io.files import atomic_write, sha256
+from visar.io.progress import Progress, counted
 
 Protocol = Literal["generation", "reconstruction"]
 PROTOCOLS: tuple[str, ...] = get_args(Protocol)
@@ -357,3 +358,49 @@ def load_statistics(path: str | Path) -> Reference:
         labels=labels,
         notes=(f"made of {meta['name']} ({meta['kind']}), sha256 {meta['source_sha256']}", *meta["notes"]),
     )
+
+
+def make_statistics(
+    source: str | Path | ImageSource,
+    extractor: Extractor,
+    out: str | Path,
+    *,
+    protocol: Literal["generation", "reconstruction"] = "generation",
+    batch_size: int = 64,
+    resize: ResizeChain = "none",
+    image_size: int | None = None,
+    labels: LabelTable | None = None,
+    keep_features: bool = False,
+    progress: Progress | None = None,
+) -> Reference:
+    """Writes a statistics file of real pictures; the whole of `visar stats`.
+
+    Args:
+        source: folder, .npz of images, or an open set.
+        extractor: whose features; the file can be used with this extractor and these weights only.
+        out: file to write, .npz.
+        protocol: what the file is a reference for.
+        batch_size: pictures at a time.
+        resize, image_size: how a folder's pictures get their size.
+        labels: the pictures' labels, for samples that follow their histogram; None takes those that the set brings.
+        keep_features: also store the features, which KID, precision and recall need; 4 bytes a picture and feature.
+        progress: told (what, done, total).
+
+    Raises:
+        ValueError: no pictures, unreadable ones, or a path that cannot be written.
+    """
+    images = open_images(source, resize, image_size)
+    with atomic_write(out) as path:
+        path.touch()  # an output that cannot be written is found now, not after the work
+    reference = measure(
+        images,
+        extractor,
+        protocol=protocol,
+        batch_size=batch_size,
+        labels=labels,
+        resize="none" if image_size is None else f"{resize} to {image_size}",
+        keep_features=keep_features,
+        progress=counted(progress, "pictures", len(images)),
+    )
+    save_statistics(reference, out)
+    return reference

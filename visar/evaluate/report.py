@@ -17,7 +17,7 @@ from visar.evaluate.generation import Generated
 from visar.evaluate.metrics import Metrics
 from visar.evaluate.references import Reference
 from visar.evaluate.speed import Speed
-from visar.files import atomic_write
+from visar.io.files import atomic_write
 
 # Figures compare when these agree; what differs between the rows of a table is the model and how it was sampled.
 COMPARABLE = (

@@ -1,8 +1,7 @@
 """From something that makes pictures to its card: what `visar eval`, its mode --compare and `visar stats` run."""
 
-import json
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,61 +9,26 @@ import torch
 from torch import Tensor
 
 from visar.evaluate.copies import Copies, copies, neighbour_picture
-from visar.evaluate.extractors import Extractor, load_extractor
+from visar.evaluate.extractors import Extractor
 from visar.evaluate.generation import (
     Generated,
     ImageGenerator,
-    KeepImages,
     collect,
     generate_images,
     read_pictures,
     remake_images,
     write_npz,
 )
-from visar.evaluate.images import ImageSource, ResizeChain, open_images
+from visar.evaluate.images import ImageSource, open_images
 from visar.evaluate.labels import LABEL_POLICIES, LabelPlan, LabelPolicy, LabelTable
 from visar.evaluate.metrics import MetricOptions, compute_metrics
-from visar.evaluate.pareto import Point, draw_pareto
-from visar.evaluate.references import Reference, measure, save_statistics
-from visar.evaluate.report import Report, make_report, markdown_table, save_report, table
-from visar.evaluate.sharding import World
-from visar.files import atomic_write
-
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """One evaluation run, whatever makes the pictures.
-
-    Attributes:
-        out: folder of the run: state, metrics.json, card.md, pictures.
-        num_samples: pictures; 50,000 for ImageNet's published figures, 10,000 for the emoji set.
-        batch_size: pictures at a time.
-        seed: image i has seed + i.
-        labels: "auto" (the training histogram where the model or the reference knows it, else balanced classes, else
-            none) or a policy of LabelPlan.
-        keep_images: "none", "png" or "npz".
-        metrics: settings of the scores.
-
-    Raises:
-        ValueError: fewer pictures than precision and recall need.
-    """
-
-    out: Path
-    num_samples: int = 10_000
-    batch_size: int = 64
-    seed: int = 0
-    labels: LabelPolicy | Literal["auto"] = "auto"
-    keep_images: KeepImages = "none"
-    metrics: MetricOptions = field(default_factory=MetricOptions)
-
-    def __post_init__(self) -> None:
-        if self.num_samples <= self.metrics.neighbours:
-            raise ValueError(
-                f"num_samples {self.num_samples}: precision and recall with {self.metrics.neighbours} neighbours need "
-                f"{self.metrics.neighbours + 1} pictures or more"
-            )
+from visar.evaluate.pipeline import PipelineGenerator, RunOptions, Sampling, ScoreOptions
+from visar.evaluate.references import Reference, load_reference
+from visar.evaluate.report import Report, environment, load_report, make_report, save_report
+from visar.evaluate.speed import Speed, check_batches, measure_speed
+from visar.io.progress import Progress, counted
+from visar.io.shards import World, join_world, leave_world
+from visar.pipelines.image import ImagePipeline
 
 
 def label_plan(
@@ -223,136 +187,108 @@ def _copies(
     return found
 
 
-def counted(progress: Progress | None, what: str, total: int) -> Callable[[int], None] | None:
-    """The progress of one stage, told the number done only."""
-    return None if progress is None else lambda done: progress(what, done, total)
-
-
 def stacked(source: ImageSource) -> Tensor:
     """All pictures of a set in memory, uint8 [N, H, W, 3]."""
     return torch.cat(list(source.batches(1024))).movedim(-3, -1).contiguous()
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What pictures are scored with and against; shared by the commands.
-
-    Attributes:
-        reference: name of a shipped file, statistics file, ADM batch, .npz of images, or folder.
-        extractor, extractor_weights, layer, spatial, extractor_dtype: see load_extractor.
-        protocol: "generation" or "reconstruction".
-        resize, image_size: how a folder's pictures get their size.
-        train, held_out: folder or .npz of pictures for the copy rate and its null.
-    """
-
-    reference: str
-    extractor: str = "efficientnet-lite0"
-    extractor_weights: Path | None = None
-    extractor_dtype: Literal["float32", "float64"] = "float32"
-    layer: str | None = None
-    spatial: bool = False
-    protocol: Literal["generation", "reconstruction"] = "generation"
-    resize: ResizeChain = "none"
-    image_size: int | None = None
-    train: str | None = None
-    held_out: str | None = None
-
-    def load_extractor(self, device: torch.device) -> Extractor:
-        """The extractor on a device."""
-        return load_extractor(
-            self.extractor,
-            device=device,
-            dtype=self.extractor_dtype,
-            weights=self.extractor_weights,
-            layer=self.layer,
-            spatial=self.spatial,
-        )
-
-
-def make_statistics(
-    source: str | Path | ImageSource,
-    extractor: Extractor,
-    out: str | Path,
+def evaluate_pipeline(
+    pipeline: ImagePipeline,
+    sampling: Sampling,
+    score: ScoreOptions,
+    options: RunOptions,
     *,
-    protocol: Literal["generation", "reconstruction"] = "generation",
-    batch_size: int = 64,
-    resize: ResizeChain = "none",
-    image_size: int | None = None,
-    labels: LabelTable | None = None,
-    keep_features: bool = False,
+    name: str,
+    uint8_rule: str = "round",
+    prompts: tuple[str, ...] = (),
+    speed_batches: tuple[int, ...] = (),
+    world: World | None = None,
     progress: Progress | None = None,
-) -> Reference:
-    """Writes a statistics file of real pictures; the whole of `visar stats`.
+) -> Report | None:
+    """Scores a pipeline; the whole of `visar eval`. Run by every process of a torchrun or accelerate launch.
 
     Args:
-        source: folder, .npz of images, or an open set.
-        extractor: whose features; the file can be used with this extractor and these weights only.
-        out: file to write, .npz.
-        protocol: what the file is a reference for.
-        batch_size: pictures at a time.
-        resize, image_size: how a folder's pictures get their size.
-        labels: the pictures' labels, for samples that follow their histogram; None takes those that the set brings.
-        keep_features: also store the features, which KID, precision and recall need; 4 bytes a picture and feature.
+        pipeline: on the device it shall run on.
+        sampling: how it samples.
+        score: reference and extractor.
+        options: of the run.
+        name: the model's name in tables and cards.
+        uint8_rule: key of UINT8_RULES.
+        prompts: for models conditioned on words; image i has prompt i mod their number.
+        speed_batches: batch sizes at which the first process times whole calls, see `measure_speed`; what the folder's
+            report of the same device says already is kept.
+        world: the processes; None joins those of the launcher.
         progress: told (what, done, total).
 
-    Raises:
-        ValueError: no pictures, unreadable ones, or a path that cannot be written.
-    """
-    images = open_images(source, resize, image_size)
-    with atomic_write(out) as path:
-        path.touch()  # an output that cannot be written is found now, not after the work
-    reference = measure(
-        images,
-        extractor,
-        protocol=protocol,
-        batch_size=batch_size,
-        labels=labels,
-        resize="none" if image_size is None else f"{resize} to {image_size}",
-        keep_features=keep_features,
-        progress=counted(progress, "pictures", len(images)),
-    )
-    save_statistics(reference, out)
-    return reference
-
-
-def write_comparison(reports: list[Report], out: str | Path) -> None:
-    """Writes compare.json, compare.md and pareto.png of comparable reports; the first row is what ratios refer to.
-
-    In pareto.png the cost is the time of an image at the largest batch size that was timed (`--speed-batches`) in all
-    runs, else the number of forward passes; without either there is no picture.
+    Returns: the report in the first process, None in the others.
 
     Raises:
-        ValueError: the reports do not compare, or there is none.
+        ValueError: settings, references or folders that do not fit.
     """
-    if not reports:
-        raise ValueError("no run to compare")
-    out = Path(out)
-    rows = table(reports)
-    protocol = reports[0].protocol
-    shared = {key: value for key, value in protocol.items() if all(r.protocol.get(key) == value for r in reports)}
-    lines = [markdown_table(rows), "Common protocol:", "", *(f"- {key}: {value}" for key, value in shared.items())]
-    with atomic_write(out / "compare.md") as path:
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with atomic_write(out / "compare.json") as path:
-        path.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n", encoding="utf-8")
-    costs = _costs(reports)
-    if costs is not None:
-        cost_name, values = costs
-        draw_pareto(
-            [Point(r.name, cost, r.metrics.distance) for r, cost in zip(reports, values, strict=True)],
-            out / "pareto.png",
-            cost_name=cost_name,
-            distance_name=reports[0].metrics.distance_name,
+    if score.protocol != "generation":
+        raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
+    check_batches(speed_batches)
+    sampling.check(pipeline)
+    joined = world or join_world(pipeline.device.type)
+    generate = PipelineGenerator(pipeline, sampling, uint8_rule)
+    if joined.device != pipeline.device:
+        pipeline.to(joined.device)
+    pipeline.set_progress_bar_config(disable=True)
+    extractor = score.load_extractor(joined.device)
+    reference = None
+    if joined.rank == 0:
+        reference = load_reference(
+            score.reference,
+            extractor,
+            protocol=score.protocol,
+            batch_size=options.batch_size,
+            resize=score.resize,
+            image_size=score.image_size,
+            progress=counted(progress, "reference", 0),
         )
+    known = _known_speed(options, joined) if joined.rank == 0 else {}
+    table = joined.from_first(None if reference is None else reference.labels)
+    plan = label_plan(
+        options.labels,
+        num_classes=generate.num_classes,
+        table=generate.training_table(table if isinstance(table, LabelTable) else None),
+        prompts=prompts,
+    )
+    report = evaluate_generator(
+        generate,
+        reference,
+        extractor,
+        plan,
+        options,
+        name=name,
+        settings=generate.settings(),
+        world=joined,
+        train_NHWC=None if score.train is None else stacked(open_images(score.train)),
+        held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
+        progress=progress,
+    )
+    del extractor, reference  # what they hold is no memory of the pipeline
+    if report is not None:
+        batches = speed_batches or tuple(known)
+        for number, batch in enumerate(batches, 1):
+            if batch not in known:
+                pipeline.runtime.clear()
+                gc.collect()
+                known[batch] = measure_speed(generate, plan, batch, seed=options.seed, device=joined.device)
+            report = replace(report, speed=(*report.speed, known[batch]))
+            save_report(report, options.out)
+            if progress is not None:
+                progress("timing", sum(batches[:number]), sum(batches))
+    joined.barrier()  # the others leave the machine to the timing
+    if world is None:
+        leave_world(joined)
+    return report
 
 
-def _costs(reports: list[Report]) -> tuple[str, list[float]] | None:
-    """What a run costs, by name and for every report; None where it is not known of all."""
-    timed = [{row.batch: row.images_per_s for row in report.speed} for report in reports]
-    common = set(timed[0]).intersection(*timed[1:])
-    if common:
-        batch = max(common)
-        return f"ms an image at batch {batch}", [1000 / rates[batch] for rates in timed]
-    if all(report.passes for report in reports):
-        return "forward passes per image", [report.passes or 0.0 for report in reports]
-    return None
+def _known_speed(options: RunOptions, world: World) -> dict[int, Speed]:
+    """Speeds by batch size that the folder's report holds, if they were measured on such a device."""
+    if not (options.out / "metrics.json").is_file():
+        return {}
+    report = load_report(options.out)
+    same = report.protocol["device"] == environment(world.device)["device"]
+    return {row.batch: row for row in report.speed} if same else {}

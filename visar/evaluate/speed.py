@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from visar.bench.timing import Timing, seconds_of
+from visar.core.noise import image_seeds
 from visar.evaluate.generation import ImageGenerator
 from visar.evaluate.labels import LabelPlan
-from visar.noise import image_seeds
 
 WARM_UP = 2  # the first call tunes and runs eagerly, the second captures
 

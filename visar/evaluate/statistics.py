@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
-from visar.noise import Noise, Use
+from visar.core.noise import Noise, Use
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.nn import functional
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import combine
 from visar.generators.next_scale import SCALES_256
-from visar.guidance import combine
-from visar.multiscale import ScaleGenerator, ScaleState
-from visar.scale_attention import Method
-from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, reset_blocks, run_blocks
+from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.layers.scale_attention import Method
+from visar.layers.scale_blocks import AdaLNBlock, AdaLNOutputNorm, reset_blocks, run_blocks
 
 Phase = Literal["next_scale", "refinement"]
 

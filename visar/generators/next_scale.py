@@ -14,11 +14,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from visar.cache import KVCache
-from visar.condition import Condition
-from visar.multiscale import ScaleGenerator, ScaleState
-from visar.scale_attention import Method
-from visar.scale_layers import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks, run_blocks
+from visar.core.condition import Condition
+from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.layers.cache import KVCache
+from visar.layers.scale_attention import Method
+from visar.layers.scale_blocks import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks, run_blocks
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

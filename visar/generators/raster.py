@@ -7,31 +7,22 @@ B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted
 width, V codes, C code width, S cache slots.
 """
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
-from torch.nn import functional
 
-from visar.cache import KVCache, visible, visible_tree
-from visar.condition import Condition
-from visar.generators import raster_kernels
-from visar.generators.raster_conditions import (
-    CaptionPrefix,
-    LabelPrefix,
-    causal_mask,
-    check_condition,
-    null_condition,
-    prefix,
-)
-from visar.generators.raster_state import RasterState
-from visar.guidance import OFF, Guidance, combine, double, repeat
-from visar.layers import RMSNorm, SwiGLU
-from visar.rope import PrefixRotation, RopeKind, rope_table, rotate
-from visar.tree import DraftTree
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.tree import DraftTree
+from visar.generators import raster_fused as raster_kernels
+from visar.generators.causal_state import RasterState
+from visar.layers.cache import LayerCache, causal_mask, visible, visible_tree
+from visar.layers.conditioning import CaptionPrefix, LabelPrefix, check_condition, null_condition, prefix
+from visar.layers.llama import Block, RMSNorm
+from visar.layers.rope import PrefixRotation, RopeKind, rope_table
 
 # Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B,
 # 3.10 B).
@@ -42,54 +33,6 @@ RASTER_PRESETS: dict[str, dict] = {
     "llamagen-xxl": dict(width=1536, num_layers=48, num_heads=24, hidden_width=4096),
     "llamagen-3b": dict(width=3200, num_layers=24, num_heads=32, hidden_width=8704),
 }
-
-
-class Attention(nn.Module):
-    """Causal self-attention with rotary positions; queries, keys and values in one matrix."""
-
-    def __init__(self, width: int, num_heads: int, dropout: float) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.wqkv = nn.Linear(width, 3 * width, bias=False)
-        self.wo = nn.Linear(width, width, bias=False)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x_RLD: Tensor, rope: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
-        query, key, value = self.wqkv(x_RLD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query, key = rotate(query, rope).transpose(1, 2), rotate(key, rope).transpose(1, 2)
-        value = value.transpose(1, 2)
-        if cache is not None:
-            key, value = cache.update(key, value)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
-        return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block."""
-
-    def __init__(self, width: int, num_heads: int, hidden_width: int, dropout: float, ffn_dropout: float) -> None:
-        super().__init__()
-        self.attention = Attention(width, num_heads, dropout)
-        self.feed_forward = SwiGLU(width, hidden_width, ffn_dropout)
-        self.attention_norm = RMSNorm(width)
-        self.ffn_norm = RMSNorm(width)
-
-    def forward(self, x_RLD: Tensor, rope: Tensor, mask: Tensor | None, cache: "LayerCache | None" = None) -> Tensor:
-        x_RLD = x_RLD + self.attention(self.attention_norm(x_RLD), rope, mask, cache)
-        return x_RLD + self.feed_forward(self.ffn_norm(x_RLD))
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """One layer's view of the cache during one call."""
-
-    cache: KVCache
-    layer: int
-    position: Tensor
-    bound: int | None
-
-    def update(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        return self.cache.update(self.layer, key, value, self.position, self.bound)
 
 
 class RasterGPT(ModelMixin, ConfigMixin):
@@ -111,7 +54,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
         words: "sum" or "prefix", see above.
         caption_width, caption_length: width and number of a text encoder's vectors; width 0 = none.
         rope: "2d" (LlamaGen) or "1d" (D-AR). Checkpoints do not tell them apart.
-        prefix_rotation: "zero" as LlamaGen was trained, or "identity"; see visar/rope.py.
+        prefix_rotation: "zero" as LlamaGen was trained, or "identity"; see visar/layers/rope.py.
         token_input: "table" (embedding of the id) or "codebook" (linear map of the code's vector).
         codebook_width: C, for token_input="codebook".
         token_dropout, residual_dropout, ffn_dropout: on the input, after attention's and the feed-forward's
@@ -238,7 +181,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     @property
     def block_kinds(self) -> tuple[str, ...]:
-        """Blocks of one kind do the same work (see visar/runtime.py): all of them do."""
+        """Blocks of one kind do the same work (see visar/core/runtime.py): all of them do."""
         return ("token",) * self.num_tokens
 
     def check_condition(self, condition: Condition) -> None:

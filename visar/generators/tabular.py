@@ -14,9 +14,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from visar.condition import Condition
-from visar.guidance import OFF, Guidance, combine, double, repeat
-from visar.tree import DraftTree
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.tree import DraftTree
 
 
 @dataclass

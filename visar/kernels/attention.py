@@ -8,6 +8,8 @@ step. B images, R rows (2B when guided), L new positions or nodes of a drafted t
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
 # pyright: reportGeneralTypeIssues=false, reportArgumentType=false
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from visar.kernels.overlap import launch
-from visar.tree import DraftTree
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
 NOTHING = tl.constexpr(-1.0e30)
@@ -250,18 +251,18 @@ def cached_attention(
     batch: int,
     key_valid_RS: Tensor | None,
     overlap: bool = False,
-    tree: DraftTree | None = None,
+    tree: Any = None,
     first: int = 0,
 ) -> Tensor:
     """Attention of L new positions of every row over the cache and over themselves; they enter the cache.
 
     Positions of a window see those before them; nodes of a tree see their ancestors. The plain counterpart is
-    `visar.generators.raster.Attention` between its two matrix products, for a tree with `visar.cache.visible_tree`.
+    `visar.layers.llama.Attention` between its two matrix products, for a tree with `visar.layers.cache.visible_tree`.
 
     Args:
         qkv_RLX: [R, L, 3 N E], queries, keys and values side by side, heads inside; contiguous.
         keys_RNSE, values_RNSE: one layer of the cache, contiguous; written from slot root + first on.
-        rope_PE2: float32 [P, E / 2, 2], see visar/rope.py; places beyond the table take its last row.
+        rope_PE2: float32 [P, E / 2, 2], see visar/layers/rope.py; places beyond the table take its last row.
         length: int64 [1] or [B]; root = length + ahead is the slot and the place of the first new position.
         ahead: prefix positions before the one that predicts token 0.
         batch: B; row r belongs to image r mod B.

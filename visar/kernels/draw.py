@@ -1,6 +1,6 @@
 """Temperature, top-k and top-p, alone, as a law or with the draw of a code; one program a row of V codes.
 
-The plain counterparts are in visar/samplers/filtering.py; `law` is `visar.samplers.verify.token_law`.
+The plain counterparts are in visar/samplers/filtering.py; `law` is `visar.samplers.filtering.token_law`.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -55,7 +55,7 @@ def _law(
 
 
 def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """`visar.samplers.verify.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
+    """`visar.samplers.filtering.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
     logits = logits.contiguous()
     codes = logits.shape[-1]
     out = torch.empty(logits.shape, device=logits.device)

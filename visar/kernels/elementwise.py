@@ -41,7 +41,7 @@ def add_rms_norm_(
 ) -> Tensor:
     """Adds `delta_MD` (None = nothing) to the residual in place and returns its RMS norm times the weight.
 
-    Statistics in float32, cast, then the weight: `visar.layers.RMSNorm`. All tensors contiguous and of one dtype.
+    Statistics in float32, cast, then the weight, as RMSNorm. All tensors contiguous and of one dtype.
     `overlap`: see visar/kernels/overlap.py.
     """
     rows, width = residual_MD.shape
@@ -176,7 +176,7 @@ def _guide(
 def guide(
     logits_RLV: Tensor, scale_N: Tensor, length: Tensor, overlap: bool = False, depth_BL: Tensor | None = None
 ) -> Tensor:
-    """Guided float32 logits [B, L, V] of a doubled batch [2B, L, V]; `visar.guidance.combine` with positions.
+    """Guided float32 logits [B, L, V] of a doubled batch [2B, L, V]; `visar.core.guidance.combine` with positions.
 
     Args:
         logits_RLV: contiguous.

@@ -1,7 +1,7 @@
 """Laws of the n-gram drafter: every token so far votes for itself, more where its neighbours are those asked for.
 
 One program a node of a tree's level, or the end of a chain. The plain counterpart is
-`visar.samplers.drafters.NgramDrafting`; votes are summed in any order.
+`visar.samplers.drafters.ngram.NgramDrafting`; votes are summed in any order.
 
 B images, M nodes, W nodes asked for, T positions with slack, V codes.
 """
@@ -84,7 +84,7 @@ def ngram_laws(
     vocab_size: int,
     weight: float,
 ) -> Tensor:
-    """Laws [B, W, V] of `visar.samplers.drafters.NgramDrafting` behind W nodes.
+    """Laws [B, W, V] of `visar.samplers.drafters.ngram.NgramDrafting` behind W nodes.
 
     Args:
         draft_BM, parents_BM: the tree's tokens and parents; None: the drafts are one chain, whose end is asked for.

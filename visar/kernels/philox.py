@@ -1,4 +1,4 @@
-"""Philox 4x32-10 random words of visar/noise.py in one launch; one program some blocks of four words."""
+"""Philox 4x32-10 random words of visar/core/noise.py in one launch; one program some blocks of four words."""
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false
@@ -63,7 +63,7 @@ def draw_words(
     Args:
         seeds_B: int64, contiguous.
         place_BX: int64 positions; may be expanded.
-        use: see visar.noise.Use.
+        use: see visar.core.noise.Use.
         counter: an int, or int64 [B, X]; may be expanded.
     """
     batch, positions = place_BX.shape

@@ -12,6 +12,7 @@ are faster: a library's product, or for 8-bit weights `scaled_product`. M rows, 
 # mypy: disable-error-code="assignment, var-annotated"
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,6 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from visar.kernels.overlap import launch
-from visar.layers import RMSNorm
 
 MAX_ROWS = 8
 """Most rows that `product` takes."""
@@ -132,7 +132,7 @@ def _product(
             x = _part(x_ptr + m * WIDTH, t * BLOCK_K, WIDTH, BLOCK_K)
             wide = x.to(tl.float32)
             if NORM:
-                # Rounded where visar.layers.RMSNorm rounds.
+                # Rounded where visar.layers.llama.RMSNorm rounds.
                 normed = (wide * scales[m]).to(x.dtype).to(tl.float32) * gains[t].to(tl.float32)
                 wide = normed.to(x.dtype).to(tl.float32)
             new_sums = new_sums + (sums[m] + weight * wide[None, :],)
@@ -176,7 +176,7 @@ def product(
     x_MK: Tensor,
     weight: Weight,
     *,
-    norm: RMSNorm | None = None,
+    norm: Any = None,
     up: Weight | None = None,
     residual_MN: Tensor | None = None,
     overlap: bool = False,

@@ -236,7 +236,7 @@ class Growth:
     def expand(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
         """Takes the likeliest of the candidates added last into the tree.
 
-        Returns: tokens_BM, parents_BM, depth_BL and seen_BLL of visar/tree.py, and the slot of the first new node.
+        Returns: tokens_BM, parents_BM, depth_BL and seen_BLL of a draft tree, and the slot of the first new node.
         """
         count = self.width * self.children
         _expand[(self.batch,)](

@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 
 from visar.checkpoints import hub
-from visar.pipelines.loading import DRAFTERS, load, load_component, read_json
-from visar.samplers.drafters import Drafter, ModelDrafter, NgramDrafter, check_fit
-from visar.samplers.feature_drafters import check_features, target_digest
+from visar.pipelines.components import DRAFTERS, load_component, load_generator, read_json
+from visar.samplers.drafters.interface import Drafter, check_features, check_fit, target_digest
+from visar.samplers.drafters.model import ModelDrafter
+from visar.samplers.drafters.ngram import NgramDrafter
 
 CLASSES = {"eagle": "FeatureDrafter", "heads": "SpatialHeads"}
-"""Kinds of trained drafters, and their classes in visar/samplers/feature_drafters.py."""
+"""Kinds of trained drafters, and their classes in visar/samplers/drafters/eagle.py."""
 
 
 def load_drafter(name: str | Path, target: Any) -> Drafter:
@@ -34,9 +35,9 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
     elif text in hub.embedded_names() and hub.about(text)["kind"] == "drafter":
         folder = hub.EMBEDDED_FOLDER / text
     elif text in hub.embedded_names() or (folder / "model_index.json").is_file():
-        pipeline = load(name, device=target.device, dtype=target.dtype)
-        check_fit(pipeline.generator, target)
-        return ModelDrafter(pipeline.generator)
+        generator = load_generator(name, device=target.device, dtype=target.dtype)
+        check_fit(generator, target)
+        return ModelDrafter(generator)
     if not (folder / "config.json").is_file():
         inner = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
         raise ValueError(

@@ -9,12 +9,8 @@ import torch
 from torch import Tensor
 
 from visar.data.images import as_float
-from visar.files import atomic_write
-from visar.pictures import WRITTEN_AS, grid, to_pictures
-from visar.pipelines.edit_options import Box, Edit
+from visar.io.pictures import to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
-from visar.pipelines.loading import load
-from visar.pipelines.requests import named_values, number_or_name
 from visar.samplers.editing import Strategy, box_mask, grid_mask
 
 
@@ -47,7 +43,7 @@ def edit_images(
     pipeline: ImagePipeline,
     pictures: Sequence[PIL.Image.Image],
     *,
-    box: Box | None = None,
+    box: tuple[float, float, float, float] | None = None,
     mask: Tensor | None = None,
     keep: Literal["outside", "inside"] = "outside",
     strategy: Strategy = "codes",
@@ -118,45 +114,3 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
     columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
     return [list(row) for row in zip(*columns, strict=True)]
-
-
-def edit(options: Edit) -> str:
-    """Runs `visar edit`; returns what to print.
-
-    Raises:
-        ValueError: a file that is no picture, or a value out of range.
-    """
-    if options.num_images < 1:
-        raise ValueError(f"num_images {options.num_images}; it must be >= 1")
-    if options.out.suffix.lower() not in WRITTEN_AS:
-        raise ValueError(f"out {options.out}; it must end in one of {', '.join(WRITTEN_AS)}")
-    try:
-        with PIL.Image.open(options.picture) as file:
-            given = file.convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"{options.picture} is not a picture: {error}") from error
-    pipeline = load(options.model, device=options.device, dtype=options.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    label = None if options.class_name is None else number_or_name(options.class_name)
-    result = edit_images(
-        pipeline,
-        [given] * options.num_images,
-        box=options.box,
-        keep=options.keep,
-        strategy=options.strategy,
-        class_labels=None if label is None else [label] * options.num_images,
-        attributes=named_values(options.attribute),
-        unconditional=options.unconditional,
-        seed=options.seed,
-        guidance_scale=options.guidance_scale,
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-    )
-    shown = given.resize(result.images[0].size, PIL.Image.Resampling.LANCZOS)
-    canvas = PIL.Image.new("RGBA", shown.size, "white")
-    canvas.alpha_composite(shown)
-    with atomic_write(options.out) as path:
-        grid([canvas.convert("RGB"), *result.images], columns=1 + options.num_images).save(path)
-    lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
-    return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])

@@ -1,32 +1,23 @@
 """From a name or a folder to a pipeline."""
 
-import importlib
-import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from torch import nn
 
 from visar.checkpoints import hub
-from visar.checkpoints.common import State, empty, load_strict
-from visar.files import load_weights, tensors_only
+from visar.layers.quantize import check_quantization, quantize_
+from visar.pipelines.components import (
+    GENERATORS,
+    TOKENIZERS,
+    _place,
+    _tokenizer,
+    load_component,
+    placement,
+    read_json,
+    read_official,
+)
 from visar.pipelines.image import ImagePipeline
-from visar.quantize import check_quantization, quantize_
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Folders name the classes of their models. These are the only ones that loading a folder makes, and where they are.
-TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQTokenizer": "visar.tokenizers.vq"}
-GENERATORS = {
-    "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
-    "NextScaleTransformer": "visar.generators.next_scale",
-    "RasterGPT": "visar.generators.raster",
-    "TabularGenerator": "visar.generators.tabular",
-}
-DRAFTERS = {"FeatureDrafter": "visar.samplers.feature_drafters", "SpatialHeads": "visar.samplers.feature_drafters"}
 
 
 def load(
@@ -45,7 +36,7 @@ def load(
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
-        quantize: "int8" or "fp8" halves the generator's weights once more (visar/quantize.py); "none" = off.
+        quantize: "int8" or "fp8" halves the generator's weights once more (visar/layers/quantize.py); "none" = off.
 
     Raises:
         ValueError: unknown name (with the nearest ones), unknown device, dtype or quantize, or files that are damaged
@@ -76,134 +67,6 @@ def load(
     return pipeline
 
 
-def load_tokenizer(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> ModelMixin:
-    """A tokenizer by embedded name, or from a folder made by `save_pretrained`, its own or a pipeline's.
-
-    The name of a generator gives the tokenizer that it was trained with. Arguments and errors as in `load`.
-    """
-    target, kind = placement(device, dtype)
-    folder = Path(name)
-    if str(name) in hub.embedded_names():
-        facts = hub.about(str(name))
-        folder = hub.EMBEDDED_FOLDER / (str(name) if facts["kind"] == "tokenizer" else facts["tokenizer"])
-    elif (folder / "model_index.json").is_file():
-        folder = folder / "tokenizer"
-    if not (folder / "config.json").is_file():
-        raise hub.unknown_model(str(name))
-    return _place(_tokenizer(folder), target, kind)
-
-
-def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
-    # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
-    nn.Module.to(model, device=device, dtype=dtype)
-    return model.eval()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of a model's folder.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name}: {error.strerror}") from error
-    except ValueError as error:
-        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} is no JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} holds a {type(content).__name__}")
-    return content
-
-
-def _tokenizer(folder: Path) -> ModelMixin:
-    return load_component(TOKENIZERS, read_json(folder / "config.json").get("_class_name"), folder)
-
-
-def model_class(allowed: Mapping[str, str], name: object, module: object = None) -> type[ModelMixin]:
-    """The class of a model that a file names, from a table; nothing that is not in the table is imported or called.
-
-    Args:
-        allowed: names of classes and the modules that define them, such as GENERATORS.
-        name: what the file says; anything that JSON can hold.
-        module: where the file says that the class is; None where it does not say.
-
-    Raises:
-        ValueError: another class, or one said to be in another module.
-    """
-    if not isinstance(name, str) or name not in allowed or module not in (None, allowed[name]):
-        # A stranger's text is quoted only where it is the name of a class.
-        quoted = name if isinstance(name, str) and name.isidentifier() and name[0].isupper() else "what it names"
-        raise ValueError(f"{quoted} is no class that may be loaded here; allowed: {', '.join(allowed)}")
-    found = getattr(importlib.import_module(allowed[name]), name)
-    assert issubclass(found, ModelMixin) and found.__module__ == allowed[name]
-    return found
-
-
-def load_component(allowed: Mapping[str, str], name: object, folder: Path, module: object = None) -> ModelMixin:
-    """A model on the CPU, in the dtype that its file is stored in.
-
-    Not by `from_pretrained`: what that does about dtypes differs between versions of diffusers, it needs accelerate
-    for models with parts kept in float32, and it only warns of weights that are missing.
-
-    Args:
-        allowed, name, module: see `model_class`.
-        folder: with config.json and the weights.
-
-    Raises:
-        ValueError: a class that is not one of the allowed ones, settings that it does not have, or weights that are
-            damaged, missing or too many.
-    """
-    try:
-        found = model_class(allowed, name, module)
-    except ValueError as error:
-        raise ValueError(f"{folder}: {error}") from error
-    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
-    try:
-        model = empty(found, config)
-    except TypeError as error:
-        raise ValueError(f"{folder} was made by another version of visar: {error}") from error
-    return load_strict(model, _weights(folder), str(folder))
-
-
-def _weights(folder: Path) -> State:
-    """Weights that `save_pretrained` wrote: one file, or several with an index."""
-    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
-    names = {SAFETENSORS_WEIGHTS_NAME}
-    if index.is_file():
-        names = {Path(name).name for name in read_json(index)["weight_map"].values()}
-    state: State = {}
-    for name in sorted(names):
-        try:
-            state |= tensors_only(load_weights(folder / name), folder / name)
-        except ValueError as error:
-            raise ValueError(f"{folder} is damaged or incomplete: {error}") from error
-    return state
-
-
-def placement(
-    device: str | torch.device | None, dtype: str | torch.dtype | None = None
-) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype; None as of `load`.
-
-    Raises:
-        ValueError: unknown ones, or a device that this machine does not have.
-    """
-    try:
-        target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"unknown device {device!r}; such as cpu, cuda or cuda:1") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device!r}: this machine or this build of torch has no CUDA device; use cpu")
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    return target, dtype or (torch.bfloat16 if target.type == "cuda" else torch.float32)
-
-
 def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
     """A pipeline from its folder; `components` are used instead of what the folder has."""
     if not (folder / "model_index.json").is_file():
@@ -227,13 +90,6 @@ def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
 
 
 def _official(entry: hub.Official) -> ImagePipeline:
-    # Imported here: the converters import this module.
-    from visar.checkpoints.convert import Convert, read_models
-
-    tokenizer = hub.download(entry.tokenizer_repository, entry.tokenizer_file)
-    generator = hub.download(entry.repository, entry.file)
-    models = read_models(
-        Convert(file=generator, out=Path(), tokenizer=tokenizer, source=entry.source, grid=entry.grid)
-    )
+    models = read_official(entry)
     assert models.tokenizer is not None and models.generator is not None
     return ImagePipeline(models.tokenizer, models.generator, defaults=entry.defaults)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from visar.condition import Condition
-from visar.noise import Noise, Use, image_seeds
+from visar.core.condition import Condition
+from visar.core.noise import Noise, Use, image_seeds
 
 
 def each_image(name: str, values: Any, num_images: int) -> list[Any]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from visar.checkpoints import hub
-from visar.files import load_weights, tensors_only
+from visar.data.vocabulary import Vocabulary
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
-from visar.vocabulary import Vocabulary
+from visar.io.files import load_weights, tensors_only
 
 # Vectors of a caption: the longest of emoji64 has 19 for minilm.
 CAPTION_LENGTH = 20

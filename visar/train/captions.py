@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
+from visar.core.condition import Condition
 from visar.data.images import ImageSet
-from visar.text_encoder import TextEncoder, encode_captions
+from visar.pipelines.text_encoder import TextEncoder, encode_captions
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import pickle
 import shutil
 from collections.abc import Collection
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from visar.io.files import replace_folder
 
 _PREFIX = "step-"
 
@@ -44,20 +45,6 @@ def check_same_options(saved: dict[str, Any], options: Any, free: Collection[str
             + "\n".join(lines)
             + "\ngive the saved ones to go on, another folder for another run, or resume=restart to begin anew here"
         )
-
-
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Puts a finished folder in the place of `final`, which may exist."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 class CheckpointStore:

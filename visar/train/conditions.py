@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from visar.condition import NULL_WORD, PADDING_WORD, Condition
+from visar.core.condition import NULL_WORD, PADDING_WORD, Condition
 
 
 class ConditionDropout:

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from visar.files import atomic_write
-from visar.plots import COLORS, Axes
+from visar.io.files import atomic_write
+from visar.io.plots import COLORS, Axes
 
 _USE = "validation/code_perplexity_"
 

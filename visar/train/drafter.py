@@ -1,7 +1,7 @@
 """Training of drafters for speculative sampling on a frozen raster model: EAGLE's layer, or heads of several offsets.
 
 Sources: EAGLE, arXiv 2401.15077 section 4.2; Medusa, 2401.10774 section 2.2; the losses are in
-visar/samplers/feature_drafters.py. Conditions are left out at random, so that the drafter also serves the null half of
+visar/samplers/drafters/eagle.py. Conditions are left out at random, so that the drafter also serves the null half of
 a guided batch.
 
 B images, N tokens, D width, V codes, O offsets.
@@ -13,21 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import combine
 from visar.data.images import ImageSet, load_image_set
-from visar.data.tokens import TokenCache, build_token_cache
-from visar.guidance import combine
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.samplers.feature_drafters import (
-    FeatureDrafter,
-    SpatialHeads,
-    feature_loss,
-    heads_loss,
-    heads_predictions,
-    target_digest,
-)
-from visar.text_encoder import load_text_encoder
+from visar.pipelines.text_encoder import load_text_encoder
+from visar.samplers.drafters.eagle import FeatureDrafter, feature_loss
+from visar.samplers.drafters.heads import SpatialHeads, heads_loss, heads_predictions
+from visar.samplers.drafters.interface import target_digest
 from visar.train.building import image_side, in_dtype, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
@@ -37,6 +31,7 @@ from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import TrainDrafter
 from visar.train.randomness import Draw, IndexDraws, step_seed
 from visar.train.run import Run
+from visar.train.token_cache import TokenCache, build_token_cache
 
 
 class Conditions:

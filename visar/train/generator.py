@@ -13,21 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from visar.condition import Condition
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
 from visar.data.images import ImageSet, load_image_set
-from visar.data.tokens import TokenCache, build_token_cache
 from visar.generators.hierarchical_masked import random_mask, refinement_loss, scale_weights
-from visar.guidance import Guidance
-from visar.noise import Noise, image_seeds
-from visar.output import to_uint8
+from visar.io.pictures import to_uint8
+from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.loading import load_tokenizer
+from visar.pipelines.text_encoder import load_text_encoder
 from visar.samplers.ancestral import sample_ancestral
-from visar.text_encoder import load_text_encoder
 from visar.train.building import build_generator, image_side, in_dtype, json_options, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
-from visar.train.distillation import laws, load_teacher
 from visar.train.images import AUGMENTATIONS, PictureSplit, select_conditions, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
@@ -35,6 +33,8 @@ from visar.train.options import TrainGenerator
 from visar.train.randomness import Draw, IndexDraws, balanced_weights, step_seed
 from visar.train.run import Run
 from visar.train.self_correction import self_correction
+from visar.train.teacher import laws, load_teacher
+from visar.train.token_cache import TokenCache, build_token_cache
 
 
 def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = None) -> Tensor:

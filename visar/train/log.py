@@ -10,8 +10,8 @@ from diffusers.utils.logging import tqdm
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from visar.files import atomic_write
-from visar.pictures import grid
+from visar.io.files import atomic_write
+from visar.io.pictures import grid
 from visar.train.options import RunOptions
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json, replace_folder
+from visar.io.files import replace_folder
+from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json
 from visar.train.log import RunLog, Sheet
 from visar.train.options import FREE_OPTIONS
 from visar.train.run import Averages, Part, Run, fast_math

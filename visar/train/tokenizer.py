@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
 from visar.generators.next_scale import SCALES_256
-from visar.output import to_uint8
+from visar.io.pictures import to_uint8
 from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, ScaleUsage
 from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage

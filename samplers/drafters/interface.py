@@ -1,0 +1,154 @@
+"""Who proposes tokens: the interface of drafters, and two that need no training of their own.
+
+A drafter object holds weights or settings; `start` opens a drafting for one batch, whose tensors live in the sampler's
+session. For every pass the sampler calls `begin` once, which catches up with the committed tokens and returns the law
+of the next position, and then `extend` (a chain) or `extend_tree` (a level of a tree) for the laws behind the drafts.
+Whatever the laws are, speculation stays exact, because each draft is judged against the law it was drawn from. Only a
+drafter that looks at other images would break the rule that an image depends on its own seed.
+
+B batch, J drafts so far, W nodes of a level, L slots of a pass, R rows (2B when guided), D width, V codes, N tokens.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.interface import Generator
+from visar.core.runtime import Session
+from visar.core.tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a drafter works beside.
+
+    Attributes:
+        model, state: the generator and its decoding state.
+        condition, guidance: of the call.
+        window: most tokens that are drafted in a pass; depth: most of them one after another.
+        filters: temperature, top_k and top_p, which drafters of the same kind of law apply too.
+        chain: whether a pass's tokens all follow one another.
+    """
+
+    model: Generator
+    state: Any
+    condition: Condition
+    guidance: Guidance
+    window: int
+    depth: int
+    filters: tuple[float, int, float]
+    chain: bool = True
+
+
+@dataclass
+class Kept:
+    """Decoding states that a session keeps for its next call: the target's, and the drafter's if it has one."""
+
+    target: Any = None
+    drafter: Any = None
+
+
+class Drafting(Protocol):
+    """A drafter at work on one batch.
+
+    Attributes:
+        reads_features: whether `observe` needs the target's hidden vectors.
+    """
+
+    reads_features: bool
+
+    def calls(self, depth: int) -> int:
+        """Forward passes of a model that drafting to this depth takes; 0 when no model is run."""
+        ...
+
+    def begin(self) -> Tensor:
+        """Law float32 [B, V] of the position after the committed tokens."""
+        ...
+
+    def extend(self, draft_BJ: Tensor) -> Tensor:
+        """Law float32 [B, V] of the position after J drafts."""
+        ...
+
+    def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
+        """Laws float32 [B, W, V] behind the nodes from slot `first` on: the tree's last level, all at `depth`."""
+        ...
+
+    def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
+        """Takes what the target's pass showed, before the next `begin`.
+
+        start_B: tokens that were committed before the pass; count_B: tokens it committed; features_RLD: the target's
+        hidden vectors, row j of which predicted position start + j; None unless reads_features.
+        """
+        ...
+
+
+class Drafter(Protocol):
+    """Something that can start a drafting."""
+
+    def key(self) -> tuple:
+        """What a captured pass depends on beside the target."""
+        ...
+
+    def start(self, session: Session, kept: Kept, target: Target) -> Drafting:
+        """Opens a drafting.
+
+        Raises:
+            ValueError: the drafter does not fit the target.
+        """
+        ...
+
+
+def check_fit(drafter: Generator, model: Generator) -> None:
+    """Checks that two models speak of the same tokens.
+
+    Raises:
+        ValueError: other vocabulary or other grid.
+    """
+    if "grid" not in drafter.config:
+        raise ValueError(f"a {type(drafter).__name__} cannot draft here; the drafter must draw one token a step too")
+    ours, theirs = ((m.config["vocab_size"], tuple(m.config["grid"])) for m in (drafter, model))
+    if ours != theirs:
+        raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
+
+
+def weights_key(module: nn.Module) -> tuple[int, int]:
+    """Tells a module, and where its weights are, from others; see Drafter.key."""
+    return id(module), hash(tuple(parameter.data_ptr() for parameter in module.parameters()))
+
+
+def target_digest(model: Generator) -> str:
+    """Tells a target from others: 16 hexadecimal digits of the sha256 of some rows of its output head.
+
+    The rows are rounded to bfloat16 first, so that it does not matter whether they were loaded in that or in float32.
+    """
+    rows = model.output.weight[:64].detach().to("cpu", torch.bfloat16).contiguous()
+    return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def check_features(drafter: Generator, model: Generator) -> None:
+    """Checks that a drafter can read a target's hidden vectors, and was trained on this one's if it says so.
+
+    Raises:
+        ValueError: the target has none to show, or of another width, or it is not the drafter's.
+    """
+    if not callable(getattr(model, "features", None)):
+        raise ValueError(f"this drafter reads hidden vectors, which {type(model).__name__} does not show")
+    check_fit(drafter, model)
+    if drafter.config["width"] != model.config["width"]:
+        raise ValueError(f"the drafter's width is {drafter.config['width']}, the generator's {model.config['width']}")
+    digest = drafter.config["target_digest"]
+    if digest and digest != target_digest(model):
+        raise ValueError(
+            f"the drafter was trained for {drafter.config['target'] or 'another generator'} (weights {digest}); the "
+            f"weights of this generator are {target_digest(model)}"
+        )
+
+
+def law_or_uniform(law_BV: Tensor, known_B: Tensor) -> Tensor:
+    """The law where hidden vectors are known, else the uniform one (in the first pass there are none)."""
+    return torch.where(known_B[:, None], law_BV, 1.0 / law_BV.shape[-1])

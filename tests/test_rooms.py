@@ -1,0 +1,29 @@
+"""Rooms stand in one order: a file imports only from its own room and from those before it."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("kernels", "io", "core", "data", "layers", "tokenizers", "generators", "samplers", "checkpoints", "pipelines",
+         "bench", "evaluate", "train", "cli")  # fmt: skip
+
+
+def imported(file: Path) -> set[str]:
+    """Rooms that a file imports from anywhere in it: inside functions and for types too."""
+    nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)]
+    names = [f"{node.module}.{alias.name}".split(".") for node in nodes if node.module for alias in node.names]
+    return {name[1] for name in names if name[0] == "visar" and len(name) > 1 and name[1] in ROOMS}
+
+
+def test_rooms_import_only_what_stands_before_them():
+    upwards = []
+    for rank, room in enumerate(ROOMS):
+        for file in (ROOT / "visar" / room).resolve().rglob("*.py"):
+            upwards += [
+                f"{file.relative_to(ROOT)} -> {other}" for other in imported(file) if ROOMS.index(other) > rank
+            ]
+    assert not upwards, upwards
+
+
+def test_root_has_no_loose_modules():
+    assert [file.name for file in (ROOT / "visar").glob("*.py")] == ["__init__.py"]

@@ -1,0 +1,108 @@
+"""The convolutional decoder channels-last, with fused norms and residuals: inference on a GPU.
+
+It computes what `visar.tokenizers.convnet.Decoder` computes, from the same parameters; that file is the reference.
+Convolutions run without their biases, which the kernels between them add (visar/kernels/convolution.py).
+
+B images, C channels, H W height and width of any level, P = H * W positions.
+"""
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from visar.kernels import on, usable
+from visar.kernels.convolution import Moments, channels_last, group_norm, moments, upsample
+from visar.tokenizers.convnet import AttentionBlock, Decoder, DecoderLevel, ResnetBlock, mark
+
+# Kernels of convolutions in channels-last order, made when first needed, again after a change in place.
+_LAID_OUT = WeakTensorKeyDictionary()
+
+
+def laid_out(weight: Tensor) -> Tensor:
+    """A convolution's weight in channels-last order: a copy, so that state dicts and optimisers see no change."""
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        return weight
+    now, held = mark(weight), _LAID_OUT.get(weight)
+    if held is None or held[0] != now:
+        held = (now, channels_last(weight.detach()))
+        _LAID_OUT[weight] = held
+    return held[1]
+
+
+def applies(decoder: Decoder, latent_BChw: Tensor) -> bool:
+    """Whether the fused decoder stands in for the plain one: inference, no autocast, and kernels that run here."""
+    return (
+        not (decoder.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        and not torch.is_autocast_enabled(latent_BChw.device.type)
+        and latent_BChw.dtype == decoder.conv_in.weight.dtype
+        and usable(latent_BChw)
+    )
+
+
+def _convolve(conv: nn.Conv2d, x_BCHW: Tensor) -> Tensor:
+    """The convolution without its bias."""
+    return functional.conv2d(x_BCHW, laid_out(conv.weight), None, conv.stride, conv.padding)  # type: ignore[arg-type]
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def _resnet(block: ResnetBlock, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
+    hidden = _convolve(block.conv1, group_norm(x_BCHW, held, block.norm1, silu=True))
+    hidden, inner = moments(hidden)
+    hidden = group_norm(hidden, inner, block.norm2, silu=True, bias_C=block.conv1.bias)
+    hidden = _convolve(block.conv2, hidden)
+    if block.nin_shortcut is None:
+        return moments(hidden, add_BCHW=x_BCHW, biases=[_bias(block.conv2)])
+    shortcut = _convolve(block.nin_shortcut, x_BCHW)
+    return moments(hidden, add_BCHW=shortcut, biases=[_bias(block.conv2), _bias(block.nin_shortcut)])
+
+
+def _attention(block: AttentionBlock, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
+    normed_BPC = group_norm(x_BCHW, held, block.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+    query, key, value = (
+        functional.linear(normed_BPC, conv.weight.flatten(1), conv.bias)[:, None]
+        for conv in (block.q, block.k, block.v)
+    )
+    out_BPC = functional.scaled_dot_product_attention(query, key, value)[:, 0]
+    out_BPC = functional.linear(out_BPC, block.proj_out.weight.flatten(1))
+    out_BCHW = out_BPC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2)
+    return moments(out_BCHW, add_BCHW=x_BCHW, biases=[_bias(block.proj_out)])
+
+
+def _level(level: DecoderLevel, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
+    for index, res in enumerate(cast(Iterable[ResnetBlock], level.res)):
+        x_BCHW, held = _resnet(res, x_BCHW, held)
+        if len(level.attn):
+            x_BCHW, held = _attention(cast(AttentionBlock, level.attn[index]), x_BCHW, held)
+    if level.upsample is None:
+        return x_BCHW, held
+    conv = level.upsample.conv
+    return moments(_convolve(conv, upsample(x_BCHW)), biases=[_bias(conv)])
+
+
+def decode(decoder: Decoder, latent_BChw: Tensor) -> Tensor:
+    """What `decoder(latent)` is, to rounding: [B, C, H, W], contiguous."""
+    with on(latent_BChw.device):
+        x, held = moments(_convolve(decoder.conv_in, channels_last(latent_BChw)), biases=[_bias(decoder.conv_in)])
+        first, attention, last = decoder.mid
+        x, held = _resnet(cast(ResnetBlock, first), x, held)
+        x, held = _attention(cast(AttentionBlock, attention), x, held)
+        x, held = _resnet(cast(ResnetBlock, last), x, held)
+        for level in cast(Iterable[DecoderLevel], decoder.conv_blocks):
+            x, held = _level(level, x, held)
+        x = _convolve(decoder.conv_out, group_norm(x, held, decoder.norm_out, silu=True))
+        return (x + _bias(decoder.conv_out)[:, None, None]).contiguous()
+
+
+def run(decoder: Decoder, latent_BChw: Tensor) -> Tensor:
+    """The decoder's images, by the fused form where it applies."""
+    return (
+        decode(decoder, latent_BChw) if usable(latent_BChw) and applies(decoder, latent_BChw) else decoder(latent_BChw)
+    )

@@ -1,0 +1,5 @@
+import sys
+
+from visar.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,343 @@
+"""The `visar` command: which commands there are, how a line is read, what is printed, and the exit status.
+
+A command is a dataclass of options, its flags made from the fields, and what runs them; both are imported when asked
+for, the options from modules that import no framework: usage and --help wait for nothing else. Only this file prints.
+"""
+
+import inspect
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+Command = tuple[type, Callable[..., object]]
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+def _table(rows: Sequence[tuple[str, ...]]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """Shows (stage, done, total) as one bar after the other."""
+    from tqdm import tqdm
+
+    stage, bar = "", tqdm(disable=True)
+
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal stage, bar
+        if what != stage or done < bar.n:
+            bar.close()
+            stage, bar = what, tqdm(desc=what, total=total or None, unit="image", disable=not _first_process())
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return progress
+
+
+def _print_trained(result: Any) -> None:
+    if _first_process():
+        state = "finished" if result.finished else "stopped"
+        best = "" if result.best is None else f", best validation {result.best:.4g}"
+        print(f"{state} after {result.steps} steps{best}: {result.out / 'model'}")
+
+
+# ------------------------------------------------------------------------------------------------------- the commands
+def _sample() -> Command:
+    from visar.cli.sample import Sample, sample
+
+    return Sample, lambda options, sampler_options: sample(options, sampler_options, print)
+
+
+def _edit() -> Command:
+    from visar.cli.edit import Edit
+
+    def run(options: Edit) -> None:
+        from visar.cli.edit import edit
+
+        print(edit(options))
+
+    return Edit, run
+
+
+def _models() -> Command:
+    from visar.cli.lists import Models, models
+
+    return Models, lambda options: models(options, print, _table)
+
+
+def _samplers() -> Command:
+    from visar.cli.lists import Samplers, samplers
+
+    return Samplers, lambda options: samplers(options, _table)
+
+
+def _convert() -> Command:
+    from visar.checkpoints.options import Convert
+
+    def run(options: Convert) -> None:
+        from visar.cli.convert import convert
+
+        print(convert(options))
+
+    return Convert, run
+
+
+def _eval() -> Command:
+    from visar.evaluate.options import Eval
+
+    def run(options: Eval, sampler_options: dict[str, Any]) -> None:
+        from visar.cli.evaluate import evaluate
+
+        evaluate(options, sampler_options, _table, _progress())
+
+    return Eval, run
+
+
+def _eval_tokenizer() -> Command:
+    from visar.evaluate.options import EvalTokenizer
+
+    def run(options: EvalTokenizer) -> None:
+        from visar.cli.evaluate import evaluate_tokenizer
+
+        evaluate_tokenizer(options, _table, _progress())
+
+    return EvalTokenizer, run
+
+
+def _compare() -> Command:
+    from visar.evaluate.options import Compare
+
+    def run(options: Compare) -> None:
+        from visar.cli.compare import compare
+
+        compare(options, _table, _progress())
+
+    return Compare, run
+
+
+def _acceptance() -> Command:
+    from visar.bench.options import Acceptance
+
+    def run(options: Acceptance) -> None:
+        from visar.bench.acceptance import acceptance
+
+        acceptance(options, _table, _progress())
+
+    return Acceptance, run
+
+
+def _stats() -> Command:
+    from visar.evaluate.options import Stats
+
+    def run(options: Stats) -> None:
+        from visar.cli.evaluate import stats
+
+        stats(options, _table, _progress())
+
+    return Stats, run
+
+
+def _bench() -> Command:
+    from visar.bench.options import Bench
+
+    def run(options: Bench, sampler_options: dict[str, Any]) -> None:
+        from visar.bench.run import bench
+
+        bench(options, sampler_options, lambda line: print(line, flush=True))
+
+    return Bench, run
+
+
+def _train_tokenizer() -> Command:
+    from visar.train.options import TrainTokenizer
+
+    def run(options: TrainTokenizer) -> None:
+        from visar.train.tokenizer import train_tokenizer
+
+        _print_trained(train_tokenizer(options))
+
+    return TrainTokenizer, run
+
+
+def _train_generator() -> Command:
+    from visar.train.options import TrainGenerator
+
+    def run(options: TrainGenerator) -> None:
+        from visar.train.generator import train_generator
+
+        _print_trained(train_generator(options))
+
+    return TrainGenerator, run
+
+
+def _train_drafter() -> Command:
+    from visar.train.options import TrainDrafter
+
+    def run(options: TrainDrafter) -> None:
+        from visar.train.drafter import train_drafter
+
+        _print_trained(train_drafter(options))
+
+    return TrainDrafter, run
+
+
+def _data_emoji() -> Command:
+    from visar.cli.data import DataEmoji, data_emoji
+
+    return DataEmoji, lambda options: print(data_emoji(options))
+
+
+def _data_clips() -> Command:
+    from visar.cli.data import DataClips, data_clips
+
+    return DataClips, lambda options: print(data_clips(options))
+
+
+def _data_fashion() -> Command:
+    from visar.cli.data import DataFashion, data_fashion
+
+    return DataFashion, lambda options: print(data_fashion(options))
+
+
+# Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
+COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
+    "sample": ("make images with a model", _sample),
+    "edit": ("draw a part of a picture anew with a model over scales", _edit),
+    "models": ("list models, their classes and attributes", _models),
+    "samplers": ("list samplers, exact and lossy, and their settings", _samplers),
+    "eval": ("score a model's images, or pictures made elsewhere", _eval),
+    "eval --compare": ("the same seeds through several samplers or models, or finished evaluations", _compare),
+    "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
+    "acceptance": ("what speculative samplers accept, and how much faster than ancestral sampling", _acceptance),
+    "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
+    "convert": ("make a folder that loads without a network from another project's weights", _convert),
+    "bench": ("time decoding on this machine, or against another program", _bench),
+    "train tokenizer": ("train a tokenizer on images (--recipe NAME: as an embedded model)", _train_tokenizer),
+    "train generator": (
+        "train a generator on a tokenizer's ids (--recipe NAME: as an embedded model)",
+        _train_generator,
+    ),
+    "train drafter": ("train a drafter for speculative sampling with a raster model", _train_drafter),
+    "data emoji": ("build the emoji image set", _data_emoji),
+    "data clips": ("build the set of animated emoji", _data_clips),
+    "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),
+}
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+def _usage() -> str:
+    width = max(len(name) for name in COMMANDS)
+    rows = "\n".join(f"  visar {name.ljust(width)}  {what}" for name, (what, _) in COMMANDS.items())
+    return f"usage: visar COMMAND [--help] ...\n\n{rows}"
+
+
+def _find(arguments: list[str]) -> tuple[str, list[str]]:
+    """Splits off the command.
+
+    Raises:
+        ValueError: no such command.
+    """
+    first, rest = arguments[0], arguments[1:]
+    second = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    for word in rest:
+        if word in second and (word.startswith("--") or word is rest[0]):
+            rest.remove(word)
+            return f"{first} {word}", rest
+    if first in COMMANDS:
+        return first, rest
+    if second:
+        raise ValueError(f"say which: {', '.join(f'visar {first} {word}' for word in second)}")
+    raise ValueError(f"unknown command {first!r}\n{_usage()}")
+
+
+def _recipe(command: str, options_class: type, name: str) -> Any:
+    """The options of a recipe, which replace a training command's defaults.
+
+    Raises:
+        ValueError: no recipe of that name for this command.
+    """
+    from visar.train.recipes import RECIPES
+
+    fitting = [key for key, recipe in RECIPES.items() if isinstance(recipe, options_class)]
+    if name not in fitting:
+        raise ValueError(f"unknown recipe {name!r} for visar {command}; choose one of {', '.join(fitting)}")
+    return RECIPES[name]
+
+
+def parse(arguments: list[str]) -> Callable[[], object]:
+    """What a command line asks for, ready to run.
+
+    Raises:
+        ValueError: no such command, sampler, setting or recipe.
+        SystemExit: --help, or options that do not fit, with their status (0, 2) and the message printed.
+    """
+    import tyro
+
+    name, rest = _find(arguments)
+    options_class, run = COMMANDS[name][1]()
+    settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
+    extra: tuple = ()
+    if name in ("sample", "eval", "bench") and not {"-h", "--help"} & set(rest):
+        from visar.cli.sampler_flags import take_sampler_options
+
+        rest, sampler_options = take_sampler_options(rest)
+        extra = (sampler_options,)
+    if name.startswith("train "):
+        from visar.cli.flags import take_value
+
+        settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."
+        rest, recipe = take_value(rest, "--recipe")
+        settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
+    options = tyro.cli(options_class, args=rest, **settings)
+    return lambda: run(options, *extra)
+
+
+def _silence_imports() -> None:
+    """Keeps off the screen what torch and diffusers log where torchao is installed, about classes unused here."""
+    for name in ("torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("torch-visar"))
+        return 0
+    _silence_imports()
+    status = 2
+    try:
+        run = parse(arguments)
+        status = 1
+        run()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except (ValueError, ImportError, OSError) as error:
+        print(f"visar: {error}", file=sys.stderr)
+        return status
+    except KeyboardInterrupt:
+        print("visar: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

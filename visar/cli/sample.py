@@ -1,0 +1,150 @@
+"""`visar sample`: images of a model, as a grid in one file or as a folder of files."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+Report = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Makes images with a model: a grid in one file, or a folder of files."""
+
+    model: tyro.conf.Positional[str]
+    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
+    """Class by name or number; without it every image draws one from the training set's law."""
+    prompt: str | None = None
+    """Words, for models conditioned on words."""
+    attribute: tuple[str, ...] = ()
+    """Further labels as name=value, such as style=noto."""
+    num_images: int = 1
+    """How many images."""
+    seed: int = 0
+    """Image i has seed + i; its random numbers depend on nothing else of the call."""
+    out: Path = Path("samples.png")
+    """A .png file for a grid, or a folder for one file an image."""
+    sampler: str | None = None
+    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given, as
+    for the next four."""
+    guidance_scale: float | None = None
+    """1.0 = off."""
+    temperature: float | None = None
+    """> 0; 1.0 = off."""
+    top_k: int | None = None
+    """0 = off."""
+    top_p: float | None = None
+    """In (0, 1]; 1.0 = off."""
+    previews: bool = False
+    """Also write the pictures after every scale, one row an image, beside `out`; for models over scales."""
+    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
+    """Most images at a time; auto finds how many fit into memory."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one."""
+    dtype: str | None = None
+    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
+    offload: bool = False
+    """Keep tokenizer and text encoder on the CPU except for their part: slower, and less memory of a GPU."""
+    quantize: Literal["none", "int8", "fp8"] = "none"
+    """8 bits for every weight of the generator's blocks and head; needs torchao."""
+
+
+def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> None:
+    """Runs `visar sample`.
+
+    Args:
+        options: of the command.
+        sampler_options: settings of the sampler, by name.
+        report: prints a line.
+
+    Raises:
+        ValueError: an option that does not fit, or `out` cannot be written to.
+        OutOfMemory: a batch does not fit; the images made before it are written.
+    """
+    from visar import load
+    from visar.io.files import atomic_write
+    from visar.io.pictures import WRITTEN_AS, grid
+    from visar.pipelines.editing import check_over_scales, scale_previews
+    from visar.pipelines.memory import OutOfMemory
+    from visar.pipelines.requests import named_values, number_or_name
+
+    single = options.out.suffix.lower() in WRITTEN_AS
+    attributes = named_values(options.attribute)
+    _check_writable(options.out if single else options.out / "seeds.txt")
+    if options.previews:
+        _check_writable(_beside(options.out))
+    placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
+    pipeline = load(options.model, **placing, quantize=options.quantize)
+    if options.previews:
+        check_over_scales(pipeline)
+    pipeline.set_progress_bar_config(desc="sampling", unit="step")
+    try:
+        result = pipeline(
+            class_labels=None if options.class_name is None else number_or_name(options.class_name),
+            prompt=options.prompt,
+            num_images=options.num_images,
+            attributes=attributes,
+            sampler=options.sampler,
+            sampler_options=sampler_options,
+            guidance_scale=options.guidance_scale,
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            seed=options.seed,
+            batch_size=options.batch_size,
+        )
+    except OutOfMemory as error:
+        if error.done is not None:
+            _write_images(error.done, options.out, single, report)
+        raise
+    _write_images(result, options.out, single, report)
+    if options.previews:
+        rows = scale_previews(pipeline, result.tokens)
+        with atomic_write(_beside(options.out)) as path:
+            grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
+    passes = sum(result.statistics.forward_passes.values())
+    count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
+    report(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
+
+
+def _beside(out: Path) -> Path:
+    """Where previews go."""
+    out = out.resolve()
+    return out.with_name(f"{out.stem}-scales.png")
+
+
+def _check_writable(path: Path) -> None:
+    """Finds before the work that a file cannot be written; makes nothing.
+
+    Raises:
+        ValueError: a part of the path is not a folder that can be written to, or the path itself is a folder.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+
+
+def _write_images(result: Any, out: Path, single: bool, report: Report) -> None:
+    """Writes a grid and reports what is on it, or a folder of files with a list of them."""
+    from visar.io.files import atomic_write
+    from visar.io.pictures import grid
+
+    rows = list(zip(result.seeds, result.descriptions, strict=True))
+    if single:
+        with atomic_write(out) as path:
+            grid(result.images).save(path)
+        for seed, text in rows:
+            report(f"seed {seed}: {text}")
+        return
+    for seed, image in zip(result.seeds, result.images, strict=True):
+        with atomic_write(out / f"{seed:06d}.png") as path:
+            image.save(path)
+    with atomic_write(out / "seeds.txt") as path:
+        path.write_text("".join(f"{seed}\t{text}\n" for seed, text in rows), encoding="utf-8")

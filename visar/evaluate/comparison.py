@@ -1,0 +1,127 @@
+"""A picture of quality against cost: one point a run, and the line of those that no other beats in both."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from visar.evaluate.report import Report, markdown_table, table
+from visar.io.files import atomic_write
+from visar.io.plots import BLUE, INK, Axes
+
+
+@dataclass(frozen=True)
+class Point:
+    """A run: lower is better on both axes; cost must be above 0."""
+
+    label: str
+    cost: float
+    distance: float
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats: another one with at most the same cost and distance, one of them smaller."""
+    kept = [
+        point
+        for point in points
+        if not any(
+            other.cost <= point.cost
+            and other.distance <= point.distance
+            and (other.cost < point.cost or other.distance < point.distance)
+            for other in points
+        )
+    ]
+    return sorted(kept, key=lambda point: (point.cost, point.distance))
+
+
+def draw_pareto(
+    points: Sequence[Point],
+    path: str | Path,
+    *,
+    cost_name: str,
+    distance_name: str,
+    size: tuple[int, int] = (900, 600),
+) -> Path:
+    """Writes the picture as PNG: cost to the right on a logarithmic scale, distance upwards, frontier as a line.
+
+    Points are numbered in their order; what the numbers are stands below.
+
+    Args:
+        points: of the runs.
+        path: of the picture.
+        cost_name, distance_name: written beside the axes.
+        size: of the plot without the lines below it, in pixels.
+
+    Raises:
+        ValueError: no point, a cost that is not above 0, a distance that is not finite, or a path that is not .png.
+    """
+    path = Path(path)
+    if path.suffix != ".png":
+        raise ValueError(f"a picture is named .png, got {path}")
+    wrong = [point for point in points if not point.cost > 0 or not math.isfinite(point.distance)]
+    if not points or wrong:
+        raise ValueError(f"{wrong[0] if wrong else 'no point'}: costs must be above 0 and distances finite")
+    distances = [point.distance for point in points]
+    axes = Axes(
+        [point.cost for point in points],
+        distances,
+        x_name=cost_name,
+        y_name=f"{distance_name} (lower is better)",
+        log_x=True,
+        log_y=min(distances) > 0 and max(distances) > 2 * min(distances),
+        size=size,
+    )
+    best = frontier(points)
+    axes.line([(point.cost, point.distance) for point in best])
+    names = []
+    for number, point in enumerate(points, start=1):
+        axes.point(point.cost, point.distance, str(number), BLUE if point in best else INK)
+        names.append(f"{number}  {point.label}  ({point.cost:.3g}, {point.distance:.4g})")
+    axes.legend(names)
+    with atomic_write(path) as temporary:
+        axes.image.save(temporary, format="PNG")
+    return path
+
+
+def write_comparison(reports: list[Report], out: str | Path) -> None:
+    """Writes compare.json, compare.md and pareto.png of comparable reports; the first row is what ratios refer to.
+
+    In pareto.png the cost is the time of an image at the largest batch size that was timed (`--speed-batches`) in all
+    runs, else the number of forward passes; without either there is no picture.
+
+    Raises:
+        ValueError: the reports do not compare, or there is none.
+    """
+    if not reports:
+        raise ValueError("no run to compare")
+    out = Path(out)
+    rows = table(reports)
+    protocol = reports[0].protocol
+    shared = {key: value for key, value in protocol.items() if all(r.protocol.get(key) == value for r in reports)}
+    lines = [markdown_table(rows), "Common protocol:", "", *(f"- {key}: {value}" for key, value in shared.items())]
+    with atomic_write(out / "compare.md") as path:
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with atomic_write(out / "compare.json") as path:
+        path.write_text(json.dumps([asdict(report) for report in reports], indent=2) + "\n", encoding="utf-8")
+    costs = _costs(reports)
+    if costs is not None:
+        cost_name, values = costs
+        draw_pareto(
+            [Point(r.name, cost, r.metrics.distance) for r, cost in zip(reports, values, strict=True)],
+            out / "pareto.png",
+            cost_name=cost_name,
+            distance_name=reports[0].metrics.distance_name,
+        )
+
+
+def _costs(reports: list[Report]) -> tuple[str, list[float]] | None:
+    """What a run costs, by name and for every report; None where it is not known of all."""
+    timed = [{row.batch: row.images_per_s for row in report.speed} for report in reports]
+    common = set(timed[0]).intersection(*timed[1:])
+    if common:
+        batch = max(common)
+        return f"ms an image at batch {batch}", [1000 / rates[batch] for rates in timed]
+    if all(report.passes for report in reports):
+        return "forward passes per image", [report.passes or 0.0 for report in reports]
+    return None

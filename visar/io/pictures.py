@@ -1,0 +1,47 @@
+"""Sheets of pictures, drawn with Pillow."""
+
+import math
+from collections.abc import Sequence
+
+import PIL.Image
+import torch
+from torch import Tensor
+
+WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of pictures that commands write
+
+
+def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
+    """Pictures of images in [-1, 1]."""
+    return [PIL.Image.fromarray(each) for each in to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def grid(
+    images: Sequence[PIL.Image.Image], columns: int | None = None, gap: int = 2, zoom: int = 1
+) -> PIL.Image.Image:
+    """Pictures of one size side by side on white, row by row.
+
+    Args:
+        columns: pictures a row; None makes the sheet about square.
+        gap: pixels between pictures and around them.
+        zoom: whole number by which every picture is enlarged, pixel by pixel.
+
+    Raises:
+        ValueError: no picture, or pictures of several sizes.
+    """
+    sizes = {image.size for image in images}
+    if len(sizes) != 1:
+        raise ValueError(f"a grid needs pictures of one size; got {sorted(sizes) or 'none'}")
+    width, height = (side * zoom for side in sizes.pop())
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    sheet = PIL.Image.new("RGB", (gap + columns * (width + gap), gap + rows * (height + gap)), "white")
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        enlarged = image.resize((width, height), PIL.Image.Resampling.NEAREST) if zoom > 1 else image
+        sheet.paste(enlarged, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def to_uint8(image_BCHW: Tensor) -> Tensor:
+    """Images in [-1, 1] to uint8 [B, C, H, W]: clamped, then rounded to the nearest level; the only such rule here."""
+    return ((image_BCHW.float() + 1.0) * 127.5).clamp(0.0, 255.0).round().to(torch.uint8)

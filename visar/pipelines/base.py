@@ -1,0 +1,325 @@
+"""What pipelines of images and of videos share."""
+
+import contextlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, Use
+from visar.core.output import SampleOutput
+from visar.core.runtime import EAGER, Runtime
+from visar.data.vocabulary import Vocabulary
+from visar.layers.quantize import quantized_layers, scaled
+from visar.pipelines import memory as batching
+from visar.pipelines.memory import borrowed
+from visar.pipelines.requests import numbered_classes, seeds_of_images
+from visar.pipelines.sampling import (
+    Begun,
+    Check,
+    Helpers,
+    check_one_value,
+    chosen_settings,
+    guidance_of_defaults,
+    resolve_options,
+)
+from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
+from visar.tokenizers.decoding import decode_tokens
+
+
+class TokenPipeline(DiffusionPipeline):
+    """What pipelines of images and of videos share: conditions, settings, sampling, decoding.
+
+    Args:
+        tokenizer: turns ids into images.
+        generator: predicts ids.
+        vocabulary: `visar.data.vocabulary.Vocabulary.to_dict()`: names of labels and words; None for a model whose
+            classes have numbers only.
+        defaults: sampling settings used where a call gives none: sampler, temperature, top_k, top_p, and
+            guidance_scale or guidance (a dict of the fields of `Guidance`). Also text_encoder, for models with
+            `caption_width`: what `load_text_encoder` takes; it is loaded at the first prompt.
+
+    Attributes:
+        offload: whether tokenizer and text encoder wait on the CPU and are moved to the generator's device for their
+            part only; see `enable_offload`.
+
+    Raises:
+        ValueError: unknown default settings.
+    """
+
+    model_cpu_offload_seq = "generator->tokenizer"
+    tokenizer: Any
+    generator: Any
+    _callback_tensor_inputs = ["tokens"]
+
+    def __init__(
+        self,
+        tokenizer: ModelMixin,
+        generator: ModelMixin,
+        vocabulary: dict | None = None,
+        defaults: dict | None = None,
+    ) -> None:
+        super().__init__()
+        guidance_of_defaults(defaults or {})
+        self.register_modules(tokenizer=tokenizer, generator=generator)
+        self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
+        self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
+        self.runtime = Runtime()
+        self.offload = False
+        self._text_encoder: TextEncoder | None = None
+        self._helpers = Helpers()
+
+    def __repr__(self) -> str:
+        """A few lines; diffusers would print the whole configuration, all words of the vocabulary among it."""
+        return summary(self)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
+        """Writes the pipeline to a folder, as diffusers does.
+
+        Raises:
+            ValueError: the generator is quantised.
+        """
+        if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
+            raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
+        super().save_pretrained(save_directory, **settings)
+
+    # ---------------------------------------------------------------------------------------------------- the memory
+    def enable_offload(self) -> None:
+        """Moves tokenizer and text encoder to the CPU, from where they are fetched for their part only.
+
+        Results stay the same; every batch takes the time of moving the tokenizer to the GPU and back.
+        """
+        self.offload = True
+        nn.Module.to(self.tokenizer, "cpu")
+        if self._text_encoder is not None:
+            nn.Module.to(self._text_encoder.model, "cpu")
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are made."""
+        return self.generator.device if self.offload else super().device
+
+    def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
+        return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def find_batch_size(self, most: int, *, limit_bytes: int | None = None, **settings: Any) -> int:
+        """The largest power of two <= most that fits into memory.
+
+        On a GPU, batches of 1 and 2 are run and measured (raster models: three steps and the decoder), then the batch
+        that should fit; graphs and caches of earlier calls are freed. On a CPU the need is computed from shapes, and
+        no more than 64 images are made at a time.
+
+        Args:
+            most: bound, such as the number of images.
+            limit_bytes: memory beside the weights; None is 90 % of a GPU's free memory, or half of a CPU's.
+            settings: of `sampling_settings`, and sampler_options.
+
+        Raises:
+            ValueError: most < 1, or not even one image fits.
+        """
+        chosen = self.sampling_settings(**{k: v for k, v in settings.items() if k != "sampler_options"})
+        chosen["sampler_options"] = settings.get("sampler_options")
+        return batching.find_batch_size(self, most, limit_bytes, chosen)
+
+    # ------------------------------------------------------------------------------------------------- the steps
+    def prepare_seeds(
+        self,
+        num_images: int,
+        seed: int | None = None,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> list[int]:
+        """One seed an image: given, counted up from `seed`, drawn from `generator` (one for all, or one each), or
+        random.
+
+        Raises:
+            ValueError: more than one source, or another number of seeds than images.
+        """
+        return seeds_of_images(num_images, seed, seeds, generator)
+
+    def prepare_condition(
+        self,
+        seeds: list[int],
+        class_labels: Sequence[int | str] | None = None,
+        prompts: Sequence[str] | None = None,
+        attributes: dict[str, str] | None = None,
+    ) -> tuple[Condition, list[str]]:
+        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training
+        set.
+
+        Args:
+            seeds: one an image; unspecified conditions are functions of it.
+            class_labels: one class an image, by number or by name.
+            prompts: one an image, for models conditioned on words or captions.
+            attributes: further labels by name, such as {"style": "noto"}.
+
+        Raises:
+            ValueError: unknown names (with the nearest ones), or a kind of condition that the model does not take.
+            ImportError: the model's text encoder is not installed.
+        """
+        config = self.generator.config
+        takes_class = bool(config["num_classes"])
+        takes_words = bool(config["word_vocab_size"])
+        if config.get("caption_width"):
+            if class_labels is not None or attributes:
+                raise ValueError("this model is conditioned on captions: give a prompt, no class or attributes")
+            return self._captions(seeds, prompts)
+        if class_labels is not None and not takes_class:
+            raise ValueError("this model is conditioned on words: give a prompt, not a class")
+        if prompts is not None and (takes_class or not takes_words):
+            raise ValueError("this model is conditioned on classes: give a class, not a prompt")
+        if self.vocabulary is None:
+            return numbered_classes(config["num_classes"], seeds, class_labels, attributes)
+        uniform = Noise(seeds).uniform(Use.CONDITION, 0)
+        condition, descriptions = self.vocabulary.complete(
+            uniform,
+            class_labels=class_labels,
+            prompts=prompts,
+            attributes=attributes,
+            with_labels=takes_class or bool(config["attributes"]),
+            with_words=takes_words,
+        )
+        if config["attributes"] and not takes_class:
+            null_BA = torch.tensor(self.vocabulary.null_labels).expand(len(seeds), -1)
+            labels_BA = null_BA if condition.labels_BA is None else condition.labels_BA
+            condition = replace(condition, labels_BA=labels_BA[:, 1:])
+        return condition, descriptions
+
+    def _captions(self, seeds: list[int], prompts: Sequence[str] | None) -> tuple[Condition, list[str]]:
+        name = self.config["defaults"].get("text_encoder")
+        if name is None:
+            raise ValueError(
+                "this model reads features of a text encoder: pass condition=Condition(text_BTC=..., text_mask_BT=...)"
+            )
+        if prompts is None:
+            if self.vocabulary is None:
+                raise ValueError("this model is conditioned on captions: give a prompt")
+            prompts = self.vocabulary.draw_texts(Noise(seeds).uniform(Use.CONDITION, 0))
+        device = self._execution_device
+        if self._text_encoder is None:
+            self._text_encoder = load_text_encoder(name, "cpu" if self.offload else device)
+        length = self.generator.config["caption_length"]
+        with self._fetched(self._text_encoder.model):
+            return encode_captions(prompts, self._text_encoder, length=length, device=device), list(prompts)
+
+    def sampling_settings(
+        self,
+        *,
+        sampler: str | None = None,
+        guidance_scale: float | Guidance | None = None,
+        temperature: float | Sequence[float] | None = None,
+        top_k: int | Sequence[int] | None = None,
+        top_p: float | Sequence[float] | None = None,
+    ) -> dict[str, Any]:
+        """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values."""
+        given = {"sampler": sampler, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return chosen_settings(self.config["defaults"], guidance_scale, given)
+
+    def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
+        """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
+        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it, and not kept.
+
+        Args:
+            sampler_options: of the sampler.
+            settings: of `sampling_settings`.
+
+        Raises:
+            ValueError: the first thing that does not fit.
+        """
+        chosen = {**self.sampling_settings(**settings), "sampler_options": sampler_options}
+        anything = Condition(labels_BA=torch.zeros(1, 1, dtype=torch.int64))
+        with contextlib.suppress(Begun):
+            self._run_sampler(Helpers(), Check(), anything, [0], callback=None, **chosen)
+
+    def sample_tokens(
+        self,
+        condition: Condition,
+        seeds: list[int],
+        *,
+        sampler: str = "ancestral",
+        sampler_options: dict[str, Any] | None = None,
+        guidance: Guidance,
+        temperature: float | Sequence[float],
+        top_k: int | Sequence[int],
+        top_p: float | Sequence[float],
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> SampleOutput:
+        """Tokens of a batch; see the sampler's own docstring for its options.
+
+        Options may be text, as on the command line; a drafter is then what `load_drafter` takes, and followers are
+        names or folders of pipelines.
+
+        Raises:
+            ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
+        """
+        return self._run_sampler(
+            self._helpers,
+            self.runtime,
+            condition,
+            seeds,
+            sampler=sampler,
+            sampler_options=sampler_options,
+            guidance=guidance,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            callback=callback,
+        )
+
+    def _run_sampler(
+        self,
+        helpers: Helpers,
+        runtime: Runtime,
+        condition: Condition,
+        seeds: list[int],
+        *,
+        sampler: str,
+        sampler_options: dict[str, Any] | None,
+        **settings: Any,
+    ) -> SampleOutput:
+        entry, options = resolve_options(sampler, sampler_options or {}, self.generator, helpers)
+        check_one_value(sampler, entry, **{name: settings[name] for name in ("temperature", "top_k", "top_p")})
+        if "codebook" in entry.settings() and options.get("neighbours") is None:
+            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
+        noise = Noise(seeds, self._execution_device)
+        condition = condition.to(self._execution_device)
+        return entry.load()(self.generator, condition, noise=noise, runtime=runtime, **settings, **options)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
+        with self._fetched(self.tokenizer):
+            # A graph reads weights where they were: of no use to a tokenizer that moves.
+            decoded = decode_tokens(self.tokenizer, tokens, runtime=EAGER if self.offload else self.runtime)
+        return decoded.float().clamp(-1.0, 1.0)
+
+
+def summary(pipeline: Any) -> str:
+    """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one a line."""
+    generator, config = pipeline.generator, pipeline.generator.config
+    dtype = str(generator.dtype).removeprefix("torch.")
+    settings = [f"{name} {value}" for name, value in pipeline.config["defaults"].items()]
+    lines = {
+        "generator": f"{type(generator).__name__}, {generator.num_parameters() / 1e6:,.1f} M parameters, "
+        f"{generator.num_tokens} tokens of {config['vocab_size']:,} codes, {generator.device}, {dtype}",
+        "tokenizer": type(pipeline.tokenizer).__name__,
+        "conditions": ", ".join(_conditions(pipeline)) or "none",
+        "defaults": ", ".join(settings) or "none",
+    }
+    return "\n".join([type(pipeline).__name__, *(f"  {name:<12}{text}" for name, text in lines.items())])
+
+
+def _conditions(pipeline: Any) -> list[str]:
+    config, vocabulary = pipeline.generator.config, pipeline.vocabulary
+    if config.get("caption_width"):
+        return ["captions"]
+    found = [f"class ({config['num_classes']:,})"] if config["num_classes"] else []
+    names = ["attribute"] * len(config["attributes"]) if vocabulary is None else list(vocabulary.attributes)[1:]
+    found += [f"{name} ({count:,})" for name, count in zip(names, config["attributes"], strict=False)]
+    return [*found, "words"] if config["word_vocab_size"] else found

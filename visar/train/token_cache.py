@@ -1,0 +1,128 @@
+"""Token ids of an image set, computed once: several augmented variants of every picture."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from visar.data.augment import Augmentation, augment
+from visar.data.images import ImageSet, as_float
+from visar.io.files import atomic_write
+from visar.layers.quantize import weights_digest
+
+
+@dataclass
+class TokenCache:
+    """Ids of every picture.
+
+    Attributes:
+        ids_NKL: int16 or int32 [N, variants, L]; variant 0 is the picture itself, the others are augmented.
+        facts: what they were made from: tokenizer and image set by hash, augmentation, seed.
+    """
+
+    ids_NKL: Tensor
+    facts: dict
+
+    @property
+    def num_variants(self) -> int:
+        """Variants of a picture, the plain one included."""
+        return self.ids_NKL.shape[1]
+
+    def to(self, device: torch.device | str) -> "TokenCache":
+        """The same cache on a device."""
+        return TokenCache(self.ids_NKL.to(device), self.facts)
+
+    def ids(self, index_B: Tensor, variant_B: Tensor) -> Tensor:
+        """int64 [B, L] of some pictures' variants."""
+        return self.ids_NKL[index_B, variant_B].long()
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TokenCache":
+        """Reads a cache.
+
+        Raises:
+            ValueError: no such file, or a damaged one.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+            return cls(load_file(path)["ids"], facts)
+        except (OSError, KeyError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{path} is not a token cache or is damaged ({error})") from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the cache, whole or not at all."""
+        with atomic_write(path) as temporary:
+            save_file({"ids": self.ids_NKL.cpu().contiguous()}, temporary, {"facts": json.dumps(self.facts)})
+
+
+@torch.no_grad()
+def build_token_cache(
+    image_set: ImageSet,
+    tokenizer: Any,
+    path: str | Path | None = None,
+    *,
+    variants: int = 1,
+    augmentation: Augmentation | None = None,
+    seed: int = 0,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+) -> TokenCache:
+    """Ids of all pictures, read from `path` if they are there already, else computed and written to it.
+
+    Args:
+        image_set: the pictures, all splits.
+        tokenizer: on the device, in evaluation mode.
+        path: file of the cache; None keeps it in memory only.
+        variants: variants of a picture (32 in the embedded models' recipes); the first is the picture itself.
+        augmentation: of the other variants; without one, variants must be 1.
+        seed: of the augmentation; batch_size changes it too.
+        batch_size: pictures at a time.
+        device: where to compute.
+
+    Raises:
+        ValueError: the file was made from something else (says what differs), or variants without augmentation.
+    """
+    if variants < 1 or (variants > 1 and augmentation is None):
+        raise ValueError(f"variants {variants}; it must be >= 1, and 1 without an augmentation")
+    facts = {
+        "tokenizer": weights_digest(tokenizer),
+        "images": image_set.picture_digest(),
+        "variants": variants,
+        "augmentation": None if augmentation is None else asdict(augmentation),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
+    if path is not None and Path(path).exists():
+        cache = TokenCache.load(path)
+        differing = [key for key, value in facts.items() if cache.facts.get(key) != value]
+        if differing:
+            raise ValueError(f"{path} was made with another {', '.join(differing)}; remove it or name another file")
+        return cache
+    vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
+    dtype = torch.int16 if vocab_size <= 2**15 else torch.int32
+    ids = torch.empty(len(image_set), variants, length, dtype=dtype)
+    for first in range(0, len(image_set), batch_size):
+        part = slice(first, first + batch_size)
+        image = as_float(torch.from_numpy(np.array(image_set.images[part])).to(device))
+        allowed = image_set.mirror_allowed_N[part].to(device)
+        for variant in range(variants):
+            picture = image
+            if variant:
+                text = f"{seed}/{first}/{variant}"
+                number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+                generator = torch.Generator(device).manual_seed(number)
+                assert augmentation is not None
+                picture = augment(image, augmentation, generator, allowed)
+            ids[part, variant] = tokenizer.encode(picture).to(dtype).cpu()
+    cache = TokenCache(ids, facts)
+    if path is not None:
+        cache.save(path)
+    return cache
