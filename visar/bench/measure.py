@@ -16,7 +16,6 @@ from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.memory import any_condition
 from visar.tokenizers.decoding import decode_tokens
 
 # Samplers whose loop never waits for the device: for them the host's own time can be told.
@@ -52,7 +51,7 @@ class Caller:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
         device = next(self.subject.generator.parameters()).device
-        self._condition = any_condition(self.subject.generator, self.batch, device)
+        self._condition = self.subject.generator.example_condition(self.batch)
 
     @torch.no_grad()
     def tokens(self) -> SampleOutput | None:

@@ -10,7 +10,6 @@ from visar.bench.subjects import Subject
 from visar.bench.timing import Timing, seconds_of
 from visar.core.guidance import Guidance
 from visar.core.runtime import Session
-from visar.pipelines.memory import any_condition
 from visar.samplers.filtering import draw, sample_logits, token_law
 
 REPLAYS = 20
@@ -38,7 +37,7 @@ def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> C
     model, device = subject.generator, next(subject.generator.parameters()).device
     half, slots = model.num_tokens // 2, max(window, 1)
     ragged: dict[str, Any] = dict(ragged=True, window=window - 1) if window else {}
-    state = model.start(any_condition(model, batch, device), Guidance(options.guidance_scale), **ragged)
+    state = model.start(model.example_condition(batch), Guidance(options.guidance_scale), **ragged)
     state.length.fill_(half)
     state.block = half
     draft_BK = torch.zeros(batch, slots - 1, dtype=torch.int64, device=device)
