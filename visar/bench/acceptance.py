@@ -20,6 +20,7 @@ from torch.nn import functional
 from visar.bench.options import Acceptance
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance, combine, double
+from visar.core.interface import Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.io.files import atomic_write
@@ -263,7 +264,7 @@ def measure_acceptance(
     Raises:
         ValueError: see `measure`; or a model that is not a raster one.
     """
-    if not callable(getattr(pipeline.generator, "verify", None)):
+    if not isinstance(pipeline.generator, Windowed):
         raise ValueError(f"a raster model is needed; this one is a {type(pipeline.generator).__name__}")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes {batch_sizes}; they must be >= 1")

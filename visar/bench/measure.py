@@ -12,6 +12,7 @@ from visar.bench.options import Bench
 from visar.bench.subjects import Subject, floor_seconds, random_ids
 from visar.bench.timing import Timing, seconds_of, timed
 from visar.core.guidance import Guidance
+from visar.core.interface import Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
@@ -50,7 +51,6 @@ class Caller:
     def __post_init__(self) -> None:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
-        device = next(self.subject.generator.parameters()).device
         self._condition = self.subject.generator.example_condition(self.batch)
 
     @torch.no_grad()
@@ -158,7 +158,7 @@ def sampling_row(
         total = timed(caller.images, device, options.runs)
         row |= total.row("together")
     row |= {"ms_per_image": total.median / batch * 1e3, "images_per_s": batch / total.median}
-    raster = callable(getattr(generator, "verify", None))
+    raster = isinstance(generator, Windowed)
     if machine and (raster or options.sampler in WITHOUT_LOOK):
         rows = batch * (2 if options.guidance_scale != 1.0 else 1)
         row["floor_ms"] = floor_seconds(generator, rows, machine) / len(generator.block_sizes) * 1e3

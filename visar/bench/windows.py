@@ -9,6 +9,7 @@ from visar.bench.options import Bench
 from visar.bench.subjects import Subject
 from visar.bench.timing import Timing, seconds_of
 from visar.core.guidance import Guidance
+from visar.core.interface import Windowed
 from visar.core.runtime import Session
 from visar.samplers.filtering import draw, sample_logits, token_law
 
@@ -21,7 +22,7 @@ def check_windows(subject: Subject, windows: tuple[int, ...]) -> None:
     Raises:
         ValueError: a model that judges no windows, or one that does not fit behind half of the sequence.
     """
-    if not callable(getattr(subject.generator, "verify", None)):
+    if not isinstance(subject.generator, Windowed):
         raise ValueError(f"{subject.name} judges no windows: --window is for raster models")
     most = subject.generator.num_tokens - subject.generator.num_tokens // 2
     wrong = [window for window in windows if not 1 <= window <= most]

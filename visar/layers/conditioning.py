@@ -83,7 +83,7 @@ def null_condition(model: Any, condition: Condition) -> Condition:
 
 
 def example_condition(config: Mapping[str, Any], batch: int) -> Condition:
-    """Some condition that a model of this configuration takes, for `batch` images, on the CPU: to time or measure it."""
+    """Some condition that a model of this configuration takes, for `batch` images, on the CPU."""
     if config.get("caption_width"):
         shape = (batch, config["caption_length"], config["caption_width"])
         return Condition(text_BTC=torch.ones(shape), text_mask_BT=torch.ones(shape[:2], dtype=torch.bool))

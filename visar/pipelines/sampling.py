@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from visar.core.guidance import Guidance
+from visar.core.interface import Scales
 from visar.core.runtime import Runtime, Session
-from visar.generators.scales import ScaleGenerator
 from visar.samplers.drafters.interface import Drafter
 from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
 from visar.samplers.settings import take_setting
@@ -97,7 +97,7 @@ class Helpers:
         key = (model, generator.device, generator.dtype)
         if key not in self._models:
             loaded = load_generator(model, device=generator.device, dtype=generator.dtype)
-            if not isinstance(loaded, ScaleGenerator):
+            if not isinstance(loaded, Scales):
                 raise ValueError(f"{model} is a {type(loaded).__name__}; followers are generators over scales")
             self._models[key] = loaded
         return self._models[key]
