@@ -183,7 +183,7 @@ def measure(
         ValueError: a sampler or setting that does not exist or fit.
     """
     name, options = parse_sampler(sampler)
-    chosen = {**pipeline.sampling_settings(**settings), "sampler": name, "sampler_options": options}
+    chosen = {**pipeline.sampling_settings(**settings, sampler=name), "sampler_options": options}
     device, model = pipeline.generator.device, pipeline.generator
     seconds: list[float] = []
     counts = SampleStatistics()
@@ -205,7 +205,7 @@ def measure(
     flat_BN = torch.cat(
         [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
     )
-    filters = (chosen["temperature"], chosen["top_k"], chosen["top_p"])
+    filters = (chosen.get("temperature", 1.0), chosen.get("top_k", 0), chosen.get("top_p", 1.0))
     laws = [
         law_statistics(model, out.tokens, condition, chosen["guidance"], filters)
         for out, condition in zip(made, conditions, strict=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 from visar.bench.options import Bench
 from visar.bench.subjects import Subject, floor_seconds, random_ids
 from visar.bench.timing import Timing, seconds_of, timed
-from visar.core.guidance import Guidance
 from visar.core.interface import Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
@@ -21,10 +20,6 @@ from visar.tokenizers.decoding import decode_tokens
 
 # Samplers whose loop never waits for the device: for them the host's own time can be told.
 WITHOUT_LOOK = ("ancestral", "next_scale")
-
-
-class _Stop(Exception):
-    """Ends a call after the steps that are timed."""
 
 
 @dataclass
@@ -51,6 +46,12 @@ class Caller:
     def __post_init__(self) -> None:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
+        self._settings = self.pipeline.sampling_settings(
+            sampler=self.options.sampler,
+            guidance_scale=self.options.guidance_scale,
+            top_k=self.options.top_k or None,
+            top_p=None if self.options.top_p == 1.0 else self.options.top_p,
+        )
         self._condition = self.subject.generator.example_condition(self.batch)
 
     @torch.no_grad()
@@ -58,24 +59,18 @@ class Caller:
         """One batch of tokens; None when it was stopped early."""
         begun = time.perf_counter()
 
-        def callback(done: int, _: Tensor) -> None:
+        def callback(done: int, _: Tensor) -> bool:
             self.host_s = time.perf_counter() - begun
-            if self.stop_after and done >= self.stop_after:
-                raise _Stop
+            return bool(self.stop_after) and done >= self.stop_after
 
-        try:
-            out = self.pipeline.sample_tokens(
-                self._condition,
-                image_seeds(0, self.batch),
-                sampler=self.options.sampler,
-                sampler_options=self.sampler_options,
-                guidance=Guidance(self.options.guidance_scale),
-                temperature=1.0,
-                top_k=self.options.top_k,
-                top_p=self.options.top_p,
-                callback=callback,
-            )
-        except _Stop:
+        out = self.pipeline.sample_tokens(
+            self._condition,
+            image_seeds(0, self.batch),
+            sampler_options=self.sampler_options,
+            callback=callback,
+            **self._settings,
+        )
+        if self.stop_after:
             return None
         self.statistics = out.statistics
         return out

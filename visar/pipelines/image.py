@@ -138,7 +138,7 @@ class ImagePipeline(TokenPipeline):
                 descriptions=descriptions[:made],
             )
 
-        num_tokens = sum(self.generator.block_sizes)
+        num_tokens = self.generator.num_tokens
         # Typed as a decorator in some versions of diffusers, which it is not.
         progress_bar: Any = self.progress_bar
         with progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
