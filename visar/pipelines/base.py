@@ -4,7 +4,8 @@ import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -19,6 +20,7 @@ from visar.core.runtime import EAGER, Runtime
 from visar.data.vocabulary import Vocabulary
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
+from visar.pipelines.components import _place, placement, read_pipeline
 from visar.pipelines.memory import borrowed
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampling import Helpers, chosen_settings, guidance_of_defaults, resolve_options
@@ -72,6 +74,53 @@ class TokenPipeline(DiffusionPipeline):
     def __repr__(self) -> str:
         """A few lines; diffusers would print the whole configuration, all words of the vocabulary among it."""
         return summary(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        tokenizer: ModelMixin | None = None,
+        generator: ModelMixin | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
+        use_safetensors: bool | None = None,
+        local_files_only: bool | None = None,
+        **others: Any,
+    ) -> Self:
+        """A pipeline from a folder that `save_pretrained` wrote; `visar.load` also takes names of models.
+
+        Not by diffusers' loader: that imports whatever modules a folder names. Here classes come from a table.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            tokenizer, generator: used instead of the folder's.
+            torch_dtype, dtype: of both parts, as torch has it or by name; None is float32.
+            device_map: one device for all, such as "cpu" or "cuda:1"; None is the CPU.
+            use_safetensors: None or True; there is no other format.
+            local_files_only: any value; nothing is fetched.
+            others: further arguments of diffusers' loader. None of them is taken here.
+
+        Raises:
+            ValueError: no such folder, one that is damaged or names other classes, or an argument that is not taken.
+        """
+        refused = {name: value for name, value in others.items() if value is not None and value is not False}
+        refused |= {"use_safetensors": False} if use_safetensors is False else {}
+        if refused:
+            name, value = next(iter(refused.items()))
+            raise ValueError(f"from_pretrained does not take {name}={value!r}; it reads safetensors of one folder")
+        for name, given in (("torch_dtype", torch_dtype), ("dtype", dtype), ("device_map", device_map)):
+            if not isinstance(given, str | torch.dtype | torch.device | None):
+                raise ValueError(f"{name} {given!r}; give one for all parts, such as 'float32' or 'cpu'")
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; visar.load also takes names of models (visar models)")
+        device, kind = placement(device_map or "cpu", torch_dtype or dtype or torch.float32)
+        parts = read_pipeline(folder, cls, tokenizer=tokenizer, generator=generator)
+        for part in ("tokenizer", "generator"):
+            _place(parts[part], device, kind)
+        return cls(**parts)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
         """Writes the pipeline to a folder, as diffusers does.
