@@ -85,7 +85,14 @@ def test_samplers_over_scales(name, ending):
     if name != "masked_refinement":
         assert sum(part.statistics.forward_passes.values()) == ending + 1
     if name not in ("ancestral", "edit"):
-        torch.testing.assert_close(part.latent_BChw, model.pyramid.running_maps(part.tokens)[-1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(part.latent, model.pyramid.running_maps(part.tokens)[-1], atol=1e-5, rtol=0)
+
+
+def test_the_former_name_of_the_latent():
+    model = pyramid_model(num_refinement_layers=1)
+    out = SAMPLERS["next_scale"].load()(model, CONDITION, noise=Noise([1, 2]))
+    with pytest.deprecated_call(match="SampleOutput.latent"):
+        assert out.latent_BChw is out.latent
 
 
 def test_a_callback_that_returns_nothing_ends_nothing():

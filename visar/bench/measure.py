@@ -80,7 +80,7 @@ class Caller:
         """One batch of images."""
         out = self.tokens()
         assert out is not None
-        return self.pipeline.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+        return self.pipeline.decode(out.tokens if out.latent is None else out.latent)
 
 
 def eager_stop(options: Bench, generator: Any, path: str) -> int:

@@ -324,7 +324,7 @@ class TokenPipeline(DiffusionPipeline):
         )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""
         with self._fetched(self.tokenizer):
             # A graph reads weights where they were: of no use to a tokenizer that moves.
             decoded = decode_tokens(self.tokenizer, tokens, runtime=EAGER if self.offload else self.runtime)

@@ -154,7 +154,7 @@ class ImagePipeline(TokenPipeline):
                     out = self.sample_tokens(
                         condition.rows(part), image_seed_list[part], callback=callback, **settings
                     )
-                    pictures = self.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+                    pictures = self.decode(out.tokens if out.latent is None else out.latent)
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive
