@@ -221,4 +221,4 @@ def sample_edit(
             last = scale + 1
             break
     passes = 2 * last - 1 if strategy == "refine" else last
-    return finish(model, state, last, {"generator": passes}, model.block_sizes, begun)
+    return finish(model, state, last, {"generator": passes}, model.block_sizes[:last], begun)
