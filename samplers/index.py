@@ -10,8 +10,11 @@ from visar.core.interface import Categorical, Refining, Scales, Trees, Windowed
 
 ARGUMENTS = ("model", "condition", "noise", "guidance", "callback", "runtime")
 """What a caller makes for every sampler; a sampler's other arguments are its settings."""
-GENERAL = ("temperature", "top_k", "top_p")
-"""Settings that pipelines and commands name for all samplers; a sampler has those of them that its function takes."""
+GENERAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+"""Settings that pipelines and commands name for all samplers, and their neutral values.
+
+A sampler has those of them that its function takes.
+"""
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from visar.io.files import atomic_write
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.samplers.filtering import token_law
-from visar.samplers.index import find_sampler
+from visar.samplers.index import GENERAL, find_sampler
 from visar.samplers.settings import parse_sampler
 
 Echo = Callable[[list[tuple[str, ...]]], None]
@@ -205,9 +205,9 @@ def measure(
     flat_BN = torch.cat(
         [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
     )
-    filters = (chosen.get("temperature", 1.0), chosen.get("top_k", 0), chosen.get("top_p", 1.0))
+    temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
     laws = [
-        law_statistics(model, out.tokens, condition, chosen["guidance"], filters)
+        law_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
         for out, condition in zip(made, conditions, strict=True)
     ]
     top_BN, entropy_BN = (torch.cat([law[i] for law in laws]) for i in range(2))

@@ -12,6 +12,8 @@ from visar.samplers.drafters.interface import Drafter
 from visar.samplers.index import GENERAL, SAMPLERS, SamplerEntry, find_sampler
 from visar.samplers.settings import annotations, kind_of_model, take_setting, take_settings
 
+NEUTRAL = {"sampler": "ancestral", **GENERAL}
+
 
 def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
     """The guidance that a pipeline's default settings say.
@@ -19,7 +21,7 @@ def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
     Raises:
         ValueError: unknown settings, or both guidance and guidance_scale.
     """
-    allowed = ("sampler", *GENERAL, "guidance_scale", "guidance", "text_encoder")
+    allowed = (*NEUTRAL, "guidance_scale", "guidance", "text_encoder")
     unknown = [name for name in defaults if name not in allowed]
     if unknown:
         raise ValueError(f"default setting {unknown[0]!r}; choose from {', '.join(allowed)}")
@@ -44,7 +46,7 @@ def chosen_settings(
     general: Mapping[str, Any],
 ) -> dict[str, Any]:
     """sampler, guidance, and those of temperature, top_k and top_p that the sampler has: what is given, else the
-    pipeline's default, else the sampler's.
+    pipeline's default, else the neutral value.
 
     Args:
         defaults: of the pipeline.
@@ -56,14 +58,15 @@ def chosen_settings(
         ValueError: an unknown sampler, a setting that it does not have or a value that it does not take, or a
             guidance_scale that is no number.
     """
-    sampler = defaults.get("sampler", "ancestral") if sampler is None else sampler
+    standard = {**NEUTRAL, **defaults}
+    sampler = standard["sampler"] if sampler is None else sampler
     has = find_sampler(sampler).parameters()
     unknown = [name for name, value in general.items() if value is not None and name not in has]
     if unknown:
         raise ValueError(f"sampler {sampler} has no {unknown[0]}")
     settings: dict[str, Any] = {"sampler": sampler}
     for name in (name for name in general if name in has):
-        value = defaults.get(name, has[name].default) if general[name] is None else general[name]
+        value = standard[name] if general[name] is None else general[name]
         settings[name] = take_setting(sampler, name, value, general=True)
     guidance = guidance_scale
     if not isinstance(guidance, Guidance):
