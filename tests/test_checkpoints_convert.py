@@ -99,7 +99,7 @@ def test_var_folder_gives_the_models_own_tokens(system, parity, tmp_path):
         )
         result = pipeline([1, 2], seed=5, guidance_scale=given, output_type="pt")
         assert torch.equal(result.tokens, expected.tokens)
-        images = tokenizer.decode_latents(expected.latent_BChw).clamp(-1, 1)
+        images = tokenizer.decode_latents(expected.latent).clamp(-1, 1)
         assert torch.allclose(result.images, (images + 1) / 2, atol=1e-6)
 
 

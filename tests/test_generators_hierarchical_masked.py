@@ -100,8 +100,8 @@ def test_next_scale_parity(parity):
         noise = Noise([0] * condition.batch)
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
-        image = ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        image = ((tokenizer.decode_latents(out.latent) + 1) / 2).clamp(0, 1)
         torch.testing.assert_close(image, io[f"{name}/out/image"], atol=2e-4, rtol=0)
         if f"{name}/out/cfg_logits" in io:
             state, logits = model.start(condition, ramp(case["cfg"])), []
@@ -133,7 +133,7 @@ def test_refinement_parity(parity):
             greedy=True,
         )
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
         step: dict[int, int] = {}
         for scale, _, masked, logits in model.passes:
             step[scale] = step.get(scale, 0) + 1
@@ -221,7 +221,7 @@ def test_one_pass_a_scale_is_plain_sampling():
     single = [[1]] * 3
     out = sample_masked_refinement(model, condition, schedule=single, **settings)
     assert torch.equal(out.tokens, plain.tokens) and not model.passes
-    assert torch.equal(out.latent_BChw, sample_next_scale(model, condition, **settings).latent_BChw)
+    assert torch.equal(out.latent, sample_next_scale(model, condition, **settings).latent)
     assert out.statistics.forward_passes == {"generator": 3}
     refined = sample_masked_refinement(model, condition, **settings)
     assert not torch.equal(refined.tokens, plain.tokens)

@@ -4,11 +4,11 @@ B images, C channels, H W image pixels, h w latent grid.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from visar.core.interface import Tokenizer
 from visar.core.runtime import EAGER, Runtime
 from visar.tokenizers.convnet import mark
 
@@ -19,7 +19,7 @@ _LARGEST_CAPTURE = 32 * 256 * 256
 
 @torch.no_grad()
 def decode_tokens(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     tokens: Tensor,
     *,
     grid: tuple[int, int] | None = None,
@@ -53,7 +53,7 @@ def decode_tokens(
     return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime)
 
 
-def _decode(tokenizer: Any, latent_BChw: Tensor, runtime: Runtime) -> Tensor:
+def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tensor:
     batch, _, height, width = latent_BChw.shape
     if batch * height * width * tokenizer.downsampling**2 > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
         return tokenizer.decode_latents(latent_BChw)
@@ -93,7 +93,7 @@ def _tiles(height: int, width: int, tile: int, overlap: int) -> Iterator[tuple[i
             yield top, left
 
 
-def _decode_tiles(tokenizer: Any, latent_BChw: Tensor, tile: int, overlap: int, runtime: Runtime) -> Tensor:
+def _decode_tiles(tokenizer: Tokenizer, latent_BChw: Tensor, tile: int, overlap: int, runtime: Runtime) -> Tensor:
     batch, _, height, width = latent_BChw.shape
     device, factor = latent_BChw.device, tokenizer.downsampling
     rows, columns = min(tile, height), min(tile, width)

@@ -14,7 +14,8 @@ from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
 from visar.pipelines.components import placement
 from visar.pipelines.loading import load
-from visar.samplers.settings import parse_sampling
+from visar.samplers.index import GENERAL
+from visar.samplers.settings import GUIDANCE, parse_sampler
 
 
 def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> None:
@@ -72,7 +73,8 @@ def _runs(options: Compare) -> list[_Run]:
 
 
 def _sampling(text: str, guidance_scale: float | None) -> Sampling:
-    name, settings, general = parse_sampling(text)
+    name, settings = parse_sampler(text, general=True)
+    general = {key: settings.pop(key) for key in (*GUIDANCE, *GENERAL) if key in settings}
     scale: float | None = general.pop("guidance_scale", guidance_scale)
     schedule = general.pop("guidance_schedule", None)
     if schedule is not None and scale is None:

@@ -64,5 +64,5 @@ def samplers(options: Samplers, echo: Echo) -> None:
         )
         if any(value.annotation is Tensor for value in entry.settings().values()):
             settings = f"tensors, see visar edit: {settings}"
-        rows.append((name, "exact" if entry.exact else "lossy", entry.paper, " ".join(entry.needs), settings or "-"))
+        rows.append((name, "exact" if entry.exact else "lossy", entry.paper, entry.needs.__name__, settings or "-"))
     echo(rows)

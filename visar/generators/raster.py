@@ -20,7 +20,14 @@ from visar.core.tree import DraftTree
 from visar.generators import raster_fused as raster_kernels
 from visar.generators.causal_state import RasterState
 from visar.layers.cache import LayerCache, causal_mask, visible, visible_tree
-from visar.layers.conditioning import CaptionPrefix, LabelPrefix, check_condition, null_condition, prefix
+from visar.layers.conditioning import (
+    CaptionPrefix,
+    LabelPrefix,
+    check_condition,
+    example_condition,
+    null_condition,
+    prefix,
+)
 from visar.layers.llama import Block, RMSNorm
 from visar.layers.rope import PrefixRotation, RopeKind, rope_table
 
@@ -195,6 +202,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
         return null_condition(self, condition)
+
+    def example_condition(self, batch: int) -> Condition:
+        """Some condition that this model takes, for `batch` images, on its device: to time or measure it."""
+        return example_condition(self.config, batch).to(self.device)
 
     def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""

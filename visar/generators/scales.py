@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
 from visar.layers.cache import KVCache
-from visar.layers.conditioning import ConditionVector
+from visar.layers.conditioning import ConditionVector, example_condition
 from visar.tokenizers.multiscale_quantizer import ScalePyramid, scale_pairs
 
 
@@ -136,6 +136,10 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
     def null_condition(self, condition: Condition) -> Condition:
         """The condition "nothing given" for as many images, in the same shapes."""
         return self.condition_vector.null(condition)
+
+    def example_condition(self, batch: int) -> Condition:
+        """Some condition that this model takes, for `batch` images, on its device: to time or measure it."""
+        return example_condition(self.config, batch).to(self.device)
 
     # --------------------------------------------------------------------------------------------------- embedding
     def begin_of(self, scale: int) -> int:

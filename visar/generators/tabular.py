@@ -87,6 +87,10 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         """ "No class" for as many images."""
         return Condition(labels_BA=torch.full_like(self._labels(condition), self.config["num_classes"])[:, None])
 
+    def example_condition(self, batch: int) -> Condition:
+        """The first class for `batch` images, on the table's device."""
+        return Condition(labels_BA=torch.zeros(batch, 1, dtype=torch.int64, device=self.table.device))
+
     def _labels(self, condition: Condition) -> Tensor:
         labels, most = condition.labels_BA, self.config["num_classes"]
         if labels is None or labels.shape[1] != 1:

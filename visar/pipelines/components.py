@@ -99,6 +99,37 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_pipeline(folder: Path, pipeline: type, **given: ModelMixin | None) -> dict[str, Any]:
+    """Arguments of a pipeline from the folder that its `save_pretrained` wrote; see `load_component`.
+
+    Args:
+        folder: with model_index.json and a folder for every part.
+        pipeline: its class.
+        given: tokenizer or generator to be used instead of the folder's; None is the folder's.
+
+    Raises:
+        ValueError: no such folder, one of another class, or one that is damaged.
+    """
+    if not (folder / "model_index.json").is_file():
+        alone = (
+            " It holds one model: use visar.load_tokenizer, or from_pretrained of the generator's class."
+            * (folder / "config.json").is_file()
+        )
+        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
+    index, parts = read_json(folder / "model_index.json"), {}
+    if index.get("_class_name") != pipeline.__name__:
+        raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {pipeline.__name__} is needed")
+    for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
+        parts[name] = given.get(name)
+        if parts[name] is None:
+            match index.get(name):
+                case [str(module), str(class_name)]:
+                    parts[name] = load_component(allowed, class_name, folder / name, module)
+                case other:
+                    raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
+    return {**parts, "vocabulary": index.get("vocabulary"), "defaults": index.get("defaults")}
+
+
 def _tokenizer(folder: Path) -> ModelMixin:
     return load_component(TOKENIZERS, read_json(folder / "config.json").get("_class_name"), folder)
 

@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from visar.checkpoints import hub
+from visar.core.interface import Features
 from visar.pipelines.components import DRAFTERS, load_component, load_generator, read_json
 from visar.samplers.drafters.interface import Drafter, check_features, check_fit, target_digest
 from visar.samplers.drafters.model import ModelDrafter
@@ -58,7 +59,7 @@ def _embedded(kind: str, target: Any) -> Path:
     """
     names = [name for name in hub.embedded_names() if hub.about(name)["kind"] == "drafter"]
     known = {name: read_json(hub.EMBEDDED_FOLDER / name / "config.json") for name in names}
-    digest = target_digest(target) if callable(getattr(target, "features", None)) else None
+    digest = target_digest(target) if isinstance(target, Features) else None
     for name, config in known.items():
         if config["_class_name"] == CLASSES[kind] and config["target_digest"] == digest:
             return hub.EMBEDDED_FOLDER / name

@@ -93,9 +93,9 @@ def edit_images(
         "keep": kept.to(device),
         "strategy": strategy,
     }
-    chosen = {**pipeline.sampling_settings(**settings), "sampler": "edit", "sampler_options": options}
+    chosen = {**pipeline.sampling_settings(**settings, sampler="edit"), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
-    made = to_pictures(pipeline.decode(out.latent_BChw if out.latent_BChw is not None else out.tokens))
+    made = to_pictures(pipeline.decode(out.latent if out.latent is not None else out.tokens))
     return ImageOutput(
         images=made, statistics=out.statistics, tokens=out.tokens, seeds=seeds, descriptions=descriptions
     )

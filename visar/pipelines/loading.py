@@ -3,20 +3,10 @@
 from pathlib import Path
 
 import torch
-from diffusers import ModelMixin
 
 from visar.checkpoints import hub
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import (
-    GENERATORS,
-    TOKENIZERS,
-    _place,
-    _tokenizer,
-    load_component,
-    placement,
-    read_json,
-    read_official,
-)
+from visar.pipelines.components import _place, _tokenizer, placement, read_official, read_pipeline
 from visar.pipelines.image import ImagePipeline
 
 
@@ -53,11 +43,11 @@ def load(
         if facts["kind"] == "drafter":
             raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
         tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
-        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
+        pipeline = ImagePipeline(**read_pipeline(hub.EMBEDDED_FOLDER / str(name), ImagePipeline, tokenizer=tokenizer))
     elif str(name) in hub.OFFICIAL:
         pipeline = _official(hub.OFFICIAL[str(name)])
     elif folder.is_dir():
-        pipeline = _from_folder(folder)
+        pipeline = ImagePipeline(**read_pipeline(folder, ImagePipeline))
     else:
         raise hub.unknown_model(str(name))
     if offload:
@@ -65,28 +55,6 @@ def load(
     _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)
     quantize_(_place(pipeline.generator, target, kind), quantize)
     return pipeline
-
-
-def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
-    """A pipeline from its folder; `components` are used instead of what the folder has."""
-    if not (folder / "model_index.json").is_file():
-        alone = (
-            " It holds one model: use visar.load_tokenizer, or from_pretrained of the generator's class."
-            * (folder / "config.json").is_file()
-        )
-        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != ImagePipeline.__name__:
-        raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
-    for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
-        if name in components:
-            continue
-        match index.get(name):
-            case [str(module), str(class_name)]:
-                components[name] = load_component(allowed, class_name, folder / name, module)
-            case other:
-                raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
-    return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
 
 
 def _official(entry: hub.Official) -> ImagePipeline:

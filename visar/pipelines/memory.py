@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import image_seeds
 from visar.generators.scales import ScaleGenerator
@@ -177,19 +176,6 @@ def borrowed(module: nn.Module, device: torch.device) -> Iterator[None]:
         nn.Module.to(module, home)
 
 
-def any_condition(generator: Any, batch: int, device: torch.device) -> Condition:
-    """Some condition that the generator takes, for `batch` images: to time or measure it."""
-    config = generator.config
-    if config.get("caption_width"):
-        shape = (batch, config["caption_length"], config["caption_width"])
-        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        return Condition(text_BTC=torch.ones(shape, device=device), text_mask_BT=mask)
-    sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
-    labels = torch.zeros(batch, len(sizes), dtype=torch.int64, device=device) if sizes else None
-    words = torch.ones(batch, 1, dtype=torch.int64, device=device) if config["word_vocab_size"] else None
-    return Condition(labels_BA=labels, words_BT=words)
-
-
 # Part of a GPU's free memory that a measured batch may take.
 USABLE = 0.9
 
@@ -226,10 +212,6 @@ def _estimate(pipeline: Any, guidance: Guidance) -> Callable[[int], int]:
     return lambda batch: memory_need(pipeline.generator, pipeline.tokenizer, batch, guided).batch
 
 
-class _Enough(Exception):
-    """Ends a call that is only measured."""
-
-
 def _measured_bytes(pipeline: Any, batch: int, settings: dict[str, Any], device: torch.device) -> int:
     """Most that torch takes from a GPU for a batch, captured steps and decoder included."""
     pipeline.runtime.clear()
@@ -238,15 +220,12 @@ def _measured_bytes(pipeline: Any, batch: int, settings: dict[str, Any], device:
     before = torch.cuda.memory_reserved(device)
     alike = len(set(pipeline.generator.block_kinds)) == 1
 
-    def callback(done: int, ids: Tensor) -> None:
-        if alike and done >= 3:
-            raise _Enough
+    def enough(done: int, _: Tensor) -> bool:
+        return alike and done >= 3
 
-    with contextlib.suppress(_Enough):
-        condition = any_condition(pipeline.generator, batch, device)
-        pipeline.sample_tokens(condition, image_seeds(0, batch), callback=callback, **settings)
-    num_tokens = sum(pipeline.generator.block_sizes)
-    ids_BN = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+    condition = pipeline.generator.example_condition(batch)
+    pipeline.sample_tokens(condition, image_seeds(0, batch), callback=enough, **settings)
+    ids_BN = torch.zeros(batch, pipeline.generator.num_tokens, dtype=torch.int64, device=device)
     for _ in range(2):  # as it is, then captured
         pipeline.decode(ids_BN)
     torch.cuda.synchronize(device)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import combine
+from visar.core.interface import Features
 from visar.data.images import ImageSet, load_image_set
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
@@ -232,7 +233,7 @@ def train_drafter(options: TrainDrafter) -> TrainResult:
     pipeline = load(options.target, device=run.device, dtype="float32")
     for part in (pipeline.tokenizer, pipeline.generator):
         part.requires_grad_(False)
-    if not callable(getattr(pipeline.generator, "hidden", None)):
+    if not isinstance(pipeline.generator, Features):
         raise ValueError(f"{options.target} is a {type(pipeline.generator).__name__}; drafters are for raster models")
     everything = load_image_set(options.data, image_side(pipeline.tokenizer))
     conditions = Conditions(pipeline, everything, run.device)
