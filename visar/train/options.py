@@ -158,7 +158,8 @@ class TrainGenerator(RunOptions):
     augment: AugmentKind = "photographs"
     """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
     family: GeneratorName = "auto"
-    """auto: raster for ids on one grid, next_scale for ids over scales; hmar: hierarchical masked, over scales."""
+    """Kind of generator. auto: the first of them that fits the tokenizer's tokens, so raster for ids on one grid and
+    next_scale for ids over scales; hmar: hierarchical masked, over scales."""
     phase: Literal["next_scale", "refinement"] = "next_scale"
     """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
     width: int = 256
