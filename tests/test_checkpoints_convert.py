@@ -69,7 +69,7 @@ def test_llamagen_folder_gives_the_models_own_tokens(parity, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(labels, seed=0, top_k=1, output_type="pt")
     assert torch.equal(result.tokens, expected)
-    rows, columns = pipeline.tokenizer.layout.scales[0]
+    rows, columns = pipeline.tokenizer.layout.shapes[0]
     assert (rows, columns) == grid
     tokenizer = llamagen.load_vq(tokenizer_file)
     assert torch.allclose(result.images, (tokenizer.decode(expected).clamp(-1, 1) + 1) / 2, atol=1e-6)
@@ -193,7 +193,7 @@ def test_one_model_alone_and_stored_dtypes(parity, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "vq", device="cpu")
     direct = llamagen.load_vq(tokenizer_file)
     ids = torch.arange(grid[0] * grid[1])[None]
-    assert torch.equal(tokenizer.decode(ids), direct.decode(ids)) and tokenizer.layout.scales == (grid,)
+    assert torch.equal(tokenizer.decode(ids), direct.decode(ids)) and tokenizer.layout.shapes == (grid,)
 
     vae = write(tmp_path, parity, "var_vqvae", "vae.pth")
     scales = tuple(parity("var").config["patch_nums"])

@@ -90,7 +90,7 @@ def test_official_files_that_were_fetched_before(name, system, parity, tmp_path,
     pipeline = load(name, device="cpu", dtype="bfloat16")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.generator.dtype == torch.bfloat16 and pipeline.generator.pyramid.codebook.dtype == torch.float32
-    assert pipeline.tokenizer.layout.scales == pipeline.generator.scales
+    assert pipeline.tokenizer.layout.shapes == pipeline.generator.scales
     settings = pipeline.sampling_settings()
     assert settings["sampler"] == entry.defaults["sampler"] and settings["top_k"] == entry.defaults["top_k"]
     assert settings["guidance"] == Guidance(**entry.defaults["guidance"])

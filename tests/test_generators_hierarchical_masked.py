@@ -11,11 +11,11 @@ from visar.core.guidance import Guidance
 from visar.core.noise import Noise
 from visar.generators.hierarchical_masked import (
     HierarchicalMaskedTransformer,
-    next_scale_loss,
     random_mask,
     refinement_loss,
     scale_weights,
 )
+from visar.generators.training import token_loss
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.editing import box_mask, sample_edit
 from visar.samplers.masked_refinement import least_certain, refinement_schedule, sample_masked_refinement
@@ -331,7 +331,7 @@ def test_phases_train_their_own_parts(shared_adaln):
     condition = Condition(labels_BA=torch.tensor([[0], [3]]))
     refinement_parts = ("mask_blocks.", "mask_head.", "mask_head_nm.", "mask_embed.")
     model.set_phase("next_scale")
-    next_scale_loss(model(tokens, condition), tokens, scale_weights(model.block_sizes)).backward()
+    token_loss(model(tokens, condition), tokens, scale_weights(model.block_sizes)).backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert moved == {
         name for name, _ in model.named_parameters() if not name.startswith((*refinement_parts, "pyramid."))

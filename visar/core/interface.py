@@ -6,6 +6,7 @@ docs/design.md for what the calls mean. Submodules are named for type checkers o
 B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D width, V codes, C code width.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -164,22 +165,31 @@ class TokenLayout:
     """How a tokenizer arranges an image's tokens.
 
     Attributes:
-        kind: "grid" (ids of one grid, raster order), "scales" (ids of several grids, coarse to fine) or "continuous"
-            (float vectors of one grid).
-        scales: (height, width) of every grid, coarse to fine; one entry unless kind is "scales".
-        vocab_size: number of codes; 0 for continuous tokens.
-        channels: width of a code or of a continuous token.
+        shapes: of every map of tokens, coarse to fine: (height, width), with the number of frames before it for a box,
+            or (length,) for a sequence.
+        arrangement: "grid" (one map, in raster order), "scales" (several maps, coarse to fine), "sequence" (tokens
+            without places in the image) or "box" (one map of several frames).
+        vocab_size: number of codes; 0 for tokens that are vectors of floats.
+        channels: width of a code or of such a vector.
+        previews: numbers of leading tokens that decode to an image of their own, ascending; empty where only all
+            tokens do.
     """
 
-    kind: Literal["grid", "scales", "continuous"]
-    scales: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    arrangement: Literal["grid", "scales", "sequence", "box"]
     vocab_size: int
     channels: int
+    previews: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of every map."""
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of one image."""
-        return sum(height * width for height, width in self.scales)
+        return sum(self.sizes)
 
 
 @runtime_checkable

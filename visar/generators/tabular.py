@@ -59,6 +59,8 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         ValueError: the table would have more than 10^8 entries.
     """
 
+    quantized_parts = ()
+
     @register_to_config
     def __init__(
         self, vocab_size: int = 4, grid: tuple[int, int] = (2, 2), num_classes: int = 2, sharpness: float = 1.0

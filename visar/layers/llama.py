@@ -69,12 +69,6 @@ class SwiGLU(nn.Module):
         return functional.linear(x, both_2FD)
 
 
-def swiglu_hidden_width(width: int, multiple_of: int = 256) -> int:
-    """Llama's hidden width: 2/3 of 4 D, rounded up to a multiple."""
-    hidden = int(2 * 4 * width / 3)
-    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
-
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; queries, keys and values in one matrix."""
 

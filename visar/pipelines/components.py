@@ -14,23 +14,15 @@ from torch import nn
 from visar.checkpoints import hub
 from visar.checkpoints.common import State, empty, load_strict
 from visar.checkpoints.convert import Convert, Models, read_models
+from visar.generators import families as generators
 from visar.io.files import load_weights, tensors_only
+from visar.tokenizers import families as tokenizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # Folders name the classes of their models. These are the only ones that loading a folder makes, and where they are.
-TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQTokenizer": "visar.tokenizers.vq"}
-
-
-GENERATORS = {
-    "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
-    "NextScaleTransformer": "visar.generators.next_scale",
-    "RasterGPT": "visar.generators.raster",
-    "TabularGenerator": "visar.generators.tabular",
-}
-
-
+TOKENIZERS, GENERATORS = tokenizers.MODULES, generators.MODULES
 DRAFTERS = {"FeatureDrafter": "visar.samplers.drafters.eagle", "SpatialHeads": "visar.samplers.drafters.heads"}
 
 

@@ -20,9 +20,22 @@ def check_over_scales(pipeline: ImagePipeline) -> None:
     Raises:
         ValueError: they do not.
     """
-    layout = pipeline.tokenizer.layout
-    if layout.kind != "scales":
-        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {layout.kind}")
+    kind = pipeline.tokenizer.layout.arrangement
+    if kind != "scales":
+        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {kind}")
+
+
+def check_previews(pipeline: ImagePipeline) -> None:
+    """Checks that some of the first tokens of a pipeline's images make images of their own.
+
+    Raises:
+        ValueError: only all tokens do.
+    """
+    if not pipeline.tokenizer.layout.previews:
+        raise ValueError(
+            "for previews a model over scales is needed (VAR, HMAR); the tokens of this one are a "
+            f"{pipeline.tokenizer.layout.arrangement}"
+        )
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
@@ -81,7 +94,7 @@ def edit_images(
         raise ValueError("unconditional excludes class_labels and attributes")
     tokenizer, device = pipeline.tokenizer, pipeline.device
     seeds = pipeline.prepare_seeds(len(pictures), seed)
-    finest = tokenizer.layout.scales[-1]
+    finest = tokenizer.layout.shapes[-1]
     images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
     kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(torch.as_tensor(mask), finest)
     condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
@@ -108,9 +121,10 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     Raises:
         ValueError: a model without scales, or ids that are no whole number of scales.
     """
-    check_over_scales(pipeline)
-    sizes = [height * width for height, width in pipeline.tokenizer.layout.scales]
-    pipeline.tokenizer.split(tokens_BN)
-    ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
+    check_previews(pipeline)
+    previews, num_tokens = pipeline.tokenizer.layout.previews, tokens_BN.shape[1]
+    if num_tokens not in previews:
+        raise ValueError(f"{num_tokens} tokens are not a whole number of scales; allowed: {list(previews)}")
+    ends = previews[: previews.index(num_tokens) + 1]
     columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
     return [list(row) for row in zip(*columns, strict=True)]

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from visar.core.guidance import Guidance
 from visar.core.noise import image_seeds
-from visar.generators.scales import ScaleGenerator
 
 LARGEST_CPU_BATCH = 64
 """More images at a time gain nothing on a CPU."""
@@ -71,21 +70,19 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     """
     config, rows = generator.config, batch * (2 if guided else 1)
     entry = element_bytes(generator)
-    slots = getattr(generator, "prefix_length", 0) + sum(generator.block_sizes)
-    keeps_none = isinstance(generator, ScaleGenerator) and generator.make_cache(1, 1, torch.float32, _META) is None
-    cache = 0 if keeps_none else 2 * config["num_layers"] * config["width"] * slots * rows * entry
     hidden = config.get("hidden_width") or round(config["width"] * config.get("mlp_ratio", 4.0))
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config["vocab_size"]
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config["width"]))
     own = tokenizer.config
     levels = own["channel_multipliers"]
-    height, width = tokenizer.layout.scales[-1]
-    pixels = height * width * 4 ** (len(levels) - 1)
+    pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
     maps = batch * pixels * own["base_channels"] * levels[0] * element_bytes(tokenizer)
-    return MemoryNeed(weights=weight_bytes(generator, tokenizer), cache=cache, step=step, decoding=_LIVE_MAPS * maps)
-
-
-_META = torch.device("meta")
+    return MemoryNeed(
+        weights=weight_bytes(generator, tokenizer),
+        cache=generator.cache_bytes(rows),
+        step=step,
+        decoding=_LIVE_MAPS * maps,
+    )
 
 
 def free_bytes(device: torch.device) -> int:

@@ -35,14 +35,6 @@ class TokenCache:
         """Variants of a picture, the plain one included."""
         return self.ids_NKL.shape[1]
 
-    def to(self, device: torch.device | str) -> "TokenCache":
-        """The same cache on a device."""
-        return TokenCache(self.ids_NKL.to(device), self.facts)
-
-    def ids(self, index_B: Tensor, variant_B: Tensor) -> Tensor:
-        """int64 [B, L] of some pictures' variants."""
-        return self.ids_NKL[index_B, variant_B].long()
-
     @classmethod
     def load(cls, path: str | Path) -> "TokenCache":
         """Reads a cache.
