@@ -13,7 +13,9 @@ from torch import nn
 
 from visar.checkpoints import hub
 from visar.checkpoints.common import State, empty, load_strict
-from visar.checkpoints.convert import Convert, Models, read_models
+from visar.checkpoints.convert import read_models
+from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import Models
 from visar.io.files import load_weights, tensors_only
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,8 +42,8 @@ def load_generator(
     """The generator of a pipeline by embedded or official name or by folder; arguments and errors as `visar.load`."""
     target, kind = placement(device, dtype)
     folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else Path(name)
-    if str(name) in hub.OFFICIAL:
-        generator: Any = read_official(hub.OFFICIAL[str(name)]).generator
+    if str(name) in hub.official():
+        generator: Any = read_official(hub.official()[str(name)]).generator
     elif (folder / "model_index.json").is_file():
         module, class_name = read_json(folder / "model_index.json")["generator"]
         generator = load_component(GENERATORS, class_name, folder / "generator", module)

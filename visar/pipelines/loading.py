@@ -54,8 +54,8 @@ def load(
             raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
         tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
         pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
-    elif str(name) in hub.OFFICIAL:
-        pipeline = _official(hub.OFFICIAL[str(name)])
+    elif str(name) in hub.official():
+        pipeline = _official(hub.official()[str(name)])
     elif folder.is_dir():
         pipeline = _from_folder(folder)
     else:
