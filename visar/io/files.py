@@ -16,21 +16,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def _umask() -> int:
-    umask = os.umask(0)
-    os.umask(umask)
-    return umask
-
-
-def usual_modes(folder: Path) -> None:
-    """Gives a folder and all that is in it the modes that new files have here: safetensors writes files that only
-    their owner may read."""
-    umask = _umask()
-    for path in (folder, *folder.rglob("*")):
-        if not path.is_symlink():
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
-
-
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, flushed and renamed to `path` on success, removed on failure.
@@ -52,7 +37,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except IsADirectoryError as error:
         raise ValueError(f"cannot write {path}: it is a folder") from error
@@ -222,7 +209,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
             if path.is_file():
                 with open(path, "rb") as handle:
                     os.fsync(handle.fileno())
-        usual_modes(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -234,7 +223,6 @@ def replace_folder(temporary: Path, final: Path) -> None:
         if file.is_file():
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
-    usual_modes(temporary)
     old = final.with_name(f".{final.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -12,7 +12,8 @@ from visar.pipelines.components import (
     TOKENIZERS,
     _place,
     _tokenizer,
-    load_component,
+    load_part,
+    model_folder,
     placement,
     read_json,
     read_official,
@@ -31,8 +32,8 @@ def load(
     """A pipeline ready to sample.
 
     Args:
-        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained`. Official weights
-            are fetched from the Hugging Face hub at the first use.
+        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained` or by a training
+            run. Official weights are fetched from the Hugging Face hub at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
@@ -45,7 +46,7 @@ def load(
     """
     target, kind = placement(device, dtype)
     check_quantization(quantize)
-    folder = Path(name)
+    folder = model_folder(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
@@ -77,16 +78,15 @@ def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
         raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != ImagePipeline.__name__:
-        raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
+        raise ValueError(f"{folder} holds a {index.get('_class_name')!s:.80}; an {ImagePipeline.__name__} is needed")
     for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
         if name in components:
             continue
-        match index.get(name):
-            case [str(module), str(class_name)]:
-                components[name] = load_component(allowed, class_name, folder / name, module)
-            case other:
-                raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
-    return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
+        components[name] = load_part(allowed, index, name, folder)
+    try:
+        return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _official(entry: hub.Official) -> ImagePipeline:
