@@ -161,8 +161,9 @@ def _load_pytorch(path: Path) -> object:
             path
         )
         if refused and isinstance(error, pickle.UnpicklingError):
+            names = ascii(", ".join(refused[:3]))[1:-1]
             raise ValueError(
-                f"{path} is refused: its pickle holds more than tensors and plain data ({refused[0]}), and loading it "
+                f"{path} is refused: its pickle holds more than tensors and plain data ({names:.200}), and loading it "
                 "could run code. Convert it to safetensors where you trust it."
             ) from error
         if _is_text(path):
