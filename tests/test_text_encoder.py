@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from visar.checkpoints.hub import OFFICIAL
+from visar.checkpoints.hub import official
 from visar.core.condition import Condition
 from visar.data.images import load_image_set
 from visar.data.vocabulary import Vocabulary
@@ -267,7 +267,7 @@ def test_conditions_that_a_caption_model_does_not_take(folder):
 
 
 def test_official_caption_models_name_their_encoder():
-    named = {name for name, entry in OFFICIAL.items() if entry.defaults.get("text_encoder") == "flan-t5-xl"}
+    named = {name for name, entry in official().items() if entry.defaults.get("text_encoder") == "flan-t5-xl"}
     assert named == {"llamagen-t2i-xl-256", "llamagen-t2i-xl-512"}
 
 

@@ -22,6 +22,8 @@ from torch import Tensor
 from visar.core.condition import Condition
 
 PADDING, NULL = "", "<null>"
+# Rows of a training set: more would not fit into memory, and come from a damaged file.
+_MOST_NUMBERS = 10**8
 IGNORED_WORDS = frozenset({"style", "a", "an", "the", "of", "with", "and", "in"})
 
 
@@ -54,8 +56,11 @@ def unpack_numbers(text: str) -> np.ndarray:
     runs = [part.partition("x") for part in text.split()]
     try:
         values = np.array([int(value) for value, _, _ in runs], np.int64)
-        return np.repeat(values, [int(count or 1) for _, _, count in runs]).cumsum()
-    except ValueError as error:
+        counts = [int(count or 1) for _, _, count in runs]
+        if sum(counts) > _MOST_NUMBERS:
+            raise ValueError(f"{sum(counts)} numbers; at most {_MOST_NUMBERS}")
+        return np.repeat(values, counts).cumsum()
+    except (OverflowError, ValueError) as error:
         raise ValueError(f"not packed numbers: {text[:40]!r} ({error})") from error
 
 

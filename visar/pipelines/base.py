@@ -17,13 +17,13 @@ from visar.core.interface import Callback
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.data.vocabulary import Vocabulary
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
 from visar.pipelines.components import _place, placement, read_pipeline
+from visar.pipelines.fitting import check_defaults, check_parts, check_vocabulary, read_vocabulary
 from visar.pipelines.memory import borrowed
 from visar.pipelines.requests import numbered_classes, seeds_of_images
-from visar.pipelines.sampling import Helpers, chosen_settings, guidance_of_defaults, resolve_options
+from visar.pipelines.sampling import Helpers, chosen_settings, resolve_options
 from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.samplers.index import SamplerEntry
 from visar.tokenizers.decoding import decode_tokens
@@ -46,7 +46,7 @@ class TokenPipeline(DiffusionPipeline):
             part only; see `enable_offload`.
 
     Raises:
-        ValueError: unknown default settings.
+        ValueError: unknown default settings, or parts that do not fit each other.
     """
 
     model_cpu_offload_seq = "generator->tokenizer"
@@ -62,10 +62,14 @@ class TokenPipeline(DiffusionPipeline):
         defaults: dict | None = None,
     ) -> None:
         super().__init__()
-        guidance_of_defaults(defaults or {})
+        check_defaults({} if defaults is None else defaults, None if generator is None else len(generator.block_sizes))
+        if tokenizer is not None and generator is not None:
+            check_parts(tokenizer, generator)
         self.register_modules(tokenizer=tokenizer, generator=generator)
         self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
-        self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
+        self.vocabulary = None if vocabulary is None else read_vocabulary(vocabulary)
+        if self.vocabulary is not None and generator is not None:
+            check_vocabulary(self.vocabulary, generator)
         self.runtime = Runtime()
         self.offload = False
         self._text_encoder: TextEncoder | None = None

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from diffusers import ModelMixin
 
 from visar.checkpoints import hub
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import _place, _tokenizer, placement, read_official, read_pipeline
+from visar.pipelines.components import _place, _tokenizer, model_folder, placement, read_official, read_pipeline
 from visar.pipelines.image import ImagePipeline
 
 
@@ -21,8 +22,8 @@ def load(
     """A pipeline ready to sample.
 
     Args:
-        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained`. Official weights
-            are fetched from the Hugging Face hub at the first use.
+        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained` or by a training
+            run. Official weights are fetched from the Hugging Face hub at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
@@ -35,7 +36,7 @@ def load(
     """
     target, kind = placement(device, dtype)
     check_quantization(quantize)
-    folder = Path(name)
+    folder = model_folder(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
@@ -43,11 +44,11 @@ def load(
         if facts["kind"] == "drafter":
             raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
         tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
-        pipeline = ImagePipeline(**read_pipeline(hub.EMBEDDED_FOLDER / str(name), ImagePipeline, tokenizer=tokenizer))
-    elif str(name) in hub.OFFICIAL:
-        pipeline = _official(hub.OFFICIAL[str(name)])
+        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
+    elif str(name) in hub.official():
+        pipeline = _official(hub.official()[str(name)])
     elif folder.is_dir():
-        pipeline = ImagePipeline(**read_pipeline(folder, ImagePipeline))
+        pipeline = _from_folder(folder)
     else:
         raise hub.unknown_model(str(name))
     if offload:
@@ -55,6 +56,15 @@ def load(
     _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)
     quantize_(_place(pipeline.generator, target, kind), quantize)
     return pipeline
+
+
+def _from_folder(folder: Path, **given: ModelMixin) -> ImagePipeline:
+    """A pipeline from its folder; `given` are used instead of what the folder has."""
+    parts = read_pipeline(folder, ImagePipeline, **given)
+    try:
+        return ImagePipeline(**parts)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _official(entry: hub.Official) -> ImagePipeline:
