@@ -49,7 +49,7 @@ class FeatureExtractorLite0(FeatureExtractorBase):
     @property
     def feature_extractor_internal_dtype(self) -> torch.dtype:
         """dtype of the arithmetic inside."""
-        return self.network._fc.weight.dtype
+        return self.network.dtype
 
     def all_features(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         """Every feature of uint8 [B, 3, H, W] pictures, float32 [B, D]."""
