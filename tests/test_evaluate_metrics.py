@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
-from visar.evaluate.metrics import MetricOptions, compute_metrics, inception_score, kernel_distance, precision_recall
+from visar.evaluate.metrics import compute_metrics, inception_score, kernel_distance, precision_recall
+from visar.evaluate.options import MetricOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.statistics import (
     FeatureStatistics,

@@ -17,7 +17,7 @@ from visar.evaluate.comparison import Point, draw_pareto, frontier, write_compar
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
 from visar.evaluate.labels import LabelPlan
-from visar.evaluate.pipeline import RunOptions
+from visar.evaluate.options import RunOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.report import Report, card, check_comparable, load_report, table
 from visar.evaluate.run import evaluate_generator
@@ -51,7 +51,7 @@ def evaluate(out: Path, extractor: Extractor, reference: Reference, **changes: A
         "settings": {"sampler": "ancestral", "uint8_rule": "round", "guidance": {"scale": 1.5, "interval": None}},
         "world": World(0, 1, torch.device("cpu")),
     }
-    options = changes.pop("options", RunOptions(out, 30, 8, seed=1))
+    options = changes.pop("options", RunOptions(out=out, num_samples=30, batch_size=8, seed=1))
     report = evaluate_generator(
         changes.pop("generate", TINY.paint), reference, extractor, PLAN, options, **{**arguments, **changes}
     )
