@@ -109,7 +109,7 @@ def test_clip_features_are_mean_and_change() -> None:
 
 
 def test_errors_name_the_choices() -> None:
-    with pytest.raises(ValueError, match="efficientnet-lite0, efficientnet-lite0-clip, inception-v3"):
+    with pytest.raises(ValueError, match="efficientnet-lite0, efficientnet-lite0-clip, craft, inception-v3"):
         load_extractor("inception")
     with pytest.raises(ValueError, match="float32 or float64"):
         load_extractor(dtype="float16")
