@@ -8,6 +8,7 @@ scaled as (x - 127) / 128.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ class EfficientNetLite0(nn.Module):
     Raises:
         ImportError: timm is not installed.
     """
+
+    network: Any
 
     def __init__(self) -> None:
         super().__init__()

@@ -263,15 +263,16 @@ def evaluate_pipeline(
     if joined.device != pipeline.device:
         pipeline.to(joined.device)
     pipeline.set_progress_bar_config(disable=True)
-    if isinstance(options.batch_size, str):
-        found = pipeline.find_batch_size(
+    batch_size = options.batch_size
+    if isinstance(batch_size, str):
+        batch_size = pipeline.find_batch_size(
             options.num_samples, sampler_options=sampling.sampler_options, **sampling.call_settings()
         )
-        options = replace(options, batch_size=found)
+        options = replace(options, batch_size=batch_size)
     extractor, other = load_extractors(score, joined.device)
     reference, second = None, None if other is None else Scorer(other, None)
     if joined.rank == 0:
-        reference, second = load_references(score, extractor, other, batch_size=options.batch_size, progress=progress)
+        reference, second = load_references(score, extractor, other, batch_size=batch_size, progress=progress)
     known = _known_speed(options, joined) if joined.rank == 0 else {}
     table = joined.from_first(None if reference is None else reference.labels)
     if options.captions is None:
