@@ -24,8 +24,8 @@ from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.generation import collect, generate_images, remake_images, write_npz
 from visar.evaluate.images import NpzImages
 from visar.evaluate.labels import Label, LabelPlan, LabelTable
+from visar.evaluate.options import RunOptions
 from visar.evaluate.parts import load_part
-from visar.evaluate.pipeline import RunOptions
 from visar.evaluate.run import label_plan
 from visar.io.shards import World, finished, missing_ranges
 
@@ -171,8 +171,8 @@ def test_wrong_pictures_and_counts_are_named(tmp_path: Path, extractor: Extracto
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder"):
         run(tmp_path / "file", extractor)
-    with pytest.raises(ValueError, match="num_samples 3: .* need 4 pictures"):
-        RunOptions(tmp_path, num_samples=3)
+    with pytest.raises(ValueError, match="num_samples 3: .* need 4 images"):
+        RunOptions(out=tmp_path, num_samples=3)
     with pytest.raises(ValueError, match="choose none, png, npz"):
         run(tmp_path / "c", extractor, keep_images="jpg")
     run(tmp_path / "d", extractor)

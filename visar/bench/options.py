@@ -1,16 +1,17 @@
-"""Options of `visar bench`."""
+"""Options of `visar bench` and `visar acceptance`."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from visar.pipelines.options import Filters, Placement
+
 PathName = Literal["eager", "captured"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bench:
     """Times decoding on this machine, after checking that it is right: tokens, images, windows, or against a peer.
 
@@ -64,7 +65,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Acceptance(Placement, Filters):
     """Measures speculative samplers of a raster model: tokens a pass, accepted drafts, speed against ancestral ones.
 
     Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
@@ -88,15 +89,3 @@ class Acceptance:
     """Of the first image."""
     background: Literal["white", "black"] = "white"
     """What the pictures are drawn on."""
-    guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
-    temperature: float | None = None
-    """> 0; 1.0 = off."""
-    top_k: int | None = None
-    """0 = off."""
-    top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from visar.cli.evaluate import Echo
 from visar.core.guidance import Guidance
 from visar.evaluate.comparison import write_comparison
-from visar.evaluate.options import Compare
-from visar.evaluate.pipeline import RunOptions, Sampling, ScoreOptions
+from visar.evaluate.options import Compare, RunOptions
+from visar.evaluate.pipeline import Sampling
 from visar.evaluate.report import Report, distinct_names, load_report, table
 from visar.evaluate.run import evaluate_pipeline
 from visar.evaluate.speed import check_batches
@@ -61,12 +61,7 @@ def _runs(options: Compare) -> list[_Run]:
     runs = []
     for model, sampler in pairs:
         folder = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in f"{model} {sampler}")
-        run = RunOptions(
-            out=options.out / folder,
-            num_samples=options.num_samples,
-            batch_size=options.batch_size,
-            seed=options.seed,
-        )
+        run = replace(options, out=options.out / folder)
         label = f"{model} {sampler}" if several else sampler
         runs.append(_Run(model, _sampling(sampler, options.guidance_scale), run, label))
     return runs
@@ -95,16 +90,10 @@ def _compared(
     pipeline = load(run.model, device=world.device, dtype=options.dtype)
     for other in later:
         other.sampling.check(pipeline)
-    score = ScoreOptions(
-        reference=options.reference,
-        extractor=options.extractor,
-        extractor_weights=options.extractor_weights,
-        train=options.train,
-    )
     report = evaluate_pipeline(
         pipeline,
         run.sampling,
-        score,
+        options,
         run.options,
         name=run.model,
         speed_batches=options.speed_batches,

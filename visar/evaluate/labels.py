@@ -78,6 +78,7 @@ class LabelPlan:
         num_classes: for "balanced" and "random".
         table: for "histogram".
         prompts: for "prompts".
+        pictures: whose labels the table holds, in words.
 
     Raises:
         ValueError: an unknown policy, or what it needs is missing.
@@ -87,6 +88,7 @@ class LabelPlan:
     num_classes: int | None = None
     table: LabelTable | None = None
     prompts: tuple[str, ...] = ()
+    pictures: str = "training pictures"
 
     def __post_init__(self) -> None:
         if self.policy not in LABEL_POLICIES:
@@ -137,7 +139,7 @@ class LabelPlan:
             return f"random: uniform over {self.num_classes} classes, drawn from the image's seed"
         if self.table is not None and self.policy == "histogram":
             return (
-                f"histogram: labels of the {self.table.total} training pictures in a fixed shuffled order "
+                f"histogram: labels of the {self.table.total} {self.pictures} in a fixed shuffled order "
                 f"({len(self.table.rows)} distinct label rows)"
             )
         if self.policy == "prompts":
