@@ -51,6 +51,7 @@ class Caller:
     def __post_init__(self) -> None:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
+        self.pipeline.deterministic = self.options.deterministic
         device = next(self.subject.generator.parameters()).device
         self._condition = any_condition(self.subject.generator, self.batch, device)
 

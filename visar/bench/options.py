@@ -40,6 +40,8 @@ class Bench:
     """Of the weights and the cache."""
     quantize: Literal["none", "int8", "fp8"] = "none"
     """8 bits for every weight of the generator's blocks and head instead; needs torchao."""
+    deterministic: Literal["auto", "batch", "off"] = "auto"
+    """batch: decoding that is the same bits in every batch size; auto: in float32 only. See docs/seeds.md."""
     paths: tuple[PathName, ...] = ("eager", "captured")
     """Ways to run a step; captured needs a GPU."""
     runs: int = 3

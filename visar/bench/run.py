@@ -177,6 +177,7 @@ def _rows(
                 "top_p": options.top_p,
                 "dtype": options.dtype,
                 "quantize": None if options.quantize == "none" else options.quantize,
+                "deterministic": None if options.deterministic == "auto" else options.deterministic,
                 "n": options.runs,
                 "build_s": subject.build_s,
                 **facts,

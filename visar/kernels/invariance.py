@@ -15,9 +15,36 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from visar.kernels import on, usable
+from visar.kernels import available, on, usable
 
 _LOCAL = threading.local()
+DETERMINISTIC = ("auto", "batch", "off")
+
+
+def check_deterministic(value: object) -> None:
+    """Checks a setting of what decoding is invariant to.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if value not in DETERMINISTIC:
+        raise ValueError(f"deterministic {value!r}; choose one of {', '.join(DETERMINISTIC)}")
+
+
+def wanted(deterministic: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether decoding in this dtype on this device is to be invariant to its batch, and can be.
+
+    Args:
+        deterministic: "batch" in every dtype, "off" in none, "auto" in float32, where it costs little of what such a
+            call takes and where results are asked for to the last digit.
+        dtype: of the weights.
+        device: where they are. On a CPU nothing is replaced.
+    """
+    return deterministic != "off" and (deterministic == "batch" or dtype in AUTO_DTYPES) and available(device)
+
+
+AUTO_DTYPES: tuple[torch.dtype, ...] = (torch.float32,)
+"""Dtypes whose decoding is invariant to the batch unless that is switched off."""
 
 
 def active() -> bool:
