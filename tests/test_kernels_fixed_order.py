@@ -162,3 +162,169 @@ def launch_attention(kind: str, length: int) -> None:
 @pytest.mark.parametrize("length", [1, 256])
 def test_attention_compiles_for_a_gpu_that_is_not_here(hopper, kind, length):
     assert [name for name, _ in hopper(launch_attention, kind, length)] == ["_attention"]
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+def raster(**sizes):
+    from visar.generators.raster import RasterGPT
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=40, grid=(2, 3), width=64, num_layers=2, num_heads=2, hidden_width=96, num_classes=5)
+    return RasterGPT(**(shape | sizes)).eval()
+
+
+def over_scales(**sizes):
+    from visar.bench.subjects import fill
+    from visar.generators.next_scale import NextScaleTransformer
+
+    torch.manual_seed(0)
+    shape = dict(vocab_size=40, codebook_width=8, scales=(1, 2, 3), width=64, num_layers=2, num_heads=2, num_classes=5)
+    model = NextScaleTransformer(**(shape | sizes)).eval()
+    fill(model)
+    return model
+
+
+def all_logits(model, batch: int, rows: slice, blocks: int, device: torch.device) -> torch.Tensor:
+    """Guided logits of some of `batch` images over the first blocks, with given tokens."""
+    from visar.core.condition import Condition
+    from visar.core.guidance import Guidance
+
+    numbers = torch.Generator().manual_seed(0)
+    tokens = torch.randint(40, (batch, model.num_tokens), generator=numbers).to(device)[rows]
+    labels = torch.randint(5, (batch, 1), generator=numbers).to(device)[rows]
+    state = model.start(Condition(labels_BA=labels), Guidance(2.0))
+    parts, done = [], 0
+    for block, size in enumerate(model.block_sizes[:blocks]):
+        state.block = block
+        parts.append(model.predict(state))
+        model.append(state, tokens[:, done : done + size])
+        done += size
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("make", [raster, over_scales])
+@torch.no_grad()
+def test_decoding_in_the_mode_is_decoding(device, make):
+    model, logits = make(), []
+    model.to(device)
+    for enabled in (False, True):
+        with batch_invariant(enabled):
+            logits.append(all_logits(model, 2, slice(None), 3, device))
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_phi_of_maps_by_products_is_the_convolution(device):
+    from visar.tokenizers.multiscale_quantizer import ScalePyramid
+
+    torch.manual_seed(0)
+    pyramid = ScalePyramid(16, 8, (1, 2, 3, 5)).to(device)
+    pyramid.reset_parameters()
+    for scale, size in enumerate(pyramid.sizes):
+        codes = torch.randn(3, size, 8, device=device)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            expected = pyramid.contribution(scale, codes)
+        with torch.no_grad():
+            got = pyramid.contribution(scale, codes)
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------------- GPU
+def same(name: str, reference: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results are the same bits; says where not."""
+    wrong = int((reference != other).sum())
+    if wrong:
+        print(f"{name}: {wrong} of {other.numel()} differ, by at most {float((reference - other).abs().max()):.3g}")
+    return wrong == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("outputs, width", [(1280, 1280), (1280, 3584), (4096, 1024), (1024, 4096), (330, 200)])
+def test_gpu_product_is_invariant_to_the_rows(kind, outputs, width):
+    """Every row count, tile, place among the rows, and parts together or apart."""
+    from visar.kernels.fixed_order import Tile, parts_of, product
+
+    torch.manual_seed(0)
+    dtype = getattr(torch, kind)
+    most = 4500 if kind == "float32" else 20000
+    x = torch.randn(most, width, device="cuda").to(dtype)
+    weight = (torch.randn(outputs, width, device="cuda") * width**-0.5).to(dtype)
+    bias, good = torch.randn(outputs, device="cuda").to(dtype), True
+    for parts in {1, parts_of(outputs, width)}:
+        reference = product(x, weight, bias, gelu=True, parts=parts)
+        exact = functional.gelu(functional.linear(x.double(), weight.double(), bias.double()), approximate="tanh")
+        assert error(reference, exact) < limit(dtype)
+        for rows in (1, 2, 5, 16, 17, 32, 50, 64, 100, 128, 129, 512, 2000, 4400, most):
+            for first in (0, 3, 77):
+                part = x[first : first + rows]
+                for apart in (False, True):
+                    got = product(part, weight, bias, gelu=True, parts=parts, apart=apart)
+                    good &= same(
+                        f"rows {rows} from {first} parts {parts} apart {apart}", reference[first : first + rows], got
+                    )
+        for tile in (
+            Tile(64, 16, 64, 4, 3),
+            Tile(64, 256, 64, 8, 3),
+            Tile(128, 64, 32, 4, 3),
+            Tile(128, 16, 128, 8, 4),
+        ):
+            if kind != "float32":
+                got = product(x[:300], weight, bias, gelu=True, parts=parts, tile=tile)
+                good &= same(f"{tile} parts {parts}", reference[:300], got)
+    assert good
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_gpu_attention_is_invariant_to_the_rows(kind):
+    torch.manual_seed(0)
+    good = True
+    for length, keys, width in ((1, 1, 64), (16, 50, 64), (256, 680, 64), (100, 300, 48), (120, 120, 100)):
+        query, key, value = (
+            torch.randn(64, 4, count, width, device="cuda").to(getattr(torch, kind)) for count in (length, keys, keys)
+        )
+        expected = functional.scaled_dot_product_attention(query.double(), key.double(), value.double())
+        with batch_invariant():
+            reference = attention(query, key, value)
+            assert error(reference, expected) < limit(reference.dtype)
+            for rows in (1, 2, 5, 32):
+                for first in (0, 7):
+                    part = slice(first, first + rows)
+                    good &= same(
+                        f"{length} {keys} {rows}", reference[part], attention(query[part], key[part], value[part])
+                    )
+    assert good
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("make", [raster, over_scales])
+@torch.no_grad()
+def test_gpu_logits_are_invariant_to_the_batch(kind, make):
+    sizes = dict(width=512, num_layers=4, num_heads=8, vocab_size=4096)
+    extra = (
+        dict(grid=(16, 16), hidden_width=1408) if make is raster else dict(scales=(1, 2, 4, 8, 16), codebook_width=32)
+    )
+    model, device, good = make(**sizes, **extra), torch.device("cuda"), True
+    nn.Module.to(model, device, getattr(torch, kind))
+    with batch_invariant():
+        reference = all_logits(model, 96, slice(None), 5, device)
+        for rows in (1, 2, 5, 16, 64):
+            part = slice(9, 9 + rows)
+            good &= same(f"{rows} images", reference[part], all_logits(model, 96, part, 5, device))
+    assert good
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["emoji-raster", "emoji-var", "emoji-hmar"])
+def test_gpu_images_are_invariant_to_the_batch(name, kind):
+    """The whole way: sampler, captured steps, decoder."""
+    import visar
+
+    pipe = visar.load(name, device="cuda", dtype=kind, deterministic="batch")
+    pipe.set_progress_bar_config(disable=True)
+    made = {size: pipe(num_images=37, seed=3, batch_size=size, output_type="pt") for size in (1, 5, 16, 37)}
+    for size, out in made.items():
+        assert torch.equal(out.tokens, made[37].tokens), size
+        assert torch.equal(out.images, made[37].images), size

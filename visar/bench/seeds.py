@@ -83,7 +83,7 @@ def in_a_process(
     model: str, device: str | None, dtype: str, deterministic: str, samplers: Sequence[str], counts: Sequence[int],
     batch: int, part: int,
 ) -> list[Made]:  # fmt: skip
-    """Of every sampler the images that one of two processes makes: `part` 0 the first half of its seeds, 1 the rest."""
+    """Of every sampler the images of one of two processes: part 0 makes the first half of the seeds, 1 the rest."""
     pipeline, found = opened(model, device, dtype, deterministic), []
     for sampler, count in zip(samplers, counts, strict=True):
         half = math.ceil(count / 2)
