@@ -55,6 +55,9 @@ def decode_tokens(
         raise ValueError(f"tile {tile}; it must be >= 1, or None for whole images")
     if tile is not None and not 0 <= overlap < tile:
         raise ValueError(f"overlap {overlap}; it must be in 0 ... tile - 1 = {tile - 1}")
+    if tokens.device.type == "cpu" and tokens.shape[0] > 1:
+        settings: dict[str, Any] = dict(grid=grid, tile=tile, overlap=overlap, runtime=runtime)
+        return torch.cat([decode_tokens(tokenizer, one, **settings) for one in tokens.split(1)])
     latent_BChw = tokens if tokens.is_floating_point() else tokenizer.latents(tokens, grid)
     if tile is None or max(latent_BChw.shape[2:]) <= tile:
         return _decode_parts(tokenizer, latent_BChw, runtime, invariant)
@@ -62,17 +65,15 @@ def decode_tokens(
 
 
 def _decode_parts(tokenizer: Any, latent_BChw: Tensor, runtime: Runtime, invariant: bool) -> Tensor:
-    """`_decode` of all images, or of so many at a time that results do not depend on how many there are."""
-    on_cpu = latent_BChw.device.type == "cpu"
-    size = 1 if on_cpu else INVARIANT_BATCH
-    if not (on_cpu or invariant) or latent_BChw.shape[0] == size:
+    """`_decode` of all images, or on a GPU and if `invariant` of one number of images at a time, filled up."""
+    if not invariant or not latent_BChw.is_cuda or latent_BChw.shape[0] in (0, INVARIANT_BATCH):
         return _decode(tokenizer, latent_BChw, runtime)
     parts = []
-    for part_BChw in latent_BChw.split(size):
+    for part_BChw in latent_BChw.split(INVARIANT_BATCH):
         count = part_BChw.shape[0]
-        filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(size - count, -1, -1, -1)])
+        filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(INVARIANT_BATCH - count, -1, -1, -1)])
         parts.append(_decode(tokenizer, filled_BChw, runtime)[:count])
-    return torch.cat(parts) if parts else _decode(tokenizer, latent_BChw, runtime)
+    return torch.cat(parts)
 
 
 def _decode(tokenizer: Any, latent_BChw: Tensor, runtime: Runtime) -> Tensor:

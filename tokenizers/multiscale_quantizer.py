@@ -197,6 +197,9 @@ class ScalePyramid(nn.Module):
             scale: index of the scale.
             codes_BLC: code vectors in raster order (means of several codes are fine too).
         """
+        on_cpu = codes_BLC.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if on_cpu and codes_BLC.shape[0] > 1:  # one by one: libraries round by the batch
+            return torch.cat([self.contribution(scale, one_1LC) for one_1LC in codes_BLC.split(1)])
         with torch.autocast(codes_BLC.device.type, enabled=False):
             codes = codes_BLC.float().transpose(1, 2).unflatten(2, self.scales[scale])
             if scale < len(self.scales) - 1:

@@ -237,9 +237,9 @@ def _attention(
     MASKED: tl.constexpr, CAUSAL: tl.constexpr, WIDTH: tl.constexpr, WIDTH_POW2: tl.constexpr,
     QUERIES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(1) // heads).to(tl.int64)
-    head = tl.program_id(1) % heads
-    place_Q = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    row = (tl.program_id(0) // heads).to(tl.int64)
+    head = tl.program_id(0) % heads
+    place_Q = tl.program_id(1) * QUERIES + tl.arange(0, QUERIES)
     e = tl.arange(0, WIDTH_POW2)
     own_Q = place_Q < length
     real = e < WIDTH
@@ -311,7 +311,7 @@ def attention(
         shape = dict(QUERIES=16, BLOCK=64, num_warps=4, num_stages=2)
     else:
         shape = dict(QUERIES=64, BLOCK=64, num_warps=4, num_stages=3 if width_pow2 <= 64 else 2)
-    _attention[(triton.cdiv(length, shape["QUERIES"]), rows * heads)](
+    _attention[(rows * heads, triton.cdiv(length, shape["QUERIES"]))](
         query_RNLE,
         key_RNTE,
         value_RNTE,
