@@ -46,6 +46,7 @@ class Caller:
     def __post_init__(self) -> None:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
+        self.pipeline.deterministic = self.options.deterministic
         self._settings = self.pipeline.sampling_settings(
             sampler=self.options.sampler,
             guidance_scale=self.options.guidance_scale,

@@ -1,4 +1,4 @@
-"""Options of `visar bench` and `visar acceptance`."""
+"""Options of `visar bench`, `visar acceptance` and `visar seeds`."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +41,8 @@ class Bench:
     """Of the weights and the cache."""
     quantize: Literal["none", "int8", "fp8"] = "none"
     """8 bits for every weight of the generator's blocks and head instead; needs torchao."""
+    deterministic: Literal["auto", "batch", "off"] = "auto"
+    """batch: decoding that is the same bits in every batch size; auto: in float32 only. See docs/seeds.md."""
     paths: tuple[PathName, ...] = ("eager", "captured")
     """Ways to run a step; captured needs a GPU."""
     runs: int = 3
@@ -89,3 +91,35 @@ class Acceptance(Placement, Filters):
     """Of the first image."""
     background: Literal["white", "black"] = "white"
     """What the pictures are drawn on."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Compares images of the same seeds made in other batches, orders and processes, resumed, with other threads.
+
+    A row a model and sampler; every cell is "equal" or the share of images that are, to the last bit of their pixels.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Embedded models; all generators when not given."""
+    samplers: tuple[str, ...] = ()
+    """Only these rows' samplers, as they stand in the table, such as ancestral or jacobi:window=8."""
+    out: Path = Path("seeds.json")
+    """File for the rows; the table goes beside it, with the ending .md."""
+    settings: tuple[str, ...] = ("float32:auto",)
+    """Each as DTYPE:DETERMINISTIC, such as bfloat16:batch or bfloat16:off; the first is what the column dtype compares
+    with."""
+    batch: int = 64
+    """Images at a time of the reference run."""
+    other_batches: tuple[int, ...] = (1, 5, 16, 256)
+    """Batches that are compared with it; those larger than the number of images are left out."""
+    images: int = 256
+    """Images of ancestral and next_scale."""
+    slow_images: int = 64
+    """Images of the other samplers."""
+    calls: int = 16
+    """Most calls of a smaller batch: batch 1 is compared on so many images."""
+    processes: int = 2
+    """2 = also make each half of the images in a process of its own; 1 = do not."""
+    device: str | None = None
+    """cpu, cuda, ...; a GPU if there is one."""

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar.kernels.invariance import attention
 from visar.layers.cache import LayerCache
 from visar.layers.rope import rotate
 
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        out = attention(query, key, value, mask=mask, causal=mask is None)
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
 

@@ -17,6 +17,7 @@ from visar.core.interface import Callback
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
+from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
 from visar.pipelines.components import _place, placement, read_pipeline
@@ -44,6 +45,8 @@ class TokenPipeline(DiffusionPipeline):
     Attributes:
         offload: whether tokenizer and text encoder wait on the CPU and are moved to the generator's device for their
             part only; see `enable_offload`.
+        deterministic: "batch": on a GPU, an image is the same bits whatever batch it is made in; "auto": in float32
+            only; "off": never. See docs/seeds.md for what it costs.
 
     Raises:
         ValueError: unknown default settings, or parts that do not fit each other.
@@ -72,6 +75,7 @@ class TokenPipeline(DiffusionPipeline):
             check_vocabulary(self.vocabulary, generator)
         self.runtime = Runtime()
         self.offload = False
+        self.deterministic = "auto"
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
 
@@ -151,6 +155,11 @@ class TokenPipeline(DiffusionPipeline):
     def device(self) -> torch.device:
         """Where images are made."""
         return self.generator.device if self.offload else super().device
+
+    def _invariant(self) -> bool:
+        """Whether images are to be the same bits in every batch, by kernels that can be had here."""
+        check_deterministic(self.deterministic)
+        return wanted(self.deterministic, batching.largest_weight(self.generator).dtype, self._execution_device)
 
     def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()
@@ -323,15 +332,17 @@ class TokenPipeline(DiffusionPipeline):
         entry, options = self._options(self._helpers, sampler, sampler_options)
         noise, condition = Noise(seeds, self._execution_device), condition.to(self._execution_device)
         arguments = settings | options
-        return entry.load()(
-            self.generator, condition, noise=noise, runtime=self.runtime, callback=callback, **arguments
-        )
+        with batch_invariant(self._invariant()):
+            return entry.load()(
+                self.generator, condition, noise=noise, runtime=self.runtime, callback=callback, **arguments
+            )
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""
         with self._fetched(self.tokenizer):
             # A graph reads weights where they were: of no use to a tokenizer that moves.
-            decoded = decode_tokens(self.tokenizer, tokens, runtime=EAGER if self.offload else self.runtime)
+            runtime = EAGER if self.offload else self.runtime
+            decoded = decode_tokens(self.tokenizer, tokens, runtime=runtime, invariant=self._invariant())
         return decoded.float().clamp(-1.0, 1.0)
 
 

@@ -6,6 +6,8 @@ import torch
 from diffusers import ModelMixin
 
 from visar.checkpoints import hub
+from visar.kernels import available
+from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
 from visar.pipelines.components import _place, _tokenizer, model_folder, placement, read_official, read_pipeline
 from visar.pipelines.image import ImagePipeline
@@ -18,6 +20,7 @@ def load(
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
     quantize: str = "none",
+    deterministic: str = "auto",
 ) -> ImagePipeline:
     """A pipeline ready to sample.
 
@@ -28,14 +31,21 @@ def load(
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
         quantize: "int8" or "fp8" halves the generator's weights once more (visar/layers/quantize.py); "none" = off.
+        deterministic: "batch": an image is the same bits whatever batch it is made in, on a GPU too (by Triton);
+            "auto": in float32 only; "off": never. docs/seeds.md says what it costs.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), unknown device, dtype or quantize, or files that are damaged
-            or do not fit.
+        ValueError: unknown name (with the nearest ones), unknown device, dtype, quantize or deterministic, a pair of
+            them that excludes each other, or files that are damaged or do not fit.
         ImportError: quantize without torchao.
     """
     target, kind = placement(device, dtype)
     check_quantization(quantize)
+    check_deterministic(deterministic)
+    if deterministic == "batch" and quantize != "none":
+        raise ValueError(f"deterministic 'batch' is for weights that are not quantised; quantize is {quantize!r}")
+    if deterministic == "batch" and target.type != "cpu" and not available(target):
+        raise ValueError(f"deterministic 'batch' on {target} needs Triton, which does not run here; use auto or off")
     folder = model_folder(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
@@ -51,6 +61,7 @@ def load(
         pipeline = _from_folder(folder)
     else:
         raise hub.unknown_model(str(name))
+    pipeline.deterministic = deterministic
     if offload:
         pipeline.enable_offload()
     _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)

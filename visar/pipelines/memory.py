@@ -55,9 +55,14 @@ def weight_bytes(*models: nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
+def largest_weight(model: nn.Module) -> Tensor:
+    """The parameter with the most entries: its dtype is what the model computes in."""
+    return max(model.parameters(), key=lambda parameter: parameter.numel())
+
+
 def element_bytes(model: nn.Module) -> int:
     """Bytes of an entry of the model's largest weight: what it computes in."""
-    return max(model.parameters(), key=lambda parameter: parameter.numel()).itemsize
+    return largest_weight(model).itemsize
 
 
 def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> MemoryNeed:
