@@ -49,8 +49,8 @@ def _eight_bits(levels: np.ndarray, stored: PIL.Image.Image) -> np.ndarray:
     White is 65535 where the file has 16 bits. Of 32 bits files hold numbers of any range: white is then the smallest
     of 255, 65535 and 2^32 - 1 that no level exceeds, or 1.0 of fractions.
     """
-    if stored.mode == "I" and tuple(getattr(stored, "tag_v2", {}).get(339, ())) == (1,):
-        levels = levels % 2.0**32  # a TIFF of numbers without a sign: Pillow takes them for signed ones
+    if stored.mode == "I" and stored.format == "TIFF" and stored.getexif().get(339, 1) in (1, (1,)):
+        levels = levels % 2.0**32  # its numbers have no sign, and Pillow takes them for signed ones
     if not np.isfinite(levels).all() or levels.min() < 0 or levels.max() > WHITES[-1]:
         raise ValueError(f"grey levels of {levels.min():g} ... {levels.max():g}; 0 ... 2^32 - 1 are read")
     if stored.mode.startswith("I;16") or (stored.mode == "I" and stored.format == "PNG"):

@@ -234,7 +234,7 @@ def train_drafter(options: TrainDrafter) -> TrainResult:
         part.requires_grad_(False)
     if not callable(getattr(pipeline.generator, "hidden", None)):
         raise ValueError(f"{options.target} is a {type(pipeline.generator).__name__}; drafters are for raster models")
-    everything = load_image_set(options.data, image_side(pipeline.tokenizer))
+    everything = load_image_set(options.data, image_side(pipeline.tokenizer), options.skip_unreadable)
     conditions = Conditions(pipeline, everything, run.device)
     with run.accelerator.main_process_first(), run.autocast():
         cache = build_token_cache(

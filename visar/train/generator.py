@@ -265,7 +265,7 @@ def train_generator(options: TrainGenerator) -> TrainResult:
     tokenizer.requires_grad_(False)
     if options.self_correction and tokenizer.layout.kind != "scales":
         raise ValueError("self_correction is for a tokenizer over scales")
-    everything = load_image_set(options.data, image_side(tokenizer))
+    everything = load_image_set(options.data, image_side(tokenizer), options.skip_unreadable)
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")
     with run.accelerator.main_process_first(), run.autocast():
