@@ -121,7 +121,8 @@ class DecodedPictures:
         self._hash = hashlib.sha256()
         self.rows, self.unreadable = self._go_through()
         if self.unreadable and not (skip_unreadable and len(self.rows)):
-            raise ValueError("\n".join(self.unreadable))
+            remedy = "repair or remove them (training leaves them out with --skip-unreadable)"
+            raise ValueError(f"{len(self.unreadable)} unreadable: {remedy}\n" + "\n".join(self.unreadable))
 
     def _go_through(self) -> tuple[np.ndarray, list[str]]:
         """Numbers of the readable pictures among the encoded ones, and the errors of the others."""

@@ -235,17 +235,8 @@ def _square(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 
 def _decoded(encoded: EncodedFiles | EncodedBytes, size: int, skip_unreadable: bool) -> DecodedPictures:
-    """The pictures, with a warning that names those that are left out.
-
-    Raises:
-        ValueError: pictures that cannot be read, and skip_unreadable is not set.
-    """
-    try:
-        images = DecodedPictures(encoded, size, skip_unreadable)
-    except ValueError as error:
-        raise ValueError(
-            f"{error}\nrepair or remove them (training leaves them out with --skip-unreadable)"
-        ) from error
+    """The pictures, with a warning for each that is left out."""
+    images = DecodedPictures(encoded, size, skip_unreadable)
     for line in images.unreadable:
         logger.warning("left out: %s", line)
     return images
@@ -309,7 +300,7 @@ def _npz_set(path: Path, image_size: int | None) -> ImageSet:
     images = arrays[key]
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise ValueError(
-            f"{shown(path)}: {key} is {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed, N >= 1"
+            f"{shown(path)}: {key} are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed, N >= 1"
         )
     label_key = next((name for name in ("labels", "class_id", "arr_1") if name in arrays), None)
     labels = arrays[label_key] if label_key else np.zeros(len(images), np.int64)
