@@ -202,6 +202,17 @@ def test_labels_follow_the_reference_that_holds_them(tmp_path: Path, tables: lis
     assert report.metrics.kid is None  # the file holds no features
 
 
+def test_labels_of_a_reference_of_other_classes_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    named = PipelineGenerator(tiny_pipeline(2, vocabulary=Vocabulary({"class": ("cat", "dog")})), Sampling())
+    table = named.training_table(LabelTable.of([(0,), (0,), (1,)], ("DOG", "cat")))
+    assert table == LabelTable(((0,), (1,)), (1, 2)) and not caplog.records
+    assert named.training_table(LabelTable.of([(0,), (1,)], ("bird", "cat"))) is None
+    assert "1 classes of the reference are none of the model's: bird" in caplog.records[-1].getMessage()
+    numbered = PipelineGenerator(tiny_pipeline(4), Sampling())
+    assert numbered.training_table(LabelTable.of([(0,), (1,)])) is None
+    assert label_plan("auto", num_classes=4, table=None).policy == "balanced"
+
+
 def test_histogram_labels_are_rows_of_the_models_vocabulary() -> None:
     captions = ["red cat", "blue cat", "red dog", "red cat"]
     labels = np.array([[0, 1], [0, 0], [1, 1], [0, 1]])

@@ -85,6 +85,25 @@ def test_histogram_labels_repeat_the_training_histogram_exactly() -> None:
         table.leading(3)
 
 
+def test_classes_of_a_reference_are_matched_by_name_or_not_at_all() -> None:
+    table = LabelTable.of([(0, 1), (0, 1), (1, 0), (3, 0)], ("Cafe\u0301", "DOG", "unused", "cat"))
+    found = table.in_classes(5, ("bird", "cat", "dog", "caf\u00e9", "x"))
+    assert found == LabelTable(((1, 0), (2, 0), (3, 1)), (1, 1, 2)) and found.classes == (
+        "bird",
+        "cat",
+        "dog",
+        "caf\u00e9",
+        "x",
+    )
+    with pytest.raises(ValueError, match="2 classes of the reference are none of the model's: DOG, cat"):
+        table.in_classes(2, ("caf\u00e9", "unused"))
+    assert table.in_classes(4, None) is table
+    numbers = LabelTable.of([(0,), (9,)])
+    assert numbers.in_classes(10, ("a",) * 10) is numbers and table.leading(1).classes == table.classes
+    with pytest.raises(ValueError, match="the reference has 10 classes, the model 1000, and no names to match"):
+        numbers.in_classes(1000, None)
+
+
 def test_policies_and_their_errors() -> None:
     table = LabelTable.of([(0,), (0,), (1,)])
     assert LabelPlan("prompts", prompts=("a", "b")).labels([0, 3], [0, 0]) == ["a", "b"]

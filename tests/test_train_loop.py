@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 
 # A name here is part of commands that people have written down: add, do not rename.
 RUN_OPTIONS = """
-    out initial steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps final_fraction
-    clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every save_every
-    keep_checkpoints resume max_minutes tracker
+    out skip_unreadable initial steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps
+    final_fraction clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every
+    save_every keep_checkpoints resume max_minutes tracker
 """.split()
 TOKENIZER_OPTIONS = """
     data image_size kind preset model_options codebook_size codebook_update codebook_decay commitment_weight

@@ -4,6 +4,7 @@ B images, C channels, H W image pixels, h w latent grid.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def decode_tokens(
     return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime, invariant)
 
 
-def _decode_parts(tokenizer: Any, latent_BChw: Tensor, runtime: Runtime, invariant: bool) -> Tensor:
+def _decode_parts(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime, invariant: bool) -> Tensor:
     """`_decode` of all images, or on a GPU and if `invariant` of one number of images at a time, filled up."""
     if not invariant or not latent_BChw.is_cuda or latent_BChw.shape[0] in (0, INVARIANT_BATCH):
         return _decode(tokenizer, latent_BChw, runtime)

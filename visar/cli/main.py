@@ -319,6 +319,14 @@ def _silence_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _show_readers() -> None:
+    """Shows what the readers of data say through logging: how many pictures there are, and what was left out."""
+    if _first_process():
+        logging.getLogger("visar.data").setLevel(logging.INFO)
+        if logging.lastResort is not None:
+            logging.lastResort.setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -331,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("torch-visar"))
         return 0
     _silence_imports()
+    _show_readers()
     status = 2
     try:
         run = parse(arguments)

@@ -85,7 +85,9 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(
-            class_labels=None if options.class_name is None else number_or_name(options.class_name),
+            class_labels=(
+                None if options.class_name is None else number_or_name(options.class_name, pipeline.vocabulary)
+            ),
             prompt=options.prompt,
             num_images=options.num_images,
             attributes=attributes,

@@ -10,7 +10,7 @@ import itertools
 import operator
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -90,6 +90,27 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
+def match_names(name: str, names: Sequence[str]) -> list[int]:
+    """Numbers of the names that a text means: exactly, else in another Unicode form, else in another case."""
+    forms: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda text: unicodedata.normalize("NFC", text),
+        lambda text: unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()),
+    )
+    for form in forms:
+        wanted = form(name)
+        found = [i for i, value in enumerate(names) if form(value) == wanted]
+        if found:
+            return found
+    return []
+
+
+def match_name(name: str, names: Sequence[str]) -> int | None:
+    """Number of the one name that a text means, see `match_names`; None where it means none or several."""
+    found = match_names(name, names)
+    return found[0] if len(found) == 1 else None
+
+
 @dataclass(frozen=True)
 class Vocabulary:
     """Names behind the numbers of a `Condition`, and the rows of the training set.
@@ -158,7 +179,7 @@ class Vocabulary:
         return tuple(len(values) for values in self.attributes.values())
 
     def label_id(self, column: str, name: int | str) -> int:
-        """Number of a label given by name, by what follows the slash of its name, or by number.
+        """Number of a label given by name (see `match_names`), by what follows the slash of its name, or by number.
 
         Raises:
             ValueError: unknown column or name (with the nearest names), a name that fits several, a number out of
@@ -175,14 +196,13 @@ class Vocabulary:
             if not 0 <= name < len(values):
                 raise ValueError(f"{column} {name}; the numbers are 0 ... {len(values) - 1}")
             return name
-        wanted = name.strip().lower()
-        found = [i for i, value in enumerate(values) if value.lower() == wanted]
-        found = found or [i for i, value in enumerate(values) if value.lower().rpartition("/")[2] == wanted]
+        wanted = name.strip()
+        found = match_names(wanted, values) or match_names(wanted, [value.rpartition("/")[2] for value in values])
         if len(found) > 1:
             raise ValueError(f"{column} {name!r} fits several: {', '.join(values[i] for i in found)}")
         if not found:
             short = [value.rpartition("/")[2] for value in values]
-            near = _nearest(wanted, [*values, *short])
+            near = _nearest(wanted.lower(), [*values, *short])
             raise ValueError(f"unknown {column} {name!r}{near} ({len(values)} in all: visar models --classes MODEL)")
         return found[0]
 

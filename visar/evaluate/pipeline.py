@@ -1,6 +1,7 @@
 """Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -21,6 +22,8 @@ from visar.evaluate.references import Reference, load_reference
 from visar.io.progress import Progress, counted
 from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,22 @@ class PipelineGenerator:
         }
 
     def training_table(self, reference: LabelTable | None) -> LabelTable | None:
-        """Training labels: the rows (caption, labels) of the model's vocabulary, else the reference's labels."""
+        """Training labels: the rows (caption, labels) of the model's vocabulary, else the reference's labels.
+
+        None, with a warning, where the reference's classes or columns are not the model's: labels are balanced then.
+        """
         vocabulary = self.pipeline.vocabulary
         if vocabulary is not None and len(vocabulary.rows):
             return LabelTable.of(vocabulary.rows.tolist())
-        return reference.leading(self.label_columns) if reference is not None and self.label_columns else None
+        if reference is None or not self.label_columns:
+            return None
+        try:
+            names = None if vocabulary is None else vocabulary.attributes.get("class")
+            table = reference.leading(self.label_columns)
+            return table.in_classes(self.num_classes, names) if self.num_classes else table
+        except ValueError as error:
+            logger.warning("labels of the reference are not used, but every class alike: %s", error)
+            return None
 
     def ask_for(self, source: str, image_size: int | None = None) -> LabelTable:
         """Labels and captions of a split of an image set; the rows' captions are asked for from now on.

@@ -47,6 +47,11 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed and stored: bytes of its name that are no UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in blocks of 1 MiB."""
     with open(path, "rb") as file:

@@ -8,7 +8,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from visar.data.crops import center_crop
 from visar.data.images import as_float
+from visar.data.pictures import rgb
 from visar.io.pictures import to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.samplers.editing import Strategy, box_mask, grid_mask
@@ -39,16 +41,13 @@ def check_previews(pipeline: ImagePipeline) -> None:
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
-    """Pictures as float [B, 3, side, side] in [-1, 1]; transparent parts become white, other sizes are resized."""
-    arrays = []
-    for picture in pictures:
-        canvas = PIL.Image.new("RGBA", picture.size, "white")
-        canvas.alpha_composite(picture.convert("RGBA"))
-        flat = canvas.convert("RGB")
-        if flat.size != (side, side):
-            flat = flat.resize((side, side), PIL.Image.Resampling.LANCZOS)
-        arrays.append(np.asarray(flat))
-    return as_float(torch.from_numpy(np.stack(arrays)))
+    """Pictures as float [B, 3, side, side] in [-1, 1]: read as for training, their centre squares."""
+    return as_float(torch.from_numpy(np.stack([np.asarray(center_crop(rgb(each), side)) for each in pictures])))
+
+
+def paste_back(made_BCHW: Tensor, given_BCHW: Tensor, keep_BHW: Tensor) -> Tensor:
+    """What was made, with the pixels of the given images where keep (bool [B or 1, H, W]) is True."""
+    return torch.where(keep_BHW[:, None], given_BCHW.to(made_BCHW.dtype), made_BCHW)
 
 
 @torch.no_grad()
@@ -63,6 +62,7 @@ def edit_images(
     class_labels: Sequence[int | str] | None = None,
     attributes: dict[str, str] | None = None,
     unconditional: bool = False,
+    paste: bool = True,
     seed: int = 0,
     **settings: Any,
 ) -> ImageOutput:
@@ -70,14 +70,15 @@ def edit_images(
 
     Args:
         pipeline: over scales.
-        pictures: of any size; they are resized to the model's.
-        box: top, left, bottom, right as fractions in 0 ... 1.
+        pictures: of any size; their centre squares are resized to the model's size, as in training.
+        box: top, left, bottom, right as fractions of that square, in 0 ... 1.
         mask: bool [B or 1, H, W] in the model's pixels, True where the picture stays; instead of box.
         keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
         strategy: "codes", "map", or "refine" for a hierarchical masked model; see `sample_edit`.
         class_labels: one a picture, by name or number, to edit towards; None draws it from the training law.
         attributes: further labels by name.
         unconditional: give the model nothing instead, so that the rest of the picture alone decides.
+        paste: put the given pixels back where the picture stays; else they too have gone through the tokenizer.
         seed: picture i has seed + i.
         settings: of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
             sampler_options.
@@ -96,7 +97,8 @@ def edit_images(
     seeds = pipeline.prepare_seeds(len(pictures), seed)
     finest = tokenizer.layout.shapes[-1]
     images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
-    kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(torch.as_tensor(mask), finest)
+    kept_pixels = box_mask(images.shape[-2:], box, keep=keep) if box is not None else torch.as_tensor(mask)
+    kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(kept_pixels, finest)
     condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
     if unconditional:
         condition, descriptions = pipeline.generator.null_condition(condition), [""] * len(pictures)
@@ -108,7 +110,10 @@ def edit_images(
     }
     chosen = {**pipeline.sampling_settings(**settings, sampler="edit"), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
-    made = to_pictures(pipeline.decode(out.latent if out.latent is not None else out.tokens))
+    made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens)
+    if paste:
+        made_BCHW = paste_back(made_BCHW, images, kept_pixels.to(device))
+    made = to_pictures(made_BCHW)
     return ImageOutput(
         images=made, statistics=out.statistics, tokens=out.tokens, seeds=seeds, descriptions=descriptions
     )

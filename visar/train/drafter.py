@@ -245,7 +245,7 @@ def train_drafter(options: TrainDrafter) -> TrainResult:
         part.requires_grad_(False)
     if not isinstance(pipeline.generator, Features):
         raise ValueError(f"{options.target} is a {type(pipeline.generator).__name__}; drafters are for raster models")
-    everything = load_image_set(options.data, image_side(pipeline.tokenizer))
+    everything = load_image_set(options.data, image_side(pipeline.tokenizer), options.skip_unreadable)
     conditions = read_conditions(pipeline, everything, run.device)
     cache = load_tokens(run, options, conditions.images, pipeline.tokenizer)
     return run_task(run, DrafterTask(run, options, pipeline, conditions, cache))

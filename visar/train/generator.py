@@ -202,7 +202,7 @@ def train_generator(options: TrainGenerator) -> TrainResult:
     find_phase(find_family(options.family, tokenizer.layout), options)
     if options.self_correction and tokenizer.layout.arrangement != "scales":
         raise ValueError("self_correction is for a tokenizer over scales")
-    everything = load_image_set(options.data, image_side(tokenizer))
+    everything = load_image_set(options.data, image_side(tokenizer), options.skip_unreadable)
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")
     cache = load_tokens(run, options, images, tokenizer)

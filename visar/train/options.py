@@ -29,6 +29,8 @@ class RunOptions:
 
     out: Path
     """Folder of the run: model/ (what it is for), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
+    skip_unreadable: bool = False
+    """Leave pictures that cannot be read out, and name them, instead of stopping before the first step."""
     initial: Path | None = None
     """Model of the same architecture to start from, for fine-tuning: a folder (a run's model/) or an embedded name."""
     steps: int = 4000

@@ -22,7 +22,7 @@ from visar.tokenizers.vq import VQOutput
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from visar.train.building import in_dtype, json_options, load_initial
 from visar.train.curves import draw_codebook_use
-from visar.train.images import PictureSplit, take_split
+from visar.train.images import PictureSplit, PixelsAhead, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import TrainTokenizer
@@ -69,6 +69,7 @@ class TokenizerTask(Task):
         self.pictures = pictures = take_split(images, "train", options.augment, run.device)
         self.validation = validation = take_split(images, "val", "none", run.device)
         self.draws = IndexDraws(len(pictures), None, run.device)
+        self.ahead = PixelsAhead(pictures, lambda step: run.own(self.index(step)))
         family, _ = find_family(options.kind, options.preset)
         model = build_tokenizer(options, images.image_size).to(run.device)
         if options.initial is not None:
@@ -107,15 +108,19 @@ class TokenizerTask(Task):
         self.train_subset = order[: len(validation)]
 
     # -------------------------------------------------------------------------------------------------------- steps
+    def index(self, step: int) -> Tensor:
+        """Numbers of the images of a step, of all processes."""
+        return self.draws.draw(self.options.batch_size, self.run.random.generator(step, Draw.DATA, shared=True))
+
     def step(self, step: int) -> dict[str, Tensor]:
         options, random = self.options, self.run.random
-        index_B = self.draws.draw(options.batch_size, random.generator(step, Draw.DATA, shared=True))
+        index_B, pixels = self.index(step), self.ahead.take(step).split(self.run.part_size)
         adversarial = options.adversarial_weight > 0 and step >= options.adversarial_start
         seen: list[tuple[Tensor, VQOutput]] = []
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
             generator = random.generator(step, Draw.AUGMENT, part=part)
-            image_BCHW = self.pictures.batch(self.run.share(index_B, part), generator)
+            image_BCHW = self.pictures.prepare(pixels[part], self.run.share(index_B, part), generator)
             output = self.parts["model"].call(image_BCHW)
             seen.append((image_BCHW, output))
             return self._losses(image_BCHW, output, adversarial)
@@ -242,7 +247,7 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
     if options.adversarial_adaptive and options.compile:
         raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
     run = Run(options)
-    images = load_image_set(options.data, options.image_size)
+    images = load_image_set(options.data, options.image_size, options.skip_unreadable)
     if options.adversarial_weight and images.image_size >> options.adversarial_layers < 3:
         raise ValueError(
             f"adversarial_layers {options.adversarial_layers} are too many for images of {images.image_size} pixels"
