@@ -233,9 +233,24 @@ def sample_lantern(
     Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
     out of the drafter's (static); here the m that were moved, as the papers define p_hat.
     """
-    codes, shapes = (codebook, neighbours, num_neighbours), (tree, depth, children, nodes, branches, paths)
     shape, depth, nodes = check_lantern(
-        model, guidance, temperature, top_k, top_p, *codes, max_moved, max_ratio, *shapes, check_every
+        model,
+        guidance,
+        temperature,
+        top_k,
+        top_p,
+        codebook,
+        neighbours,
+        num_neighbours,
+        max_moved,
+        max_ratio,
+        tree,
+        depth,
+        children,
+        nodes,
+        branches,
+        paths,
+        check_every,
     )
     if neighbours is not None:
         table = neighbours.to(noise.device, torch.int32)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
@@ -117,7 +117,7 @@ def check_fit(drafter: Generator, model: Generator) -> None:
         raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
 
 
-def weights_key(module: nn.Module) -> tuple[int, int]:
+def weights_key(module: Any) -> tuple[int, int]:
     """Tells a module, and where its weights are, from others; see Drafter.key."""
     return id(module), hash(tuple(parameter.data_ptr() for parameter in module.parameters()))
 
