@@ -108,24 +108,6 @@ def merge_phases(next_scale: State, refinement: State, num_refinement_layers: in
     return second | first
 
 
-def load_phases(
-    next_scale_path: str | Path,
-    refinement_path: str | Path,
-    tokenizer: MultiScaleVQTokenizer,
-    *,
-    num_refinement_layers: int = 8,
-    scales: Scales | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> HierarchicalMaskedTransformer:
-    """The transformer of the checkpoints of both training phases, nested or not; see `merge_phases` and `convert`."""
-    phases = [find_weights(read(path), PHASE_MARK, str(path)) for path in (next_scale_path, refinement_path)]
-    source = f"{next_scale_path} with {refinement_path}"
-    config, state = convert(
-        merge_phases(phases[0], phases[1], num_refinement_layers), tokenizer, scales=scales, source=source
-    )
-    return nn.Module.to(build(HierarchicalMaskedTransformer, config, state, source, torch.float32), dtype)
-
-
 # ------------------------------------------------------------------------------------------------- for visar convert
 # Settings of the released evaluation (config/evaluate), by depth.
 DEFAULTS: dict[int, dict[str, Any]] = {
