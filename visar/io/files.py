@@ -179,7 +179,8 @@ def _load_pytorch(path: Path) -> object:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
     return re.sub(r"\x1b\[[0-9;]*m", "", lines[0])[:200].rstrip(". ")
 
 
