@@ -119,7 +119,7 @@ def test_policies_and_their_errors() -> None:
             label_plan(policy, num_classes=3, table=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="number of classes"):
         LabelPlan("random")
-    with pytest.raises(ValueError, match="sorted and distinct"):
+    with pytest.raises(ValueError, match="sorted, distinct and of one length"):
         LabelTable(((1,), (0,)), (1, 1))
 
 
