@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from visar.generators import families as generators
 from visar.tokenizers import families as tokenizers
@@ -12,7 +12,8 @@ OptimizerName = Literal["adamw", "muon"]
 AugmentKind = Literal["none", "drawings", "photographs"]
 PerceptualKind = Literal["lite0", "lpips"]
 if TYPE_CHECKING:
-    GeneratorName = TokenizerName = str
+    GeneratorName: TypeAlias = str
+    TokenizerName: TypeAlias = str
 else:
     GeneratorName = Literal["auto", *generators.FAMILIES]
     TokenizerName = Literal[*tokenizers.FAMILIES]
