@@ -19,6 +19,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from visar import kernels
 from visar.core.condition import Condition
@@ -56,16 +57,25 @@ def refresh(
     fresh_uniform_BL: Tensor,
     emit_uniform_BL: Tensor,
     gumbel_BLV: Tensor | None = None,
+    judged_B: Tensor | None = None,
 ) -> Tensor:
-    """A new fair draft of every row of p, int64 [B, L]: the rules (a) "none", (b) "maximal", (c) "gumbel" above."""
+    """A new fair draft of every row of p, int64 [B, L]: the rules (a) "none", (b) "maximal", (c) "gumbel" above.
+
+    Rule (b) holds for the drafts that an image had, its first judged_B (all K if None). What stands behind them was
+    read for other images with longer windows: it is drawn anew, so that an image does not depend on its batch.
+    """
     if coupling == "gumbel":
         assert gumbel_BLV is not None
         return (p_BLV.log() + gumbel_BLV).argmax(-1)
     if coupling == "none":
         return draw(p_BLV, fresh_uniform_BL)
-    resampled_BK = draw(residual(p_BLV[:, :-1], q_BKV), emit_uniform_BL[:, :-1])
-    coupled_BK = torch.where(verdict.accepted_BK, draft_BK, resampled_BK)
-    return torch.cat([coupled_BK, draw(p_BLV[:, -1:], fresh_uniform_BL[:, -1:])], dim=1)
+    drafts = draft_BK.shape[1]
+    slot_L = torch.arange(drafts + 1, device=p_BLV.device)
+    drafted_BL = (slot_L < (drafts if judged_B is None else judged_B[:, None])).expand(len(p_BLV), -1)
+    mass_BLV = torch.where(drafted_BL[..., None], residual(p_BLV, functional.pad(q_BKV, (0, 0, 0, 1))), p_BLV)
+    drawn_BL = draw(mass_BLV, torch.where(drafted_BL, emit_uniform_BL, fresh_uniform_BL))
+    stays_BL = functional.pad(verdict.accepted_BK, (0, 1)) & drafted_BL
+    return torch.where(stays_BL, functional.pad(draft_BK, (0, 1)), drawn_BL)
 
 
 def shift(values: Tensor, by_B: Tensor, length: int) -> Tensor:
@@ -324,7 +334,7 @@ def run_jacobi(
         gumbel_BLV = None
         if gumbel_BTV is not None:
             gumbel_BLV = gumbel_BTV.gather(1, position_BL[..., None].expand(-1, -1, vocab_size))
-        next_BL = refresh(coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV)
+        next_BL = refresh(coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV, judged_B)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         judged_in_chain_B = judged_in_chain(verdict.kept_B, judged_B, left_B)
         refused_B = judged_in_chain_B > verdict.kept_B

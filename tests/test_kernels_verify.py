@@ -92,7 +92,7 @@ def test_judge(device, monkeypatch, slots, coupling, top_k):
         verdict = verify(p, q, draft, accept[:, :-1], emit, judged_B=judged)
         place = length[:, None] + torch.arange(slots, device=device)
         gumbel = noise.gather(1, place[..., None].expand(-1, -1, vocab_size))
-        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel)
+        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel, judged)
 
     verdict, drafts = plain(monkeypatch, expected)
     given = dict(coupling=coupling, fresh_BL=fresh, gumbel_BTV=noise, length_B=length)

@@ -58,8 +58,11 @@ def _judge(
     tl.store(accepted_ptr + place, accepted.to(tl.uint8), mask=drafted)
     left = residual_of(p, q)
     mass = left
+    # Behind the drafts that an image had itself stands what was read for images with longer windows.
+    own = drafted
     if LIMITED:
-        mass = tl.where(slot < tl.load(judged_ptr + image), left, p)
+        own = slot < tl.load(judged_ptr + image)
+        mass = tl.where(own, left, p)
     emit = tl.load(emit_ptr + image * emit_image + slot * emit_slot)
     emitted = inverted(mass, emit, ROWS, COLUMNS)
     tl.store(emitted_ptr + line, emitted)
@@ -69,7 +72,7 @@ def _judge(
         fresh = tl.load(fresh_ptr + image * fresh_image + slot * fresh_slot)
         tl.store(next_ptr + line, inverted(p, fresh, ROWS, COLUMNS))
     if REFRESH == 2:
-        if drafted:
+        if own:
             again = inverted(left, emit, ROWS, COLUMNS)
             tl.store(next_ptr + line, tl.where(accepted, token, again))
         else:
