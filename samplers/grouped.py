@@ -20,7 +20,8 @@ from visar.core.interface import Generator
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.jacobi import Initial, run_jacobi
+from visar.samplers.jacobi import run_jacobi
+from visar.samplers.jacobi_drafts import Initial
 
 
 def group_members(

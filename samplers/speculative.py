@@ -22,7 +22,7 @@ from visar.core.runtime import EAGER, Runtime
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import check_filters, draw, token_law
-from visar.samplers.verify import Counts, check_window, held_noise, judged_in_chain, run_passes, verify
+from visar.samplers.verify import Counts, check_window, held_noise, run_passes, verify
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,9 +109,7 @@ def sample_speculative(
         logits_BLV, features_RLD = read_window(model, state, drafting, draft_BK)
         verdict = verify(token_law(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
-        left_B = num_tokens - start_B
-        judged_B = judged_in_chain(verdict.kept_B, num_drafts, left_B)
-        counts.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+        counts.add_chain(verdict, num_drafts, start_B)
         drafting.observe(start_B, features_RLD, verdict.count_B)
         pass_11.add_(1)
 

@@ -16,7 +16,8 @@ from visar.generators.tabular import TabularGenerator
 from visar.samplers.drafters.eagle import FeatureDrafter
 from visar.samplers.filtering import draw, token_law
 from visar.samplers.grouped import sample_grouped
-from visar.samplers.jacobi import refresh, sample_jacobi
+from visar.samplers.jacobi import sample_jacobi
+from visar.samplers.jacobi_drafts import refresh
 from visar.samplers.relaxed import judge_relaxed, relaxed_law, sample_lantern
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree

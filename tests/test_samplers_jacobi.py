@@ -15,7 +15,8 @@ from visar.core.runtime import EAGER, Runtime
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.filtering import token_law
-from visar.samplers.jacobi import COUPLINGS, INITIALS, guess, refresh, sample_jacobi, window_sizes
+from visar.samplers.jacobi import sample_jacobi
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, guess, refresh, window_sizes
 from visar.samplers.verify import one_hot, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,7 @@ from visar.samplers.drafters.heads import SpatialHeads
 from visar.samplers.drafters.model import ModelDrafter
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.index import SAMPLERS
-from visar.samplers.jacobi import COUPLINGS, INITIALS
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
