@@ -93,7 +93,7 @@ def _run_stage(
         state.block = scale
         session.run(step, model.block_kinds[scale])
         if callback is not None:
-            callback(model.ends[scale], state.tokens)
+            callback(model.ends[scale], model.result(state))
     return dataclasses.replace(state, cache=None, modulations={})
 
 

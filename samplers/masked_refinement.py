@@ -167,7 +167,8 @@ def sample_masked_refinement(
 
     def step() -> None:
         scale = state.block
-        here = [uniform_BN[:, model.begin_of(scale) : model.ends[scale]] for uniform_BN in uniforms]
+        position_BL = model.positions(state).expand(condition.batch, -1)
+        here = [uniform_BN.gather(1, position_BL) for uniform_BN in uniforms]
         counts = passes[scale]
         tokens_BL = refine_scale(model, state, settings[scale], counts, here, refinement_guidance, greedy)
         model.append(state, tokens_BL)
@@ -176,6 +177,6 @@ def sample_masked_refinement(
         state.block = scale
         session.run(step, model.block_kinds[scale])
         if callback is not None:
-            callback(model.ends[scale], state.tokens)
+            callback(model.ends[scale], model.result(state))
     pass_sizes = [count for counts in passes for count in counts]
     return finish(model, state, last, {"generator": len(pass_sizes)}, pass_sizes, begun)

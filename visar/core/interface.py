@@ -13,11 +13,18 @@ from visar.core.guidance import Guidance
 class BlockGenerator(Protocol):
     """A model that predicts block after block.
 
+    `positions` says where the next block's tokens stand in the tokenizer's order, int64 [1 or B, K]; `result` gives
+    the image's tokens int64 [B, N] in that order, 0 where none is committed yet.
+
     Attributes:
+        num_tokens: tokens of an image.
         block_sizes: tokens of every block.
         block_kinds: blocks of one kind do the same work (visar/core/runtime.py).
         config: constructor arguments.
     """
+
+    @property
+    def num_tokens(self) -> int: ...
 
     @property
     def block_sizes(self) -> tuple[int, ...]: ...
@@ -38,13 +45,15 @@ class BlockGenerator(Protocol):
 
     def predict(self, state: Any) -> Tensor: ...
 
+    def positions(self, state: Any) -> Tensor: ...
+
     def append(self, state: Any, tokens_BK: Tensor) -> None: ...
+
+    def result(self, state: Any) -> Tensor: ...
 
 
 class CausalGenerator(BlockGenerator, Protocol):
     """A model of one token a block that also judges drafted windows, with a length of its own for every row."""
-
-    num_tokens: int
 
     def start(
         self,

@@ -173,6 +173,14 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         """Guided float32 logits [B, 1, V] of the next token."""
         return self.verify(state, state.tokens[:, :0])
 
+    def positions(self, state: TabularState) -> Tensor:
+        """Where the next token stands in the tokenizer's order, int64 [1 or B, 1]."""
+        return state.length[:, None]
+
+    def result(self, state: TabularState) -> Tensor:
+        """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
+        return state.tokens[:, : self.num_tokens]
+
     def append(self, state: TabularState, tokens_BK: Tensor) -> None:
         """Commits K tokens to every row."""
         slot = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
