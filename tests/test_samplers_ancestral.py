@@ -106,11 +106,8 @@ def test_positions_and_result_are_in_the_order_of_the_tokenizer(model):
         positions.append(model.positions(state).expand(3, -1))
         assert positions[-1].shape == (3, size)
         model.append(state, given.expand(-1, size))
-        done = torch.cat(positions, dim=1)
-        expected = torch.zeros(3, model.num_tokens, dtype=torch.int64).scatter(
-            1, done, given.expand(-1, done.shape[1])
-        )
-        assert torch.equal(model.result(state), expected)
+        done, expected = torch.cat(positions, dim=1), torch.zeros(3, model.num_tokens, dtype=torch.int64)
+        assert torch.equal(model.result(state), expected.scatter(1, done, given.expand(-1, done.shape[1])))
     assert torch.equal(done.sort(1).values, torch.arange(model.num_tokens).expand(3, -1))
 
 

@@ -355,7 +355,7 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def positions(self, state: RasterState) -> Tensor:
         """Where the next token stands in the tokenizer's order, int64 [1 or B, 1]."""
-        return state.length[:, None]
+        return state.length[:, None].clone()
 
     def result(self, state: RasterState) -> Tensor:
         """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
