@@ -28,7 +28,7 @@ from visar.core.interface import Generator
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
@@ -114,14 +114,14 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
         likeliest_B = law_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
         open_B = torch.stack(reached, dim=1).gather(1, parent_B1).squeeze(1)
         reached.append(open_B & likeliest_B)
-        judged_BD = judged_BD.scatter_add(1, tree.depth_BL[:, node + 1, None] - 1, open_B[:, None].long())
+        judged_BD = judged_BD.scatter_add(1, tree.place_BL[:, node + 1, None] - 1, open_B[:, None].long())
     reached_BL = torch.stack(reached, dim=1)
-    deepest_B = (tree.depth_BL * reached_BL).argmax(1)
+    deepest_B = (tree.place_BL * reached_BL).argmax(1)
     line_BL = tree.seen_BLL.gather(1, deepest_B[:, None, None].expand(-1, 1, tree.num_nodes + 1)).squeeze(1)
     kept_B = line_BL.sum(1) - 1
     slot_BL = torch.arange(tree.num_nodes + 1, device=p_BLV.device).expand_as(line_BL)
     # Column d - 1 for the ancestor at depth d; what is not on the path is written to the spare column.
-    column_BL = torch.where(line_BL & (slot_BL > 0), tree.depth_BL - 1, depth)
+    column_BL = torch.where(line_BL & (slot_BL > 0), tree.place_BL - 1, depth)
     slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=p_BLV.device).scatter(1, column_BL, slot_BL)
     last_BV = p_BLV.gather(1, deepest_B[:, None, None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
     law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
@@ -224,7 +224,7 @@ def sample_lantern(
         if tree == "static":
             drafted, q_BMV = draft_static(drafting, shape, draft_BM)
         else:
-            drafted, q_BMV = draft_dynamic(drafting, len(emit_B), depth, children, nodes), None
+            drafted, q_BMV = draft_dynamic(drafting, depth, children, nodes), None
         p_BLV = read(drafted)
         if greedy:
             return walk_greedy(p_BLV, drafted, relax, depth)

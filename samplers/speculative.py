@@ -19,6 +19,7 @@ from visar.core.interface import Generator
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
+from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import check_filters, draw, token_law
@@ -38,7 +39,7 @@ def read_window(model: Generator, state: Any, drafting: Drafting, draft_BK: Tens
     """Guided logits [B, L, V] of a window, and the hidden vectors [R, L, D] behind them if the drafter reads them."""
     if not drafting.reads_features:
         return model.verify(state, draft_BK), None
-    features_RLD = model.features(state, draft_BK)
+    features_RLD = model.features(state, Window.chain(draft_BK))
     return model.guided_logits(state, features_RLD), features_RLD
 
 

@@ -18,7 +18,7 @@ from visar.core.interface import Generator
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import check_filters, token_law
@@ -93,8 +93,8 @@ def run_trees(
         def read(tree: DraftTree) -> Tensor:
             if not drafting.reads_features:
                 return token_law(model.verify_tree(state, tree), *filters)
-            shown.append(model.features(state, tree=tree))
-            return token_law(model.guided_logits(state, shown[0], tree.depth_BL), *filters)
+            shown.append(model.features(state, tree))
+            return token_law(model.guided_logits(state, shown[0], tree.place_BL), *filters)
 
         uniform = source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), pass_11)[:, 0]
         way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
@@ -235,7 +235,7 @@ def sample_dynamic_tree(
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
-        tree = draft_dynamic(drafting, len(emit_B), depth, children, nodes)
+        tree = draft_dynamic(drafting, depth, children, nodes)
         return walk_chosen(read(tree), tree, accept_BM, emit_B, depth)
 
     return run_trees(

@@ -11,7 +11,7 @@ from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, Use, image_seeds
 from visar.core.runtime import EAGER, Runtime, Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree, Window
 from visar.evaluate.laws import check_law, chi_squared, joint_law
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters.eagle import FeatureDrafter, feature_loss
@@ -226,8 +226,8 @@ def test_trees_from_parents_equal_grown_ones():
         torch.tensor([[3]]), torch.tensor([[4]])
     )
     again = DraftTree.from_parents(grown.tokens_BM, grown.parents_BM)
-    assert torch.equal(again.depth_BL, grown.depth_BL) and torch.equal(again.seen_BLL, grown.seen_BLL)
-    assert grown.depth_BL.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
+    assert torch.equal(again.place_BL, grown.place_BL) and torch.equal(again.seen_BLL, grown.seen_BLL)
+    assert grown.place_BL.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
 
 
 @torch.no_grad()
@@ -301,7 +301,7 @@ def test_feature_drafter_reads_true_vectors():
         start = state.length.clone()
         index = start[:, None] + torch.arange(3)
         window = tokens.gather(1, index.clamp(max=11))
-        features = model.features(state, window)
+        features = model.features(state, Window.chain(window))
         model.commit(state, torch.cat([window, tokens.gather(1, start[:, None] + 3)], 1), torch.tensor(counts))
         drafting.observe(start, features, torch.tensor(counts))
         law = drafting.begin()

@@ -21,7 +21,7 @@ from visar import kernels
 from visar.core.guidance import repeat
 from visar.core.interface import Generator
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.layers.cache import KVCache, LayerCache, visible, visible_tree
 from visar.layers.llama import Attention, RMSNorm, SwiGLU
 from visar.layers.rope import rope_table

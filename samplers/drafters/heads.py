@@ -12,7 +12,7 @@ from torch.nn import functional
 from visar.core.guidance import repeat
 from visar.core.interface import Generator
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_features, law_or_uniform, weights_key
 from visar.samplers.filtering import token_law
 from visar.samplers.verify import row_at

@@ -20,7 +20,7 @@ from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.interface import Generator
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from visar.core.interface import Generator
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_fit, weights_key
 from visar.samplers.filtering import token_law
 from visar.samplers.verify import row_at

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from visar import kernels
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 
 
 @dataclass
@@ -157,7 +157,7 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         for node in range(tree.num_nodes):
             parent = torch.cat(codes, dim=1).gather(1, tree.parents_BM[:, node, None])
             codes.append(parent * self.config["vocab_size"] + tree.tokens_BM[:, node, None])
-        position = length_B1 + tree.depth_BL
+        position = length_B1 + tree.place_BL
         inside = position < self.num_tokens
         row = torch.where(inside, torch.cat(codes, dim=1) + self._start(position), 0)
         parts = 1 if state.scale_N is None else 2
