@@ -111,6 +111,23 @@ def static_groups(codebook_VC: Tensor, group: int, iterations: int = 20) -> Tens
     return group_V
 
 
+def group_table(
+    codebook: Tensor | None, groups: str, group: int, vocab_size: int, device: torch.device
+) -> Tensor | None:
+    """What the rule of acceptance reads: the partition of static groups, or the code vectors if they are given.
+
+    Raises:
+        ValueError: static groups without a codebook, or a codebook of another vocabulary.
+    """
+    if codebook is not None and codebook.shape[0] != vocab_size:
+        raise ValueError(f"a codebook of {codebook.shape[0]} codes for a model of {vocab_size}")
+    if groups == "dynamic":
+        return None if codebook is None else codebook.to(device, torch.float32)
+    if codebook is None:
+        raise ValueError("static groups need the tokenizer's codebook")
+    return static_groups(codebook.to(device, torch.float32), group)
+
+
 @torch.no_grad()
 def sample_grouped(
     model: Generator,
@@ -165,16 +182,9 @@ def sample_grouped(
         raise ValueError(f"max_gap {max_gap}, max_distance {max_distance}; both must be > 0")
     if groups not in ("dynamic", "static"):
         raise ValueError(f"groups {groups!r}; choose dynamic or static")
-    if codebook is None and groups == "static":
-        raise ValueError("static groups need the tokenizer's codebook")
-    if codebook is not None and codebook.shape[0] != vocab_size:
-        raise ValueError(f"a codebook of {codebook.shape[0]} codes for a model of {vocab_size}")
     group = min(group, vocab_size)
     below = group // 2
-    table = None if codebook is None else codebook.to(noise.device, torch.float32)
-    if groups == "static":
-        assert table is not None
-        table = static_groups(table, group)
+    table = group_table(codebook, groups, group, vocab_size, noise.device)
 
     def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, held: Tensor | None) -> Tensor:
         if groups == "static":

@@ -16,8 +16,9 @@ static ones.
 B batch, M nodes, L = M + 1 slots, D depth of a tree, V codes, k neighbours, C code width.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,6 +53,40 @@ def neighbour_table(codebook_VC: Tensor, num_neighbours: int, chunk: int = 1024)
         distance.scatter_(1, own, float("inf"))
         rows.append(distance.topk(num_neighbours, dim=1, largest=False).indices.int())
     return torch.cat(rows)
+
+
+def chosen_neighbours(
+    codebook: Tensor | None, neighbours: Tensor | None, num_neighbours: int, vocab_size: int, device: torch.device
+) -> Tensor:
+    """The table that `sample_lantern` relaxes with: the given one, or that of the codebook; int32 [V, k].
+
+    Raises:
+        ValueError: none of the two or both, or one of another vocabulary.
+    """
+    if (codebook is None) == (neighbours is None):
+        raise ValueError("give the tokenizer's codebook, or a table of neighbours")
+    if neighbours is not None:
+        table = neighbours.to(device, torch.int32)
+    else:
+        assert codebook is not None
+        table = neighbour_table(codebook.to(device), min(num_neighbours, codebook.shape[0] - 1))
+    if table.shape[0] != vocab_size:
+        raise ValueError(f"neighbours of {table.shape[0]} codes for a model of {vocab_size}")
+    return table
+
+
+def check_bounds(max_moved: float | None, max_ratio: float | None) -> None:
+    """Checks how far `sample_lantern` may relax.
+
+    Raises:
+        ValueError: no bound at all, or one out of range.
+    """
+    if max_moved is None and max_ratio is None:
+        raise ValueError("give max_moved (LANTERN) or max_ratio (LANTERN++), or both")
+    if max_moved is not None and not 0 <= max_moved <= 1:
+        raise ValueError(f"max_moved {max_moved}; it must be in [0, 1]")
+    if max_ratio is not None and not max_ratio >= 1:
+        raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
 
 
 def relaxed_law(
@@ -96,6 +131,22 @@ def judge_relaxed(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> Judge:
         return acceptance(hat_BV, q_BMV[:, node], token_B), residual(hat_BV, q_BMV[:, node])
 
     return judge
+
+
+def walk_relaxed(
+    p_BLV: Tensor,
+    tree: DraftTree,
+    q_BMV: Tensor | None,
+    accept_uniform_BM: Tensor,
+    emit_uniform_B: Tensor,
+    depth: int,
+    **bounds: Any,
+) -> Walk:
+    """`walk` with `judge_relaxed`; bounds: neighbours_Vk, max_moved and max_ratio of `relaxed_law`."""
+    if fits_kernels(p_BLV):
+        return walk_by_kernel(p_BLV, tree, q_BMV, accept_uniform_BM, emit_uniform_B, depth, **bounds)
+    judge = judge_relaxed(tree, q_BMV, functools.partial(relaxed_law, **bounds))
+    return walk(p_BLV, tree, judge, accept_uniform_BM, emit_uniform_B, depth)
 
 
 def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Walk:
@@ -188,24 +239,10 @@ def sample_lantern(
     Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
     out of the drafter's (static); here the m that were moved, as the papers define p_hat.
     """
-    vocab_size = model.config["vocab_size"]
     if tree not in ("dynamic", "static"):
         raise ValueError(f"tree {tree!r}; choose dynamic or static")
-    if max_moved is None and max_ratio is None:
-        raise ValueError("give max_moved (LANTERN) or max_ratio (LANTERN++), or both")
-    if max_moved is not None and not 0 <= max_moved <= 1:
-        raise ValueError(f"max_moved {max_moved}; it must be in [0, 1]")
-    if max_ratio is not None and not max_ratio >= 1:
-        raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
-    if (codebook is None) == (neighbours is None):
-        raise ValueError("give the tokenizer's codebook, or a table of neighbours")
-    if neighbours is not None:
-        table = neighbours.to(noise.device, torch.int32)
-    else:
-        assert codebook is not None
-        table = neighbour_table(codebook.to(noise.device), min(num_neighbours, codebook.shape[0] - 1))
-    if table.shape[0] != vocab_size:
-        raise ValueError(f"neighbours of {table.shape[0]} codes for a model of {vocab_size}")
+    check_bounds(max_moved, max_ratio)
+    table = chosen_neighbours(codebook, neighbours, num_neighbours, model.config["vocab_size"], noise.device)
     shape: list[tuple[int, ...]] = []
     if tree == "static":
         shape = static_shape(model, branches, paths)
@@ -216,22 +253,15 @@ def sample_lantern(
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table_Vk: Tensor | None
     ) -> Walk:
-        assert table_Vk is not None
-
-        def relax(law_BV: Tensor, token_B: Tensor) -> Tensor:
-            return relaxed_law(law_BV, token_B, table_Vk, max_moved, max_ratio)
-
+        bounds: dict = dict(neighbours_Vk=table_Vk, max_moved=max_moved, max_ratio=max_ratio)
         if tree == "static":
             drafted, q_BMV = draft_static(drafting, shape, draft_BM)
         else:
             drafted, q_BMV = draft_dynamic(drafting, depth, children, nodes), None
         p_BLV = read(drafted)
         if greedy:
-            return walk_greedy(p_BLV, drafted, relax, depth)
-        if fits_kernels(p_BLV):
-            bounds: dict = dict(neighbours_Vk=table_Vk, max_moved=max_moved, max_ratio=max_ratio)
-            return walk_by_kernel(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
-        return walk(p_BLV, drafted, judge_relaxed(drafted, q_BMV, relax), accept_BM, emit_B, depth)
+            return walk_greedy(p_BLV, drafted, functools.partial(relaxed_law, **bounds), depth)
+        return walk_relaxed(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
 
     return run_trees(
         model,

@@ -1,4 +1,4 @@
-"""Who proposes tokens: the interface of drafters, and two that need no training of their own.
+"""Who proposes tokens: the interface of drafters, and what they share.
 
 A drafter object holds weights or settings; `start` opens a drafting for one batch, whose tensors live in the sampler's
 session. For every pass the sampler calls `begin` once, which catches up with the committed tokens and returns the law

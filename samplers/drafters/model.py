@@ -1,4 +1,7 @@
-"""ee docs/design.md."""
+"""A drafter that is a smaller generator of the same tokens.
+
+B batch, J drafts so far, W nodes of a level, X tokens that are read again, V codes.
+"""
 
 from typing import Any
 

@@ -1,4 +1,7 @@
-"""ee docs/design.md."""
+"""A drafter without weights: votes of the tokens that an image has so far.
+
+B batch, J drafts so far, M nodes, W nodes of a level, V codes, N tokens, T positions with slack.
+"""
 
 import torch
 from torch import Tensor
