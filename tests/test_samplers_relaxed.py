@@ -213,21 +213,6 @@ def test_greedy_without_relaxation_is_the_likeliest_sequence():
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
-def test_image_depends_on_its_seed_and_condition_only(tree):
-    model, seeds, which = transformer(5, (3, 2)), image_seeds(7, 24), torch.arange(24) % 3
-    table = neighbour_table(torch.randn(5, 2, generator=torch.Generator().manual_seed(0)), 3)
-    settings = dict(
-        guidance=Guidance(2.0), neighbours=table, max_moved=0.2, max_ratio=5.0, tree=tree, depth=3, nodes=9
-    )
-    everything = sample_lantern(model, labels(*which.tolist()), noise=Noise(seeds), **settings).tokens
-    for rows in ([11], [4, 2, 20], list(range(8, 16))):
-        some = sample_lantern(
-            model, labels(*which[rows].tolist()), noise=Noise([seeds[row] for row in rows]), **settings
-        )
-        assert torch.equal(some.tokens, everything[rows])
-
-
-@pytest.mark.parametrize("tree", ["dynamic", "static"])
 def test_replayed_passes_read_what_the_latest_call_gave(tree):
     model, runtime = transformer(5, (3, 4)), TINY.ReplayRuntime()
     for seed in (0, 100):
