@@ -20,20 +20,38 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters
-from visar.samplers.jacobi_drafts import Coupling, Drafts, Initial, carry, judge
-from visar.samplers.verify import Counts, check_window, held_noise, run_passes
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, judge
+from visar.samplers.verify import Counts, check_passes, held_noise, run_passes
 
 TableChance = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
+def check_jacobi(
+    model: Windowed,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    window: int,
+    initial: Initial,
+    coupling: Coupling,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_jacobi`; errors as there."""
+    check_passes(model, guidance, (temperature, top_k, top_p), window, check_every)
+    if initial not in INITIALS:
+        raise ValueError(f"initial {initial!r}; choose one of {', '.join(INITIALS)}")
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
+
+
 @torch.no_grad()
 def sample_jacobi(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -46,7 +64,7 @@ def sample_jacobi(
     coupling: Coupling = "none",
     adaptive: bool = False,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculative Jacobi decoding. Exact.
@@ -72,7 +90,7 @@ def sample_jacobi(
         adaptive: each image reads 4 times as many slots as it lately committed a pass, at least 4 and at most
             `window`; worth it where long windows cost time. Not in the papers.
         check_every: passes between two looks of the host; with adaptive, between two changes of the window.
-        callback: called at every look with the number of tokens that all images have, and the tokens [B, N].
+        callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -85,6 +103,7 @@ def sample_jacobi(
     drafts that were kept (the released code leaves the old q, which changes the law); the first pass already carries
     guesses.
     """
+    check_jacobi(model, guidance, temperature, top_k, top_p, window, initial, coupling, check_every)
     return run_jacobi(
         model,
         condition,
@@ -102,7 +121,7 @@ def sample_jacobi(
 
 
 def run_jacobi(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -113,7 +132,7 @@ def run_jacobi(
     coupling: Coupling,
     adaptive: bool,
     check_every: int,
-    callback: Callable[[int, Tensor], None] | None,
+    callback: Callback | None,
     runtime: Runtime,
     chance: TableChance | None = None,
     table: Tensor | None = None,
@@ -126,8 +145,6 @@ def run_jacobi(
         table: a tensor that the rule reads; the session keeps a copy for captured passes.
         key: what else the rule depends on.
     """
-    check_filters(*filters)
-    check_window(window, check_every)
     begun = time.perf_counter()
     num_tokens, batch, device = model.num_tokens, condition.batch, noise.device
     every = check_every if adaptive else 0
@@ -155,7 +172,7 @@ def run_jacobi(
         if adaptive:
             drafts.adapt(state.length, pass_11, check_every)
 
-    passes = run_passes(
+    passes, done = run_passes(
         session,
         state,
         turn,
@@ -165,4 +182,4 @@ def run_jacobi(
         callback=callback,
         width=(lambda: int(drafts.size_B.max())) if adaptive else None,
     )
-    return counts.output(state.tokens[:, :num_tokens].clone(), {"generator": passes}, time.perf_counter() - begun)
+    return counts.output(state.tokens[:, :done].clone(), {"generator": passes}, time.perf_counter() - begun)

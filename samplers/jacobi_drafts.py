@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
-from visar.core.interface import Generator
+from visar.core.interface import Windowed
 from visar.core.noise import Noise, Use
 from visar.core.runtime import Session
 from visar.samplers.filtering import draw, fits_kernels, token_law
@@ -76,21 +76,13 @@ class Drafts:
         cls,
         session: Session,
         noise: Noise,
-        model: Generator,
+        model: Windowed,
         window: int,
         initial: Initial,
         coupling: Coupling,
         adaptive: bool,
     ) -> "Drafts":
-        """Random drafts of the first `window` - 1 tokens.
-
-        Raises:
-            ValueError: an unknown kind of guess or coupling.
-        """
-        if initial not in INITIALS:
-            raise ValueError(f"initial {initial!r}; choose one of {', '.join(INITIALS)}")
-        if coupling not in COUPLINGS:
-            raise ValueError(f"coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
+        """Random drafts of the first `window` - 1 tokens."""
         batch, device, vocab_size, columns = (
             noise.batch,
             noise.device,

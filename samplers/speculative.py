@@ -16,15 +16,15 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Features, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime, Session
 from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
-from visar.samplers.filtering import check_filters, draw, token_law
-from visar.samplers.verify import Counts, check_window, held_noise, run_passes, verify
+from visar.samplers.filtering import draw, token_law
+from visar.samplers.verify import Counts, check_passes, held_noise, run_passes, verify
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,7 @@ class Speculation:
     depth: int
     begun: float
 
-    def run(
-        self, turn: Callable[[int], None], check_every: int, callback: Callable[[int, Tensor], None] | None
-    ) -> SampleOutput:
+    def run(self, turn: Callable[[int], None], check_every: int, callback: Callback | None) -> SampleOutput:
         """Runs passes until every image is done; turn: one pass, except that this counts it."""
 
         def step(slots: int) -> None:
@@ -58,16 +56,16 @@ class Speculation:
             self.passes_11.add_(1)
 
         sizes = dict(num_tokens=self.counts.num_tokens, window=self.depth + 1)
-        passes = run_passes(self.session, self.state, step, **sizes, check_every=check_every, callback=callback)
+        passes, done = run_passes(self.session, self.state, step, **sizes, check_every=check_every, callback=callback)
         passed, calls = {"generator": passes}, self.drafting.calls(self.depth)
         if calls:
             passed["drafter"] = passes * calls
-        tokens = self.state.tokens[:, : self.counts.num_tokens].clone()
+        tokens = self.state.tokens[:, :done].clone()
         return self.counts.output(tokens, passed, time.perf_counter() - self.begun)
 
 
 def begin_speculation(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     key: Hashable,
     *,
@@ -75,7 +73,6 @@ def begin_speculation(
     guidance: Guidance,
     filters: tuple[float, int, float],
     drafter: Drafter | None,
-    check_every: int,
     runtime: Runtime,
     depth: int,
     room: int,
@@ -89,10 +86,8 @@ def begin_speculation(
         chain: whether a pass's tokens all follow one another.
 
     Raises:
-        ValueError: filters or check_every out of range, or a condition or drafter that does not fit.
+        ValueError: a condition or drafter that does not fit.
     """
-    check_filters(*filters)
-    check_window(depth + 1, check_every)
     begun = time.perf_counter()
     drafter = NgramDrafter() if drafter is None else drafter
     device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
@@ -115,17 +110,33 @@ def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]
     return drafts, torch.stack(laws, dim=1)
 
 
-def read_window(model: Generator, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
+def read_window(model: Windowed, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
     """Guided logits [B, L, V] of a window, and the hidden vectors [R, L, D] behind them if the drafter reads them."""
     if not drafting.reads_features:
         return model.verify(state, draft_BK), None
+    assert isinstance(model, Features)
     features_RLD = model.features(state, Window.chain(draft_BK))
     return model.guided_logits(state, features_RLD), features_RLD
 
 
+def check_speculative(
+    model: Windowed,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_drafts: int,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_speculative`; errors as there."""
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts {num_drafts}; it must be >= 1")
+    check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
+
+
 @torch.no_grad()
 def sample_speculative(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -136,7 +147,7 @@ def sample_speculative(
     drafter: Drafter | None = None,
     num_drafts: int = 4,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculative sampling with a chain of drafts. Exact.
@@ -157,7 +168,7 @@ def sample_speculative(
             hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
         num_drafts: K drafts a pass, >= 1. arXiv 2211.17192: 3 to 7.
         check_every: passes between two looks of the host.
-        callback: called at every look with the number of tokens that all images have, and the tokens [B, N].
+        callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics, with the drafter's forward passes.
@@ -165,8 +176,7 @@ def sample_speculative(
     Raises:
         ValueError: a setting out of range, a condition that does not fit, or a drafter of another vocabulary.
     """
-    if num_drafts < 1:
-        raise ValueError(f"num_drafts {num_drafts}; it must be >= 1")
+    check_speculative(model, guidance, temperature, top_k, top_p, num_drafts, check_every)
     filters = (temperature, top_k, top_p)
     work = begin_speculation(
         model,
@@ -176,7 +186,6 @@ def sample_speculative(
         guidance=guidance,
         filters=filters,
         drafter=drafter,
-        check_every=check_every,
         runtime=runtime,
         depth=num_drafts,
         room=num_drafts,
