@@ -179,6 +179,15 @@ class Counts:
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
         self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
 
+    def add_chain(self, verdict: Verdict, most_B: Tensor | int, length_B: Tensor) -> None:
+        """Counts a pass that judged a chain of drafts, the first most_B of every row.
+
+        length_B: tokens that were committed before it.
+        """
+        left_B = self.num_tokens - length_B
+        judged_B = judged_in_chain(verdict.kept_B, most_B, left_B)
+        self.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+
     def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
         """Tokens with the counts on the host."""
         outcome_BN = self.outcome_BT[:, : tokens_BN.shape[1]].clone()

@@ -1,11 +1,14 @@
-"""ee docs/design.md."""
+"""A drafter without weights: votes of the tokens that an image has so far.
+
+B batch, J drafts so far, M nodes, W nodes of a level, V codes, N tokens, T positions with slack.
+"""
 
 import torch
 from torch import Tensor
 
 from visar import kernels
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target
 
 

@@ -236,7 +236,7 @@ class Growth:
     def expand(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
         """Takes the likeliest of the candidates added last into the tree.
 
-        Returns: tokens_BM, parents_BM, depth_BL and seen_BLL of a draft tree, and the slot of the first new node.
+        Returns: tokens_BM, seen_BLL, place_BL and parents_BM of a draft tree, and the slot of the first new node.
         """
         count = self.width * self.children
         _expand[(self.batch,)](
@@ -265,9 +265,9 @@ class Growth:
         nodes = self.begin + self.width - 1
         tree = (
             self.tokens_BM[:, :nodes],
-            self.parents_BM[:, :nodes],
-            self.depth_BL[:, : nodes + 1],
             self.seen_BLL[:, : nodes + 1, : nodes + 1],
+            self.depth_BL[:, : nodes + 1],
+            self.parents_BM[:, :nodes],
         )
         return tree, self.begin
 
@@ -292,4 +292,4 @@ class Growth:
             SLOTS=triton.next_power_of_2(nodes + 1),
             num_warps=8,
         )
-        return tokens_BM, parents_BM, depth_BL, seen_BLL
+        return tokens_BM, seen_BLL, depth_BL, parents_BM

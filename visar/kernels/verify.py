@@ -2,7 +2,7 @@
 
 The accept/resample rule (arXiv 2211.17192, algorithm 1) is applied to all rows of the window at once, one program a
 row; then one program an image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
-`refresh` of visar/samplers/jacobi.py for the new drafts.
+`refresh` of visar/samplers/jacobi_drafts.py for the new drafts.
 
 B images, K drafts, L = K + 1 slots, V codes, W largest window, T positions with slack.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 from visar.kernels.laws import at, chance_of, codes_of, filtered, filters_of, inverted, likeliest, residual_of, tile
 
 _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
-"""Numbers of the couplings of visar.samplers.jacobi.refresh."""
+"""Numbers of the couplings of visar.samplers.jacobi_drafts.refresh."""
 
 
 @triton.jit
@@ -58,8 +58,11 @@ def _judge(
     tl.store(accepted_ptr + place, accepted.to(tl.uint8), mask=drafted)
     left = residual_of(p, q)
     mass = left
+    # Behind the drafts that an image had itself stands what was read for images with longer windows.
+    own = drafted
     if LIMITED:
-        mass = tl.where(slot < tl.load(judged_ptr + image), left, p)
+        own = slot < tl.load(judged_ptr + image)
+        mass = tl.where(own, left, p)
     emit = tl.load(emit_ptr + image * emit_image + slot * emit_slot)
     emitted = inverted(mass, emit, ROWS, COLUMNS)
     tl.store(emitted_ptr + line, emitted)
@@ -69,7 +72,7 @@ def _judge(
         fresh = tl.load(fresh_ptr + image * fresh_image + slot * fresh_slot)
         tl.store(next_ptr + line, inverted(p, fresh, ROWS, COLUMNS))
     if REFRESH == 2:
-        if drafted:
+        if own:
             again = inverted(left, emit, ROWS, COLUMNS)
             tl.store(next_ptr + line, tl.where(accepted, token, again))
         else:
@@ -149,8 +152,8 @@ def judge(
         q_BKV, draft_BK, accept_BL, emit_BL, judged_B, chance_BK: see `visar.samplers.verify.verify`; of accept_BL the
             last slot is not read.
         filters: temperature, top_k and top_p of the laws.
-        coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi.refresh`, the noise of all positions; None draws no
-            new drafts.
+        coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi_drafts.refresh`, the noise of all positions; None
+            draws no new drafts.
         length_B: int64 committed tokens, for the noise and the counts.
         counts: num_tokens and the counters of `visar.samplers.verify.Counts` to add this pass to.
 

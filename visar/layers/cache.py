@@ -96,7 +96,7 @@ def visible_tree(root_R1: Tensor, seen_RLL: Tensor, num_slots: int, key_valid_RT
 
     Args:
         root_R1: int64 cache slot of the root; node i is at root + i.
-        seen_RLL: see visar/core/tree.py.
+        seen_RLL: see visar/core/window.py.
         num_slots: T. key_valid_RT: as in `visible`.
     """
     nodes = seen_RLL.shape[-1]
