@@ -244,6 +244,7 @@ def run_passes(
             known_BN = state.tokens[:, :num_tokens] * (slot_N < state.length[:, None])
             if callback(num_tokens - left, known_BN):
                 break
+    session.check_finite()
     return passes, num_tokens - left
 
 
