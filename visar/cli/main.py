@@ -369,7 +369,7 @@ def parse(arguments: list[str]) -> Callable[[], object]:
 
 
 # Outputs that are checked before anything is loaded, and folders that one command at a time may write into.
-_FILES = {"stats": (".npz",), "bench": ()}
+_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "edit": ()}
 _FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance")
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from visar.kernels.finite import watched
 from visar.kernels.invariance import active
@@ -24,6 +24,23 @@ from visar.kernels.invariance import active
 def places(model: Any) -> int:
     """Where a model's weights are: another number once one of them was moved or cast."""
     return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
+
+
+def check_inference(model: Any) -> None:
+    """Checks that a model drops nothing at random.
+
+    Raises:
+        ValueError: it is in training mode, and has dropout.
+    """
+    if not getattr(model, "training", False):
+        return
+    for layer in model.modules():
+        rates = [getattr(layer, name, 0.0) for name in ("dropout", "drop_path")]
+        rates.append(layer.p if isinstance(layer, nn.Dropout) else 0.0)
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            raise ValueError(
+                f"{type(model).__name__} is in training mode, in which it drops values: call eval() first"
+            )
 
 
 class Session:
@@ -110,7 +127,11 @@ class Runtime:
         """The session of this model and key (batch, guided or not, every setting that changes a step's work).
 
         A model whose weights were moved or cast gets a new one. On a CPU nothing is captured and nothing is kept.
+
+        Raises:
+            ValueError: the model is in training mode, and has dropout.
         """
+        check_inference(model)
         if not (self.capture and device.type == "cuda"):
             return Session(capture=False, device=device)
         full_key = (id(model), str(device), active(), key)
