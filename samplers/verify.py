@@ -35,7 +35,7 @@ LARGEST_WINDOW = 65_536
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
     """Law float32 [..., V] of a draft that was chosen without a draw."""
-    zeros = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    zeros = torch.zeros(*tokens.shape, vocab_size, dtype=torch.float32, device=tokens.device)
     return zeros.scatter_(-1, tokens[..., None], 1.0)
 
 

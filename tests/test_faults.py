@@ -31,6 +31,7 @@ from visar.io.files import (
 )
 from visar.pipelines.components import placement
 from visar.pipelines.image import ImagePipeline
+from visar.pipelines.loading import load
 from visar.tokenizers.vq import VQTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -188,15 +189,36 @@ def test_passes_are_told_apart():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_default_dtype_changes_nothing(dtype, tiny):
-    from visar import load
+    def make() -> list[torch.Tensor]:
+        pipeline = load(tiny, device="cpu")
+        found = []
+        for sampler, options in (("jacobi", {}), ("static_tree", {"drafter": "ngram"})):
+            out = pipeline(seed=0, num_images=2, sampler=sampler, sampler_options=options, output_type="pt")
+            found += [out.tokens, out.images]
+        return found
 
-    expected = load(tiny, device="cpu")(seed=0, num_images=2, sampler="jacobi", output_type="pt")
+    expected = make()
     torch.set_default_dtype(dtype)
     try:
-        found = load(tiny, device="cpu")(seed=0, num_images=2, sampler="jacobi", output_type="pt")
+        found = make()
     finally:
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(found.tokens, expected.tokens) and torch.equal(found.images, expected.images)
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_training_mode_left_on():
+    pipeline = tiny_pipeline()
+    expected = pipeline(seed=0, output_type="pt").images
+    pipeline.generator.train()
+    assert torch.equal(pipeline(seed=0, output_type="pt").images, expected)
+    pipeline.generator.input_dropout.p = 0.1
+    with pytest.raises(ValueError, match="RasterGPT is in training mode"):
+        pipeline(seed=0)
+    pipeline.generator.eval()
+    pipeline.tokenizer.train()
+    pipeline.tokenizer.decoder.mid[0].dropout.p = 0.1
+    with pytest.raises(ValueError, match="VQTokenizer is in training mode"):
+        pipeline(seed=0)
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "jacobi"])
@@ -229,10 +251,6 @@ def commands_that_write(tiny: Path) -> dict[str, list[str]]:
             *f"eval {tiny} --reference images.npz --num-samples 4 --batch-size 2 --out scores".split(),
             *common,
         ],
-        "decoded/metrics.json": [
-            *f"eval --tokenizer {tiny}/tokenizer --images images.npz --out decoded".split(),
-            *common,
-        ],
         "accepted/acceptance.json": [
             *f"acceptance {tiny} --samplers ancestral --batch-sizes 1 --calls 1 --device cpu --out accepted".split()
         ],
@@ -261,7 +279,7 @@ def test_a_full_disk_leaves_what_was_there(output, place, tiny, capsys, monkeypa
     assert "cannot write" in error and "No space left" in error and "Traceback" not in error
     kept = {name: content for name, content in files_below(place).items() if not name.endswith("metrics.jsonl")}
     assert kept == before
-    assert main(command) == 0 and (place / output).stat().st_size > 20
+    assert main(command) == 0 and (place / output).stat().st_size > 5
 
 
 def test_file_systems_without_flush_and_modes(place, tiny, monkeypatch):
@@ -361,34 +379,30 @@ def test_folders_are_replaced_or_stay(tmp_path):
     assert os.listdir(tmp_path) == ["model"] and (final / "file").read_text() == "old"
 
 
-@pytest.mark.parametrize(
-    ("path", "content", "message"),
-    [
-        ("checkpoints/step-00000001/config.json", b"{", "config.json is missing or damaged"),
-        ("checkpoints/step-00000001/config.json", b"[1]", "config.json holds a list"),
-        ("checkpoints/step-00000001/config.json", b"{}", "holds a run with other options"),
-        ("checkpoints/step-00000001/state.pt", b"", "state.pt is damaged"),
-        ("checkpoints/step-00000001/state.pt", b"\x80\x04N.", "state.pt is damaged"),
+def test_damaged_and_foreign_run_folders_name_the_file(place, capsys):
+    assert main([*TRAIN, "--steps", "1"]) == 0
+    checkpoint = "checkpoints/step-00000001"
+    (place / "run" / "checkpoints" / "step-mine").mkdir()  # somebody's own folder is left alone
+    other = place / "other.pt"
+    torch.save({"step": 1, "parts": {"model": {"module": {}, "optimizers": []}}}, other)
+    for path, content, message in (
+        (f"{checkpoint}/config.json", b"{", "config.json is missing or damaged"),
+        (f"{checkpoint}/config.json", b"[1]", "config.json holds a list"),
+        (f"{checkpoint}/config.json", b"{}", "holds a run with other options"),
+        (f"{checkpoint}/state.pt", b"", "state.pt is damaged"),
+        (f"{checkpoint}/state.pt", b"\x80\x04N.", "state.pt is damaged"),
+        (f"{checkpoint}/state.pt", other.read_bytes(), "state.pt does not fit this run"),
         ("metrics.jsonl", b"[3]\n", "metrics.jsonl holds lines that are not of a training run"),
         ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl holds lines that are not of a training run"),
-    ],
-)
-def test_damaged_run_folders_name_the_file(path, content, message, place, capsys):
-    assert main([*TRAIN, "--steps", "1"]) == 0
-    (place / "run" / path).write_bytes(content)
-    assert main([*TRAIN, "--steps", "1"]) == 1
-    assert message in capsys.readouterr().err
-
-
-def test_checkpoints_of_another_shape_name_the_file(place, capsys):
-    assert main([*TRAIN, "--steps", "1"]) == 0
-    state = place / "run" / "checkpoints" / "step-00000001" / "state.pt"
-    (place / "run" / "checkpoints" / "step-mine").mkdir()  # somebody's own folder is left alone
-    for content in ({"step": 1}, [1], {"step": 1, "parts": {"model": {"module": {}, "optimizers": []}}}):
-        torch.save(content, state)
+    ):
+        file = place / "run" / path
+        before = file.read_bytes()
+        file.write_bytes(content)
         assert main([*TRAIN, "--steps", "1"]) == 1
         error = capsys.readouterr().err
-        assert "state.pt" in error and "visar: " in error and "Traceback" not in error
+        assert message in error and "Traceback" not in error
+        file.write_bytes(before)
+    assert main([*TRAIN, "--steps", "1"]) == 0
 
 
 # ------------------------------------------------------------------------------------------------------------ outputs

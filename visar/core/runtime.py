@@ -38,9 +38,7 @@ def check_inference(model: Any) -> None:
         rates = [getattr(layer, name, 0.0) for name in ("dropout", "drop_path")]
         rates.append(layer.p if isinstance(layer, nn.Dropout) else 0.0)
         if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
-            raise ValueError(
-                f"{type(model).__name__} is in training mode, in which it drops values: call eval() first"
-            )
+            raise ValueError(f"{type(model).__name__} is in training mode and drops values: call eval() first")
 
 
 class Session:

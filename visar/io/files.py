@@ -70,7 +70,7 @@ def _temporary_prefix(path: Path) -> str:
     return f".{path.name}." if len(os.fsencode(path.name)) <= _LONGEST_NAME - 32 else f".{path.name[:32]}."
 
 
-def _check_place(path: Path) -> None:
+def _check_name(path: Path) -> None:
     try:
         str(path).encode()
         names = [os.fsencode(part) for part in path.parts]
@@ -80,6 +80,9 @@ def _check_place(path: Path) -> None:
         raise ValueError(f"cannot write {path}: a name is longer than {_LONGEST_NAME} bytes")
     if "\0" in str(path):
         raise ValueError(f"cannot write {str(path)!r}: a name holds a null character")
+
+
+def _check_place(path: Path) -> None:
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
@@ -98,6 +101,7 @@ def check_file_output(path: str | Path, endings: Collection[str] = ()) -> None:
     path = Path(path)
     if endings and path.suffix.lower() not in endings:
         raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
+    _check_name(path)
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     _check_place(path)
     if path.is_dir():
@@ -113,9 +117,10 @@ def check_folder_output(path: str | Path) -> None:
         ValueError: a file or a dead link, a name that cannot be, or a place that cannot be written to.
     """
     path = Path(path)
-    _check_place(path / "file")
+    _check_name(path)
     if path.is_symlink() and not path.exists():
         raise ValueError(f"cannot write into {path}: it is a link to {os.readlink(path)}, which does not exist")
+    _check_place(path / "file")
 
 
 def _remove_temporaries(folder: Path) -> None:

@@ -61,7 +61,7 @@ def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """`visar.samplers.filtering.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
     logits = logits.contiguous()
     codes = logits.shape[-1]
-    out = torch.empty(logits.shape, device=logits.device)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     settings, switches = filters_of(codes, temperature, top_k, top_p)
     flag_1 = finite.flag()
     if out.numel():

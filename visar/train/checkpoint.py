@@ -109,7 +109,8 @@ class CheckpointStore:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged ({str(error).splitlines()[0]}); {_REMOVE}") from error
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is damaged ({reason}); {_REMOVE}") from error
         if not isinstance(state, dict) or not isinstance(state.get("step"), int):
             raise ValueError(f"{path} is not a checkpoint of this program; {_REMOVE}")
         return state
