@@ -89,7 +89,7 @@ COMMANDS = {
     "eval --compare": "out reference runs samplers num-samples batch-size speed-batches",
     "acceptance {tiny} --device cpu --calls 1 --batch-sizes 1 --samplers ancestral": "batch-sizes calls seed drafters "
     "temperature top-k out samplers",
-    "bench --preset llamagen-b --device cpu": "batch runs grid window guidance-scale top-k dtype",
+    "bench nowhere --device cpu": "batch runs grid window guidance-scale top-k dtype",
     "train tokenizer --data nowhere --device cpu": "steps batch-size gradient-accumulation learning-rate warmup-steps "
     "ema-decay seed max-minutes save-every keep-checkpoints image-size codebook-size codebook-decay l1-weight "
     "l2-weight adversarial-weight perceptual-weight commitment-weight model-options preset out initial",
@@ -104,9 +104,7 @@ def odd_lines(count: int) -> list[tuple[str, str, str]]:
     """A seeded choice of commands with one odd value each."""
     draws = random.Random(0)
     every = [(line, flag, value) for line, flags in COMMANDS.items() for flag in flags.split() for value in ODD]
-    # What is allowed and is only much work, or writes outside of the test's folder.
-    skipped = {("bench", "1"), ("bench", "0.5"), ("bench", "1e-38"), ("bench", "1e38")}
-    every = [case for case in every if (case[0].split()[0], case[2]) not in skipped]
+    # Writing into folders of others is what the test must not do.
     every = [case for case in every if not (case[1] == "out" and case[2] in ("/", ".."))]
     return draws.sample(every, count)
 
@@ -187,7 +185,7 @@ def test_passes_are_told_apart():
 # ------------------------------------------------------------------------------------------------ settings left on
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
 def test_default_dtype_changes_nothing(dtype, tiny):
     def make() -> list[torch.Tensor]:
         pipeline = load(tiny, device="cpu")
