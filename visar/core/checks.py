@@ -1,7 +1,6 @@
 """Ranges of numbers that users give, and one message for those outside of them."""
 
 from collections.abc import Mapping, Sequence
-from numbers import Real
 from typing import Any, NamedTuple
 
 
@@ -14,7 +13,7 @@ class Range(NamedTuple):
     open_high: bool = False
 
     def __contains__(self, value: object) -> bool:
-        if not isinstance(value, Real):
+        if not isinstance(value, int | float):
             return False
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
@@ -54,5 +53,5 @@ def check_ranges(options: object, ranges: Mapping[str, Range]) -> None:
     for name, allowed in ranges.items():
         value = getattr(options, name, None)
         numbers = value if isinstance(value, tuple) else (value,)
-        if all(isinstance(each, Real) for each in numbers):
+        if all(isinstance(each, int | float) for each in numbers):
             check_range(name, value, allowed)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 # What file systems that keep no modes or cannot flush (network mounts, FUSE) answer; the data is written all the same.
-_REFUSED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG}
 # How safetensors and torch.save, which do not raise OSError, say that a write failed.
 _FAILED_WRITE = re.compile("I/O error|IoError|os error|PytorchStreamWriter|unexpected pos")
@@ -53,7 +53,7 @@ def _flush(path: Path) -> None:
         try:
             os.fsync(file.fileno())
         except OSError as error:
-            if error.errno not in _REFUSED:
+            if error.errno not in _UNSUPPORTED:
                 raise
 
 
@@ -157,7 +157,7 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another out") from error
         except OSError as error:
-            if error.errno not in _REFUSED | {errno.ENOLCK, errno.EBADF}:
+            if error.errno not in _UNSUPPORTED | {errno.ENOLCK, errno.EBADF}:
                 raise
         yield
     finally:
