@@ -181,7 +181,6 @@ def test_a_wide_pyramid_round_trips_through_a_folder(tmp_path):
         (lambda: model.encode(image[:, :1]), r"needed: \[B, 3, H, W\]"),
         (lambda: model.encode(image.to(torch.uint8)), "dtype torch.uint8"),
         (lambda: model.encode(image * 127.5), r"needed: in \[-1, 1\]"),
-        (lambda: model.encode(image * float("nan")), "values from nan to nan"),
         (lambda: model.decode(ids + 1000), "outside the codebook"),
         (lambda: model.decode(ids - 1000), "outside the codebook"),
         (lambda: model.decode(ids.float()), "needed: integers"),

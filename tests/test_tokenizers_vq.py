@@ -184,7 +184,6 @@ def test_encode_decode_encode_is_stable_on_a_fitted_tokenizer():
         (lambda model: model.encode(pictures()[:, :1]), r"\(2, 1, 16, 16\); needed: \[B, 3, H, W\]"),
         (lambda model: model.encode(pictures(1, 16, 15)), "image size 16 x 15; both sides must be multiples of 2"),
         (lambda model: model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), "dtype torch.uint8"),
-        (lambda model: model.encode(torch.full((1, 3, 16, 16), float("nan"))), "values from nan to nan"),
         (lambda model: model.encode(torch.full((1, 3, 16, 16), 255.0)), r"needed: in \[-1, 1\]"),
         (lambda model: model.encode([0.0]), "image of type list"),
         (lambda model: model.decode([0]), "ids of type list"),
