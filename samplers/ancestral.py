@@ -76,8 +76,7 @@ def sample_ancestral(
         if callback is not None and callback(done, model.result(state)):
             break
     tokens, made = model.result(state)[:, :done].clone(), sizes[: block + 1]
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)
+    session.check_finite()  # waits for the device
     statistics = SampleStatistics(
         forward_passes={"generator": len(made)},
         tokens_per_pass={size: batch * made.count(size) for size in sorted(set(made))},

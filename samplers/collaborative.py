@@ -98,6 +98,7 @@ def _run_stage(
         if callback is not None and callback(model.ends[scale], model.result(state)):
             stopped = scale
             break
+    session.check_finite()
     return dataclasses.replace(state, cache=None, modulations={}), stopped
 
 

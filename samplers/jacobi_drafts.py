@@ -110,7 +110,9 @@ class Drafts:
             mark_B=session.hold("mark", torch.zeros(batch, dtype=torch.int64, device=device)),
             guess_uniform_BT=uniform_BT,
             gumbel_BTV=gumbel_BTV,
-            recent_BSV=session.hold("recent", torch.zeros(batch, remembered, vocab_size, device=device)),
+            recent_BSV=session.hold(
+                "recent", torch.zeros(batch, remembered, vocab_size, dtype=torch.float32, device=device)
+            ),
         )
 
     def adapt(self, length_B: Tensor, passes_11: Tensor, check_every: int) -> None:

@@ -196,5 +196,6 @@ def sample_masked_refinement(
         if callback is not None and callback(model.ends[scale], model.result(state)):
             last = scale + 1
             break
+    session.check_finite()
     pass_sizes = [count for counts in passes[:last] for count in counts]
     return finish(model, state, last, {"generator": len(pass_sizes)}, pass_sizes, begun)

@@ -15,6 +15,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime, Session
 from visar.generators.scales import ScaleState
+from visar.kernels import finite
 from visar.samplers.filtering import categorical, check_filters, filter_logits
 from visar.samplers.verify import held_noise
 
@@ -32,8 +33,11 @@ class ScaleSettings:
     def filter(self, logits_BLV: Tensor) -> Tensor:
         """Logits with the excluded codes at -inf and the temperature applied before or after the filters."""
         if not self.temperature_after_filter:
-            return filter_logits(logits_BLV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return filter_logits(logits_BLV, top_k=self.top_k, top_p=self.top_p) / self.temperature
+            filtered_BLV = filter_logits(logits_BLV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        else:
+            filtered_BLV = filter_logits(logits_BLV, top_k=self.top_k, top_p=self.top_p) / self.temperature
+        finite.note(filtered_BLV)
+        return filtered_BLV
 
 
 def scale_settings(
@@ -218,6 +222,7 @@ def sample_next_scale(
         if callback is not None and callback(model.ends[scale], model.result(state)):
             last = scale + 1
             break
+    session.check_finite()
     return finish(model, state, last, {"generator": last - first}, model.block_sizes[first:last], begun)
 
 

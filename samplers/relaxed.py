@@ -152,7 +152,7 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
     slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=p_BLV.device).scatter(1, column_BL, slot_BL)
     last_BV = p_BLV.gather(1, deepest_B[:, None, None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
     law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
-    half_B = torch.full((batch,), 0.5, device=p_BLV.device)
+    half_B = torch.full((batch,), 0.5, dtype=torch.float32, device=p_BLV.device)
     refused_B = (tree.parents_BM == deepest_B[:, None]).any(1)
     return finish(tree, slots_BD[:, :depth], kept_B, judged_BD, refused_B, law_BV, half_B)
 

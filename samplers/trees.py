@@ -177,7 +177,7 @@ class Growth:
         self.scores: list[Tensor] = []
         # Of the nodes expanded last: slots in the tree, scores; of every slot: its candidate, -1 for the root.
         self.slots_BW = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.score_BW = torch.zeros(batch, 1, device=device)
+        self.score_BW = torch.zeros(batch, 1, dtype=torch.float32, device=device)
         self.candidate_BS = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
 
     def add(self, law_BWV: Tensor) -> None:
@@ -407,7 +407,7 @@ def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 
 
     SpecTr, arXiv 2310.15141, section 5: the best r of K-SEQ for k drafts.
     """
-    low_B, high_B = torch.ones(len(p_BV), device=p_BV.device), drafts_B.float()
+    low_B, high_B = torch.ones(len(p_BV), dtype=torch.float32, device=p_BV.device), drafts_B.float()
     for _ in range(iterations):
         middle_B = (low_B + high_B) / 2
         beta_B = torch.minimum(q_BV, p_BV / middle_B[:, None]).sum(-1)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visar.core.interface import Tokenizer
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, check_inference
 from visar.tokenizers.convnet import mark
 
 # Output pixels of a call (32 images of 256 x 256) from which on a GPU needs longer than its host does to launch the
@@ -50,8 +50,10 @@ def decode_tokens(
             whatever batch it is in.
 
     Raises:
-        ValueError: ids that do not fit, a tile < 1, or an overlap that is not in 0 ... tile - 1.
+        ValueError: ids that do not fit, a tile < 1, an overlap that is not in 0 ... tile - 1, or a tokenizer with
+            dropout in training mode.
     """
+    check_inference(tokenizer)
     if tile is not None and tile < 1:
         raise ValueError(f"tile {tile}; it must be >= 1, or None for whole images")
     if tile is not None and not 0 <= overlap < tile:

@@ -86,7 +86,7 @@ class DraftTree(Window):
     def from_parents(cls, tokens_BM: Tensor, parents_BM: Tensor) -> "DraftTree":
         """A tree from its nodes' parents, which may differ from row to row."""
         batch, nodes = tokens_BM.shape
-        line = torch.zeros(batch, nodes + 1, nodes + 1, device=tokens_BM.device)
+        line = torch.zeros(batch, nodes + 1, nodes + 1, dtype=torch.float32, device=tokens_BM.device)
         line[:, 1:].scatter_(2, parents_BM[..., None], 1.0)
         line = line + torch.eye(nodes + 1, device=tokens_BM.device)
         for _ in range(max(nodes.bit_length(), 1)):

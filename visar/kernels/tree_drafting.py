@@ -201,7 +201,9 @@ class Growth:
         self.grown = (depth - 1) * children
         self.candidates = children + self.grown * children
         self.token_BC, self.parent_BC = self._new(self.candidates), self._new(self.candidates)
-        self.scores_BC, self.score_BW = (torch.empty(batch, n, device=device) for n in (self.candidates, children))
+        self.scores_BC, self.score_BW = (
+            torch.empty(batch, n, dtype=torch.float32, device=device) for n in (self.candidates, children)
+        )
         self.of_slot_BL, self.depth_BL = self._new(self.grown + 1), self._new(self.grown + 1)
         self.tokens_BM, self.parents_BM = self._new(self.grown), self._new(self.grown)
         self.seen_BLL = torch.empty(batch, self.grown + 1, self.grown + 1, dtype=torch.bool, device=device)

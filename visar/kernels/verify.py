@@ -16,7 +16,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import at, chance_of, codes_of, filtered, filters_of, inverted, likeliest, residual_of, tile
+from visar.kernels import finite
+from visar.kernels.laws import (
+    at,
+    chance_of,
+    codes_of,
+    filtered,
+    filters_of,
+    inverted,
+    likeliest,
+    note,
+    residual_of,
+    tile,
+)
 
 _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
 """Numbers of the couplings of visar.samplers.jacobi_drafts.refresh."""
@@ -24,12 +36,12 @@ _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
 
 @triton.jit
 def _judge(
-    given_ptr, p_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, judged_ptr, chance_ptr, gumbel_ptr,
+    given_ptr, p_ptr, flag_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, judged_ptr, chance_ptr, gumbel_ptr,
     length_ptr, accepted_ptr, emitted_ptr, next_ptr,
     codes, slots, q_image, draft_image, fresh_image, fresh_slot, accept_image, accept_slot, emit_image, emit_slot,
     gumbel_image, temperature, top_k, top_p,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    LOGITS: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
+    LOGITS: tl.constexpr, WATCHED: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
 ):  # fmt: skip
     """One row: its law, its draft's own outcome, the token if this row is where the pass ends, and a new draft."""
     line = tl.program_id(0).to(tl.int64)
@@ -39,6 +51,8 @@ def _judge(
     inside = code < codes
     if LOGITS:
         x = tl.load(given_ptr + line * codes + code, mask=inside, other=float("-inf")) / temperature
+        if WATCHED:
+            note(x, flag_ptr)
         _, p = filtered(x, inside, top_k, top_p, TOP_K, TOP_P)
         p = p / tl.sum(p)
         tl.store(p_ptr + line * codes + code, p, mask=inside)
@@ -173,10 +187,12 @@ def judge(
     gumbel_BTV = p_BLV if gumbel_BTV is None else gumbel_BTV
     judged = emitted_BL if judged_B is None else judged_B
     length = emitted_BL if length_B is None else length_B
+    flag_1 = finite.flag()
     settings, switches = filters_of(codes, *(filters or (1.0, 0, 1.0)))
     _judge[(batch * slots,)](
         given_BLV,
         p_BLV,
+        p_BLV if flag_1 is None else flag_1,
         q_BKV,
         draft_BK,
         fresh_BL,
@@ -200,6 +216,7 @@ def judge(
         *settings,
         **switches,
         LOGITS=filters is not None,
+        WATCHED=flag_1 is not None,
         LIMITED=judged_B is not None,
         CHANCE=chance_BK is not None,
         REFRESH=_REFRESH[coupling],

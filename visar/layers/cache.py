@@ -65,6 +65,8 @@ class KVCache:
         Returns: keys and values [R, N, T, E] (views).
         """
         keys, values = self.keys[layer], self.values[layer]
+        # Autocast makes keys and values of another dtype than the weights', which is the cache's.
+        key_RNLE, value_RNLE = key_RNLE.to(keys.dtype), value_RNLE.to(values.dtype)
         if self.ragged:
             index = (self._rows, self._heads, position[:, None, :])
             keys.index_put_(index, key_RNLE)
