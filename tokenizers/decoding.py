@@ -69,13 +69,15 @@ def decode_tokens(
 
 def _decode_parts(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime, invariant: bool) -> Tensor:
     """`_decode` of all images, or on a GPU and if `invariant` of one number of images at a time, filled up."""
-    if not invariant or not latent_BChw.is_cuda or latent_BChw.shape[0] in (0, INVARIANT_BATCH):
+    if not invariant or not latent_BChw.is_cuda or not len(latent_BChw):
         return _decode(tokenizer, latent_BChw, runtime)
-    parts = []
-    for part_BChw in latent_BChw.split(INVARIANT_BATCH):
-        count = part_BChw.shape[0]
-        filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(INVARIANT_BATCH - count, -1, -1, -1)])
-        parts.append(_decode(tokenizer, filled_BChw, runtime)[:count])
+    parts, cudnn = [], torch.backends.cudnn
+    # Rounded to TF32, an image would also depend on its place in the batch.
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+        for part_BChw in latent_BChw.split(INVARIANT_BATCH):
+            count = part_BChw.shape[0]
+            filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(INVARIANT_BATCH - count, -1, -1, -1)])
+            parts.append(_decode(tokenizer, filled_BChw, runtime)[:count])
     return torch.cat(parts)
 
 
@@ -85,7 +87,7 @@ def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tens
         return tokenizer.decode_latents(latent_BChw)
     # Kernels of convolutions may be read from copies: another graph after every change of a weight.
     marks = hash(tuple(mark(weight) for weight in tokenizer.parameters()))
-    key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks)
+    key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks, torch.backends.cudnn.allow_tf32)
     session = runtime.session(tokenizer, latent_BChw.device, key)
     held_BChw = session.hold("latent", latent_BChw)
 
