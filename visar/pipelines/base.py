@@ -160,8 +160,8 @@ class TokenPipeline(DiffusionPipeline):
         """Whether images are to be the same bits in every batch, by kernels that can be had here."""
         check_deterministic(self.deterministic)
         # Of the last part, the head: the first ones may stay float32, and all of them take milliseconds to look at.
-        *_, last = self.generator, *self.generator.children()
-        weight = next(last.parameters())
+        parts = list(self.generator.children())
+        weight = next((parts[-1] if parts else self.generator).parameters())
         return wanted(self.deterministic, weight.dtype, weight.device)
 
     def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
