@@ -60,7 +60,7 @@ def sample_ancestral(
     session = runtime.session(model, noise.device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         logits_BLV = model.predict(state)

@@ -86,7 +86,7 @@ def _run_stage(
         history=history,
     )
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, noise))

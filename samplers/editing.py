@@ -17,7 +17,7 @@ from visar.core.runtime import EAGER, Runtime
 from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical
 from visar.samplers.next_scale import ScaleSettings, check_next_scale, draw_scale, finish, open_session
-from visar.samplers.verify import held_noise
+from visar.samplers.verify import static_noise
 
 Strategy = Literal["codes", "map", "refine"]
 
@@ -188,14 +188,14 @@ def sample_edit(
     options = ("edit", settings, strategy, always_keep, keep.shape[0])
     session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
-    source = held_noise(session, noise)
+    source = static_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
-    again_BN = session.hold("again", noise.uniform(Use.TOKEN, every_position, counter=1))
-    given_BN = session.hold("given", given_tokens.to(noise.device))
-    keep_Bhw = session.hold("keep", keep.to(noise.device))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
+    again_BN = session.static("again", noise.uniform(Use.TOKEN, every_position, counter=1))
+    given_BN = session.static("given", given_tokens.to(noise.device))
+    keep_Bhw = session.static("keep", keep.to(noise.device))
     given_maps = (
-        [session.hold(f"map {scale}", each) for scale, each in enumerate(model.pyramid.running_maps(given_BN))]
+        [session.static(f"map {scale}", each) for scale, each in enumerate(model.pyramid.running_maps(given_BN))]
         if strategy == "map"
         else []
     )

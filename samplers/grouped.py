@@ -201,12 +201,12 @@ def sample_grouped(
     below = group // 2
     table = group_table(codebook, groups, group, noise.device)
 
-    def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, held: Tensor | None) -> Tensor:
+    def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, static: Tensor | None) -> Tensor:
         if groups == "static":
-            assert held is not None
-            return static_chance(p_BKV, q_BKV, draft_BK, held)
+            assert static is not None
+            return static_chance(p_BKV, q_BKV, draft_BK, static)
         limits = dict(max_gap=max_gap, max_distance=max_distance)
-        return group_chance(p_BKV, q_BKV, draft_BK, held, below=below, above=group - 1 - below, **limits)
+        return group_chance(p_BKV, q_BKV, draft_BK, static, below=below, above=group - 1 - below, **limits)
 
     return run_jacobi(
         model,

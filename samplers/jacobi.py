@@ -24,8 +24,8 @@ from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, judge
-from visar.samplers.verify import Counts, check_passes, held_noise, run_passes
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, verify_drafts
+from visar.samplers.verify import Counts, check_passes, run_passes, static_noise
 
 TableChance = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -152,19 +152,19 @@ def run_jacobi(
     session = runtime.session(model, device, work)
     drafts = Drafts.start(session, noise, model, window, initial, coupling, adaptive)
     state = session.state = model.start(condition, guidance, ragged=True, window=window - 1, state=session.state)
-    source = held_noise(session, noise)
-    pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    slot_L = session.hold("slot", torch.arange(window, device=device))
+    source = static_noise(session, noise)
+    pass_11 = session.static("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    slot_L = session.static("slot", torch.arange(window, device=device))
     counts = Counts.start(session, window, batch, num_tokens, device)
-    held_table = None if table is None else session.hold("table", table)
-    rule = None if chance is None else lambda p_BKV, q_BKV, draft_BK: chance(p_BKV, q_BKV, draft_BK, held_table)
+    static_table = None if table is None else session.static("table", table)
+    rule = None if chance is None else lambda p_BKV, q_BKV, draft_BK: chance(p_BKV, q_BKV, draft_BK, static_table)
 
     def turn(slots: int) -> None:
         # Predict all slots in parallel from the last token and the drafts.
         logits_BLV = model.verify(state, drafts.tokens_BK[:, : slots - 1])
         # Accept the drafts up to the first rejection, and draw one token more.
         uniform_BL3 = source.uniform(Use.DRAFT, state.length[:, None] + slot_L[:slots], (3,), pass_11)
-        p_BLV, verdict, next_BL = judge(drafts, logits_BLV, uniform_BL3, state.length, counts, filters, rule)
+        p_BLV, verdict, next_BL = verify_drafts(drafts, logits_BLV, uniform_BL3, state.length, counts, filters, rule)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         # The conditionals of the slots behind them draft the next pass; what the window lacks is guessed.
         carry(drafts, state, next_BL, p_BLV, verdict.count_B)

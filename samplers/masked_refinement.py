@@ -178,7 +178,7 @@ def sample_masked_refinement(
     state = session.state = model.start(condition, guidance, state=session.state)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniforms = [
-        session.hold(f"uniform {index}", noise.uniform(Use.TOKEN, every_position, counter=index))
+        session.static(f"uniform {index}", noise.uniform(Use.TOKEN, every_position, counter=index))
         for index in range(max(len(counts) for counts in passes))
     ]
 

@@ -17,7 +17,7 @@ from visar.core.runtime import EAGER, Runtime, Session
 from visar.generators.scales import ScaleState
 from visar.kernels import finite
 from visar.samplers.filtering import categorical, check_filters, filter_logits
-from visar.samplers.verify import held_noise
+from visar.samplers.verify import static_noise
 
 
 @dataclass(frozen=True)
@@ -209,9 +209,9 @@ def sample_next_scale(
     session.state = state
     if prefix_tokens is not None:
         append_prefix(model, state, prefix_tokens)
-    source = held_noise(session, noise)
+    source = static_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, source))

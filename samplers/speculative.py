@@ -23,8 +23,8 @@ from visar.core.runtime import EAGER, Runtime, Session
 from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
-from visar.samplers.filtering import draw, token_law
-from visar.samplers.verify import Counts, check_passes, held_noise, run_passes, verify
+from visar.samplers.filtering import draw, filtered_probs
+from visar.samplers.verify import Counts, check_passes, run_passes, static_noise, verify
 
 
 @dataclass(frozen=True)
@@ -96,18 +96,18 @@ def begin_speculation(
     kept = session.state = session.state or Kept()
     state = kept.target = model.start(condition, guidance, ragged=True, window=room, state=kept.target)
     drafting = drafter.start(session, kept, Target(model, state, condition, guidance, room, depth, filters, chain))
-    passes_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    passes_11 = session.static("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
     counts = Counts.start(session, depth + 1, batch, num_tokens, device)
-    return Speculation(session, state, drafting, held_noise(session, noise), passes_11, counts, depth, begun)
+    return Speculation(session, state, drafting, static_noise(session, noise), passes_11, counts, depth, begun)
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Draws K drafts one after another; int64 [B, K], and the laws [B, K, V] they were drawn from."""
-    laws, drafts = [], uniform_BK[:, :0].long()
+    probs, drafts = [], uniform_BK[:, :0].long()
     for k in range(uniform_BK.shape[1]):
-        laws.append(drafting.extend(drafts) if k else drafting.begin())
-        drafts = torch.cat([drafts, draw(laws[-1], uniform_BK[:, k])[:, None]], dim=1)
-    return drafts, torch.stack(laws, dim=1)
+        probs.append(drafting.extend(drafts) if k else drafting.begin())
+        drafts = torch.cat([drafts, draw(probs[-1], uniform_BK[:, k])[:, None]], dim=1)
+    return drafts, torch.stack(probs, dim=1)
 
 
 def read_window(model: Windowed, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -199,7 +199,7 @@ def sample_speculative(
         draft_BL, accept_BL, emit_BL = work.source.uniform(Use.DRAFT, position_BL, (3,), work.passes_11).unbind(-1)
         draft_BK, q_BKV = draft_chain(drafting, draft_BL[:, :-1])
         logits_BLV, features_RLD = read_window(model, state, drafting, draft_BK)
-        verdict = verify(token_law(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
+        verdict = verify(filtered_probs(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         work.counts.add_chain(verdict, num_drafts, start_B)
         drafting.observe(start_B, features_RLD, verdict.count_B)

@@ -19,7 +19,7 @@ from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.speculative import begin_speculation
 from visar.samplers.trees import (
     Walk,
@@ -80,7 +80,7 @@ def run_trees(
         chain=nodes == depth and not grown,
     )
     state, drafting, num_tokens = work.state, work.drafting, model.num_tokens
-    held_table = None if table is None else work.session.hold("table", table)
+    static_table = None if table is None else work.session.static("table", table)
 
     def turn(slots: int) -> None:
         start_B = state.length.clone()
@@ -88,26 +88,27 @@ def run_trees(
 
         def read(tree: DraftTree) -> Tensor:
             if not drafting.reads_features:
-                return token_law(model.verify_tree(state, tree), *filters)
+                return filtered_probs(model.verify_tree(state, tree), *filters)
             assert isinstance(model, Features)
             shown.append(model.features(state, tree))
-            return token_law(model.guided_logits(state, shown[0], tree.place_BL), *filters)
+            return filtered_probs(model.guided_logits(state, shown[0], tree.place_BL), *filters)
 
         uniform = work.source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), work.passes_11)[:, 0]
-        way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
-        count_B = way.kept_B + 1
-        model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
+        path = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], static_table)
+        count_B = path.accepted_B + 1
+        model.commit_path(state, path.slots_BD, path.tokens_BL, count_B)
         left_B = num_tokens - start_B
-        judged_B = torch.where(torch.arange(depth, device=noise.device) < left_B[:, None], way.judged_BD, 0).sum(1)
-        work.counts.add(count_B, way.kept_B, judged_B, left_B, way.refused_B)
-        drafting.observe(start_B, features_on_path(shown[0], way, state.parts) if shown else None, count_B)
+        within_BD = torch.arange(depth, device=noise.device) < left_B[:, None]
+        verified_B = torch.where(within_BD, path.verified_BD, 0).sum(1)
+        work.counts.add(count_B, path.accepted_B, verified_B, left_B, path.refused_B)
+        drafting.observe(start_B, features_on_path(shown[0], path, state.parts) if shown else None, count_B)
 
     return work.run(turn, check_every, callback)
 
 
-def features_on_path(features_RLD: Tensor, way: Walk, parts: int) -> Tensor:
+def features_on_path(features_RLD: Tensor, path: Walk, parts: int) -> Tensor:
     """Hidden vectors of the root and of the accepted nodes after it, of all slots' [R, L, D]."""
-    slots_BL = torch.cat([torch.zeros_like(way.slots_BD[:, :1]), way.slots_BD], dim=1)
+    slots_BL = torch.cat([torch.zeros_like(path.slots_BD[:, :1]), path.slots_BD], dim=1)
     slots_RL = repeat(slots_BL, parts)
     return features_RLD.gather(1, slots_RL[..., None].expand(-1, -1, features_RLD.shape[-1]))
 
@@ -380,9 +381,9 @@ def sample_k_seq(
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
-        tree, laws = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
+        tree, probs = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
         accept_BDk = accept_BM.unflatten(1, (num_drafts, num_chains))
-        return walk_chains(read(tree), tree, laws, accept_BDk, emit_B)
+        return walk_chains(read(tree), tree, probs, accept_BDk, emit_B)
 
     return run_trees(
         model,

@@ -58,9 +58,9 @@ def leading(accepted_BK: Tensor) -> Tensor:
     return accepted_BK.long().cumprod(-1).sum(-1)
 
 
-def judged_in_chain(kept_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
+def verified_in_chain(accepted_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
     """Number of drafts of a chain that were judged: the kept ones and the rejected one, none beyond the end."""
-    return torch.minimum((kept_B + 1).clamp(max=most_B), left_B)
+    return torch.minimum((accepted_B + 1).clamp(max=most_B), left_B)
 
 
 def row_at(values_BLX: Tensor, index_B: Tensor) -> Tensor:
@@ -75,13 +75,13 @@ class Verdict:
     Attributes:
         tokens_BL: int64; the first count_B of a row are the accepted drafts and one more token.
         count_B: int64, 1 ... L.
-        kept_B: int64, accepted drafts, count_B - 1.
+        accepted_B: int64, accepted drafts, count_B - 1.
         accepted_BK: bool, every draft's own outcome, also behind the first rejection.
     """
 
     tokens_BL: Tensor
     count_B: Tensor
-    kept_B: Tensor
+    accepted_B: Tensor
     accepted_BK: Tensor
 
 
@@ -92,7 +92,7 @@ def verify(
     accept_uniform_BK: Tensor,
     emit_uniform_BL: Tensor,
     *,
-    judged_B: Tensor | None = None,
+    verified_B: Tensor | None = None,
     chance_BK: Tensor | None = None,
 ) -> Verdict:
     """Keeps drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
@@ -104,28 +104,28 @@ def verify(
         q_BKV: float32, the laws that the drafts were drawn from.
         draft_BK: int64.
         accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is kept if its uniform is below its chance.
-        judged_B: int64, how many drafts of a row are judged at all, 0 ... K; None is K. The token after the last of
+        verified_B: int64, how many drafts of a row are judged at all, 0 ... K; None is K. The token after the last of
             them is drawn from p.
         chance_BK: probabilities of keeping a draft, for lossy samplers; None is min(1, p / q).
     """
     num_drafts = draft_BK.shape[1]
     if fits_kernels(p_BLV):
-        from visar.kernels.verify import judge
+        from visar.kernels.verify import verify_window
 
         with kernels.on(p_BLV.device):
-            chances: dict = dict(judged_B=judged_B, chance_BK=chance_BK)
-            return Verdict(*judge(p_BLV, q_BKV, draft_BK, accept_uniform_BK, emit_uniform_BL, **chances)[1])
+            chances: dict = dict(verified_B=verified_B, chance_BK=chance_BK)
+            return Verdict(*verify_window(p_BLV, q_BKV, draft_BK, accept_uniform_BK, emit_uniform_BL, **chances)[1])
     if chance_BK is None:
         chance_BK = acceptance(p_BLV[:, :num_drafts], q_BKV, draft_BK)
     accepted_BK = accept_uniform_BK < chance_BK
-    kept_B = leading(accepted_BK)
-    last_B = torch.full_like(kept_B, num_drafts) if judged_B is None else judged_B
-    kept_B = torch.minimum(kept_B, last_B)
-    q_BV = row_at(functional.pad(q_BKV, (0, 0, 0, 1)), kept_B) * (kept_B < last_B)[:, None]
-    mass_BV = residual(row_at(p_BLV, kept_B), q_BV)
-    emitted_B = draw(mass_BV, row_at(emit_uniform_BL[..., None], kept_B).squeeze(-1))
-    tokens_BL = functional.pad(draft_BK, (0, 1)).scatter(1, kept_B[:, None], emitted_B[:, None])
-    return Verdict(tokens_BL, kept_B + 1, kept_B, accepted_BK)
+    accepted_B = leading(accepted_BK)
+    last_B = torch.full_like(accepted_B, num_drafts) if verified_B is None else verified_B
+    accepted_B = torch.minimum(accepted_B, last_B)
+    q_BV = row_at(functional.pad(q_BKV, (0, 0, 0, 1)), accepted_B) * (accepted_B < last_B)[:, None]
+    mass_BV = residual(row_at(p_BLV, accepted_B), q_BV)
+    emitted_B = draw(mass_BV, row_at(emit_uniform_BL[..., None], accepted_B).squeeze(-1))
+    tokens_BL = functional.pad(draft_BK, (0, 1)).scatter(1, accepted_B[:, None], emitted_B[:, None])
+    return Verdict(tokens_BL, accepted_B + 1, accepted_B, accepted_BK)
 
 
 @dataclass(frozen=True)
@@ -149,21 +149,21 @@ class Counts:
         """Zeros, in the session's tensors."""
         return cls(
             num_tokens,
-            session.hold("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
-            session.hold("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
-            session.hold("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
+            session.static("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
+            session.static("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
+            session.static("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
         )
 
     @property
-    def held(self) -> tuple[int, Tensor, Tensor, Tensor]:
+    def counters(self) -> tuple[int, Tensor, Tensor, Tensor]:
         """N and the counters, as kernels take them."""
         return self.num_tokens, self.per_pass_W, self.drafts_2, self.outcome_BT
 
-    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
+    def add(self, count_B: Tensor, accepted_B: Tensor, verified_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
         """Counts one pass.
 
         Args:
-            count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts, none beyond the end.
+            count_B: tokens committed; accepted_B: accepted drafts; verified_B: judged drafts, none beyond the end.
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
             refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """
@@ -171,15 +171,15 @@ class Counts:
             from visar.kernels.verify import count_pass
 
             with kernels.on(count_B.device):
-                return count_pass(count_B, kept_B, judged_B, left_B, refused_B, self.held)
+                return count_pass(count_B, accepted_B, verified_B, left_B, refused_B, self.counters)
         live_B = left_B > 0
         # The whole window is written: what is behind the committed tokens is written again by the passes to come.
         slot_W = torch.arange(len(self.per_pass_W) - 1, device=left_B.device)
-        outcome_BW = 2 * (slot_W < kept_B[:, None]) + ((slot_W == kept_B[:, None]) & refused_B[:, None]).long()
+        outcome_BW = 2 * (slot_W < accepted_B[:, None]) + ((slot_W == accepted_B[:, None]) & refused_B[:, None]).long()
         place_BW = self.num_tokens - left_B[:, None] + slot_W
         self.outcome_BT.scatter_(1, place_BW, outcome_BW.to(torch.int8))
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
-        self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
+        self.drafts_2.add_(torch.stack([(verified_B * live_B).sum(), torch.minimum(accepted_B, left_B).sum()]))
 
     def add_chain(self, verdict: Verdict, most_B: Tensor | int, length_B: Tensor) -> None:
         """Counts a pass that judged a chain of drafts, the first most_B of every row.
@@ -187,8 +187,8 @@ class Counts:
         length_B: tokens that were committed before it.
         """
         left_B = self.num_tokens - length_B
-        judged_B = judged_in_chain(verdict.kept_B, most_B, left_B)
-        self.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+        verified_B = verified_in_chain(verdict.accepted_B, most_B, left_B)
+        self.add(verdict.count_B, verdict.accepted_B, verified_B, left_B, verified_B > verdict.accepted_B)
 
     def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
         """Tokens with the counts on the host."""
@@ -202,11 +202,11 @@ class Counts:
         return SampleStatistics(forward_passes, histogram, proposed, accepted, seconds)
 
 
-def held_noise(session: Session, noise: Noise) -> Noise:
+def static_noise(session: Session, noise: Noise) -> Noise:
     """The same source with its seeds in the session, so that captured steps read those of the latest call."""
-    held = copy.copy(noise)
-    held.seeds_B = session.hold("seeds", noise.seeds_B)
-    return held
+    static = copy.copy(noise)
+    static.seeds_B = session.static("seeds", noise.seeds_B)
+    return static
 
 
 def run_passes(

@@ -184,7 +184,7 @@ def test_precision_is_of_the_generated_set_and_recall_of_the_real_one() -> None:
         precision_recall(real[:3], real)
 
 
-def test_kid_is_near_zero_for_one_law_and_not_for_two() -> None:
+def test_kid_is_near_zero_for_one_distribution_and_not_for_two() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 150, 8, generator=generator)
     same, spread = kernel_distance(first, second, subsets=20, subset_size=1000)

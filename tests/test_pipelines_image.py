@@ -66,7 +66,7 @@ def texts() -> ImagePipeline:
     return make(words=True)
 
 
-def test_images_by_name_number_and_from_the_training_law(classes):
+def test_images_by_name_number_and_from_the_training_distribution(classes):
     out = classes("cat", num_images=3, seed=0)
     assert len(out.images) == 3 and isinstance(out.images[0], PIL.Image.Image) and out.images[0].size == (8, 8)
     assert all(text.startswith("animal/cat") for text in out.descriptions)

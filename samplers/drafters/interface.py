@@ -150,6 +150,6 @@ def check_features(drafter: Any, model: Generator) -> None:
         )
 
 
-def law_or_uniform(law_BV: Tensor, known_B: Tensor) -> Tensor:
+def probs_or_uniform(probs_BV: Tensor, known_B: Tensor) -> Tensor:
     """The law where hidden vectors are known, else the uniform one (in the first pass there are none)."""
-    return torch.where(known_B[:, None], law_BV, 1.0 / law_BV.shape[-1])
+    return torch.where(known_B[:, None], probs_BV, 1.0 / probs_BV.shape[-1])

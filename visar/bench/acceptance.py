@@ -26,7 +26,7 @@ from visar.core.output import SampleOutput, SampleStatistics
 from visar.io.files import atomic_write
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.index import GENERAL, find_sampler
 from visar.samplers.settings import parse_sampler
 
@@ -123,7 +123,7 @@ def background_tokens(image_BCHW: Tensor, grid: tuple[int, int], background: str
 
 
 @torch.no_grad()
-def law_statistics(
+def probs_statistics(
     model: Any,
     tokens_BN: Tensor,
     condition: Condition,
@@ -145,11 +145,11 @@ def law_statistics(
         ids_BN, given = tokens_BN[part], condition.rows(part)
         if guided:
             logits_RNV = model(torch.cat([ids_BN, ids_BN]), double(given, model.null_condition(given)))
-            law_BNV = token_law(combine(logits_RNV, scale_N1), *filters)
+            probs_BNV = filtered_probs(combine(logits_RNV, scale_N1), *filters)
         else:
-            law_BNV = token_law(model(ids_BN, given), *filters)
-        tops.append(law_BNV.amax(-1))
-        entropies.append(torch.special.entr(law_BNV).sum(-1))
+            probs_BNV = filtered_probs(model(ids_BN, given), *filters)
+        tops.append(probs_BNV.amax(-1))
+        entropies.append(torch.special.entr(probs_BNV).sum(-1))
     return torch.cat(tops), torch.cat(entropies)
 
 
@@ -206,14 +206,14 @@ def measure(
         [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
     )
     temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
-    laws = [
-        law_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
+    probs = [
+        probs_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
         for out, condition in zip(made, conditions, strict=True)
     ]
-    top_BN, entropy_BN = (torch.cat([law[i] for law in laws]) for i in range(2))
+    top_BN, entropy_BN = (torch.cat([pair[i] for pair in probs]) for i in range(2))
     pieces = [out.outcome_BN for out in made if out.outcome_BN is not None]
     outcome_BN = torch.cat(pieces) if pieces else torch.zeros_like(tokens_BN)
-    judged_BN, accepted_BN = outcome_BN > 0, outcome_BN == 2
+    verified_BN, accepted_BN = outcome_BN > 0, outcome_BN == 2
     front = int((~flat_BN).sum())
     drawn = int((~flat_BN & ~accepted_BN).sum())
     each = statistics.median(seconds) / batch
@@ -227,8 +227,8 @@ def measure(
         tokens_per_pass=counts.mean_tokens_per_pass,
         acceptance=counts.acceptance_rate,
         foreground=front / flat_BN.numel(),
-        foreground_acceptance=_mean(accepted_BN, judged_BN & ~flat_BN),
-        background_acceptance=_mean(accepted_BN, judged_BN & flat_BN),
+        foreground_acceptance=_mean(accepted_BN, verified_BN & ~flat_BN),
+        background_acceptance=_mean(accepted_BN, verified_BN & flat_BN),
         foreground_tokens_per_pass=front / drawn if drawn else None,
         top1=float(top_BN.mean()),
         entropy=float(entropy_BN.mean()),

@@ -61,7 +61,7 @@ class Session:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
-    def hold(self, name: str, value: Tensor) -> Tensor:
+    def static(self, name: str, value: Tensor) -> Tensor:
         """The session's own tensor of that name, with `value` copied in: what captured steps may read."""
         if name not in self._tensors:
             self._tensors[name] = value.clone()

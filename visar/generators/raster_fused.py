@@ -82,7 +82,7 @@ def commit(model: Any, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -
 
 def move_path(model: Any, state: RasterState, slots_BK: Tensor) -> None:
     """Moves a path's keys and values to where they would be had its nodes been read one by one."""
-    from visar.kernels.tree_walks import move_path as launch
+    from visar.kernels.tree_paths import move_path as launch
 
     with kernels.on(slots_BK.device):
         launch(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=model.prefix_length - 1)

@@ -31,7 +31,7 @@ def scale_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device | 
 
 
 @functools.lru_cache(maxsize=16)
-def _held_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
+def _static_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
     return scale_mask(sizes, pattern, device)
 
 
@@ -113,5 +113,5 @@ def scale_attention(
     if method == "flex":
         block_mask = _flex_mask(sizes, pattern, query_RNLE.device)
         return _compiled_flex()(query_RNLE, key_RNLE, value_RNLE, block_mask=block_mask, scale=softmax_scale)
-    mask = _held_mask(sizes, pattern, query_RNLE.device)
+    mask = _static_mask(sizes, pattern, query_RNLE.device)
     return attention(query_RNLE, key_RNLE, value_RNLE, mask=mask, scale=softmax_scale)

@@ -202,9 +202,9 @@ class DrafterTask(Task):
                 rows = given.followed_by(self.target.null_condition(given))
                 twice = torch.cat([ids_BN, ids_BN])
                 hidden_RND = self.target.hidden(twice, rows)
-                p_BNV = self._law(hidden_RND, self.scale_N1)
+                p_BNV = self._probs(hidden_RND, self.scale_N1)
                 for offset, predicted_RXD in self.kind.predictions(model, self.target, twice, hidden_RND):
-                    q_BXV = self._law(predicted_RXD, self.scale_N1[offset:])
+                    q_BXV = self._probs(predicted_RXD, self.scale_N1[offset:])
                     totals[offset] = totals.get(offset, 0.0) + agreement(p_BNV[:, offset:], q_BXV).double()
                     counts[offset] = counts.get(offset, 0) + q_BXV.shape[0] * q_BXV.shape[1]
         shares = {offset: (totals[offset] / counts[offset]).tolist() for offset in totals}
@@ -212,7 +212,7 @@ class DrafterTask(Task):
         several = {f"acceptance_{offset}": share[1] for offset, share in shares.items()} if len(shares) > 1 else {}
         return found | several
 
-    def _law(self, hidden_RXD: Tensor, scale_X1: Tensor) -> Tensor:
+    def _probs(self, hidden_RXD: Tensor, scale_X1: Tensor) -> Tensor:
         return torch.softmax(combine(self.target.output(hidden_RXD), scale_X1), dim=-1)
 
     def sheets(self, model: Any) -> dict[str, Sheet]:

@@ -42,6 +42,6 @@ def _value(config: Any, key: str) -> Any:
 
 
 @torch.no_grad()
-def laws(teacher: nn.Module, tokens_BL: Tensor, condition: Condition) -> Tensor:
+def teacher_probs(teacher: nn.Module, tokens_BL: Tensor, condition: Condition) -> Tensor:
     """Teacher-forced conditionals of every token, as probabilities float32 [B, L, V]."""
     return torch.softmax(teacher(tokens_BL, condition).float(), dim=-1)

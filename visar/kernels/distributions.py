@@ -97,9 +97,9 @@ def inverted(mass, uniform, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def at(law, code, token):
+def at(probs, code, token):
     """The law's entry of one code."""
-    return tl.sum(tl.where(code == token, law, 0.0))
+    return tl.sum(tl.where(code == token, probs, 0.0))
 
 
 @triton.jit

@@ -16,29 +16,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import at, chance_of, codes_of, inverted, residual_of, tile
+from visar.kernels.distributions import at, chance_of, codes_of, inverted, residual_of, tile
 
 
 @triton.jit
 def _ended(
-    law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-    refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+    num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
-    tl.store(law_ptr + image * codes + code, law, mask=inside)
-    emitted = inverted(law, tl.load(emit_ptr + image), ROWS, COLUMNS)
+    tl.store(probs_ptr + image * codes + code, probs, mask=inside)
+    emitted = inverted(probs, tl.load(emit_ptr + image), ROWS, COLUMNS)
     tl.store(slots_ptr + image * depth + step, slots_D, mask=step < depth)
-    tokens = tl.where(step == kept, emitted, tokens_D)
+    tokens = tl.where(step == num_accepted, emitted, tokens_D)
     tl.store(tokens_ptr + image * (depth + 1) + step, tokens, mask=step < depth + 1)
-    tl.store(kept_ptr + image, kept)
-    tl.store(judged_ptr + image * depth + step, judged_D, mask=step < depth)
+    tl.store(num_accepted_ptr + image, num_accepted)
+    tl.store(verified_ptr + image * depth + step, verified_D, mask=step < depth)
     tl.store(refused_ptr + image, refused.to(tl.uint8))
 
 
 @triton.jit
 def _walk(
     p_ptr, q_ptr, draft_ptr, parents_ptr, accept_ptr, emit_ptr, table_ptr,
-    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    slots_ptr, tokens_ptr, num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr,
     codes, nodes, depth, draft_image, parents_image, accept_image, neighbours, max_moved, max_ratio,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, NEAR: tl.constexpr,
     DRAWN: tl.constexpr, MOVED: tl.constexpr, RATIO: tl.constexpr,
@@ -51,10 +52,10 @@ def _walk(
     slots_D = tl.zeros([STEPS], tl.int64)
     tokens_D = tl.zeros([STEPS], tl.int64)
     rows = p_ptr + image * (nodes + 1) * codes + code
-    law = tl.load(rows, mask=inside, other=0.0)
+    probs = tl.load(rows, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
-    kept = tl.full([], 0, tl.int64)
-    judged_D = tl.zeros([STEPS], tl.int64)
+    num_accepted = tl.full([], 0, tl.int64)
+    verified_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for node in range(nodes):
         parent = tl.load(parents_ptr + image * parents_image + node)
@@ -63,60 +64,60 @@ def _walk(
             accept = tl.load(accept_ptr + image * accept_image + node)
             if MOVED or RATIO:
                 # The nearest codes' probability goes to the draft; the row of the final law holds it meanwhile.
-                law_row = law_ptr + image * codes
-                own = at(law, code, token)
-                tl.store(law_row + code, law, mask=inside)
+                probs_row = probs_ptr + image * codes
+                own = at(probs, code, token)
+                tl.store(probs_row + code, probs, mask=inside)
                 tl.debug_barrier()
                 rank = tl.arange(0, NEAR)
                 listed = rank < neighbours
                 near = tl.load(table_ptr + token * neighbours + rank, mask=listed, other=0)
-                moved = tl.cumsum(tl.load(law_row + near, mask=listed, other=0.0, cache_modifier=".cg"), axis=0)
+                moved = tl.cumsum(tl.load(probs_row + near, mask=listed, other=0.0, cache_modifier=".cg"), axis=0)
                 allowed = listed
                 if MOVED:
                     allowed = allowed & (moved <= max_moved)
                 if RATIO:
                     allowed = allowed & (moved <= (max_ratio - 1) * own)
                 tl.debug_barrier()
-                tl.store(law_row + near, tl.zeros([NEAR], tl.float32), mask=allowed)
+                tl.store(probs_row + near, tl.zeros([NEAR], tl.float32), mask=allowed)
                 tl.debug_barrier()
-                law = tl.load(law_row + code, mask=inside, other=0.0, cache_modifier=".cg")
-                law = tl.where(code == token, own + tl.max(tl.where(allowed, moved, 0.0), axis=0), law)
+                probs = tl.load(probs_row + code, mask=inside, other=0.0, cache_modifier=".cg")
+                probs = tl.where(code == token, own + tl.max(tl.where(allowed, moved, 0.0), axis=0), probs)
                 tl.debug_barrier()
-            chance = at(law, code, token)
+            chance = at(probs, code, token)
             if DRAWN:
                 q = tl.load(q_ptr + (image * nodes + node) * codes + code, mask=inside, other=0.0)
                 chance = chance_of(chance, at(q, code, token))
-                rest = residual_of(law, q)
+                rest = residual_of(probs, q)
             else:
-                others = tl.where(code == token, 0.0, law)
-                rest = tl.where(tl.sum(others) > 0, others, law)
+                others = tl.where(code == token, 0.0, probs)
+                rest = tl.where(tl.sum(others) > 0, others, probs)
             slot = tl.where(accept < chance, node + 1, 0)
             accepted = slot > 0
             behind = tl.load(rows + (node + 1) * codes, mask=inside & accepted, other=0.0)
-            law = tl.where(accepted, behind, rest / tl.sum(rest))
-            mark = accepted & (step == kept)
+            probs = tl.where(accepted, behind, rest / tl.sum(rest))
+            mark = accepted & (step == num_accepted)
             slots_D = tl.where(mark, slot, slots_D)
             tokens_D = tl.where(mark, token, tokens_D)
             current = tl.where(accepted, slot, current)
-            judged_D += (step == kept).to(tl.int64)
-            kept += accepted.to(tl.int64)
+            verified_D += (step == num_accepted).to(tl.int64)
+            num_accepted += accepted.to(tl.int64)
             refused = tl.where(accepted, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+        probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+        num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
 
-def _way(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _path(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Fields of `visar.samplers.trees.Walk`, to be written, and the same as kernels take them: bools as bytes."""
     slots_BD = torch.empty(batch, depth, dtype=torch.int64, device=device)
     tokens_BL = torch.empty(batch, depth + 1, dtype=torch.int64, device=device)
-    kept_B = torch.empty(batch, dtype=torch.int64, device=device)
-    judged_BD = torch.empty_like(slots_BD)
+    accepted_B = torch.empty(batch, dtype=torch.int64, device=device)
+    verified_BD = torch.empty_like(slots_BD)
     refused_B = torch.empty(batch, dtype=torch.bool, device=device)
-    law_BV = torch.empty(batch, codes, dtype=torch.float32, device=device)
-    way = (slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
-    return way, (*way[:4], refused_B.view(torch.uint8), law_BV)
+    probs_BV = torch.empty(batch, codes, dtype=torch.float32, device=device)
+    path = (slots_BD, tokens_BL, accepted_B, verified_BD, refused_B, probs_BV)
+    return path, (*path[:4], refused_B.view(torch.uint8), probs_BV)
 
 
 def walk(
@@ -136,11 +137,11 @@ def walk(
 
     Args:
         q_BMV: laws that the nodes were drawn from; None: they were chosen without a draw.
-        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_law`; None judges exactly.
+        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_probs`; None judges exactly.
         The others: see `visar.samplers.trees.walk`.
     """
     batch, slots, codes = p_BLV.shape
-    way, written = _way(batch, depth, codes, p_BLV.device)
+    path, written = _path(batch, depth, codes, p_BLV.device)
     near = 1 if neighbours_Vk is None else neighbours_Vk.shape[1]
     _walk[(batch,)](
         p_BLV.contiguous(),
@@ -167,7 +168,7 @@ def walk(
         RATIO=neighbours_Vk is not None and max_ratio is not None,
         **tile(codes),
     )
-    return way
+    return path
 
 
 @triton.jit
@@ -182,7 +183,7 @@ def _power(base, exponent, most):
 @triton.jit
 def _chains(
     p_ptr, q_ptr, draft_ptr, accept_ptr, emit_ptr,
-    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    slots_ptr, tokens_ptr, num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr,
     codes, depth, chains, draft_image, accept_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
@@ -196,10 +197,10 @@ def _chains(
     slots_D = tl.zeros([STEPS], tl.int64)
     tokens_D = tl.zeros([STEPS], tl.int64)
     rows = p_ptr + image * (depth * chains + 1) * codes
-    law = tl.load(rows + code, mask=inside, other=0.0)
+    probs = tl.load(rows + code, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
-    kept = tl.full([], 0, tl.int64)
-    judged_D = tl.zeros([STEPS], tl.int64)
+    num_accepted = tl.full([], 0, tl.int64)
+    verified_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for level in range(depth):
         if refused == 0:
@@ -212,11 +213,11 @@ def _chains(
             ratio = drafts.to(tl.float32)
             for _ in range(24):
                 middle = (low + ratio) / 2
-                beta = tl.sum(tl.minimum(q, law / middle))
+                beta = tl.sum(tl.minimum(q, probs / middle))
                 valid = 1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains) <= middle * beta
                 low = tl.where(valid, low, middle)
                 ratio = tl.where(valid, middle, ratio)
-            shared = tl.minimum(q, law / ratio)
+            shared = tl.minimum(q, probs / ratio)
             beta = tl.sum(shared)
             # The law is still a row of p: probabilities of the drafts are read from there.
             place = level * chains + chain
@@ -229,23 +230,23 @@ def _chains(
             winner = tl.min(tl.where(accepted, chain, chains), axis=0)
             found = winner < chains
             tried = tl.sum(tl.where(chain <= winner, alive, 0), axis=0)
-            judged_D = tl.where(step == level, tried, judged_D)
+            verified_D = tl.where(step == level, tried, verified_D)
             weight = (1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains)) / tl.maximum(beta, 1e-30)
-            left = residual_of(law, shared * weight)
+            left = residual_of(probs, shared * weight)
             slot = 1 + level * chains + winner
             behind = tl.load(rows + slot * codes + code, mask=inside & found, other=0.0)
-            law = tl.where(found, behind, left / tl.sum(left))
+            probs = tl.where(found, behind, left / tl.sum(left))
             chosen = tl.sum(tl.where(chain == winner, token, 0), axis=0)
             mark = found & (step == level)
             slots_D = tl.where(mark, slot, slots_D)
             tokens_D = tl.where(mark, chosen, tokens_D)
             alive = tl.where(token == chosen, alive, 0)
             current = tl.where(found, slot, current).to(tl.int64)
-            kept += found.to(tl.int64)
+            num_accepted += found.to(tl.int64)
             refused = tl.where(found, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+        probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+        num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
 
@@ -254,7 +255,7 @@ def walk_chains(
 ) -> tuple[Tensor, ...]:
     """`visar.samplers.trees.walk_chains`, one program an image: fields of its Walk. M = D k nodes, level by level."""
     batch, depth, chains, codes = q_BDkV.shape
-    way, written = _way(batch, depth, codes, p_BLV.device)
+    path, written = _path(batch, depth, codes, p_BLV.device)
     _chains[(batch,)](
         p_BLV.contiguous(),
         q_BDkV,
@@ -271,7 +272,7 @@ def walk_chains(
         CHAINS=triton.next_power_of_2(chains),
         **tile(codes),
     )
-    return way
+    return path
 
 
 @triton.jit
