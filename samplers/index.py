@@ -23,7 +23,7 @@ class SamplerEntry:
 
     Attributes:
         module, name: it is `sample_NAME` of visar/samplers/MODULE.py, and `check_NAME` there checks its arguments.
-        exact: True when the tokens follow the law of ancestral sampling, False for a lossy one.
+        exact: True when the tokens follow the distribution of ancestral sampling, False for a lossy one.
         paper: what it is from.
         needs: the protocol of visar/core/interface.py that its generator has.
     """

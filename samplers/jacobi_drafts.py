@@ -1,7 +1,7 @@
-"""The drafts of speculative Jacobi decoding: how a pass judges them, and what it leaves for the next pass.
+"""The drafts of speculative Jacobi decoding: how a pass verifies them, and what it leaves for the next pass.
 
 Sources: SJD, arXiv 2410.01699; the couplings, 2510.24211. Why the drafts stay fair is said in samplers/jacobi.py.
-`judge` and `carry` take the kernels of visar/kernels/verify.py and visar/kernels/jacobi.py where these run.
+`verify_drafts` and `carry` take the kernels of visar/kernels/verify.py and visar/kernels/jacobi.py where these run.
 
 B batch, K drafts, L = K + 1 slots, V codes, N tokens, T = N + K + 1 positions with slack, S remembered positions,
 M = S + K.
@@ -53,9 +53,9 @@ class Drafts:
         probs_BKV: float32, what they were drawn from.
         sizes: int64, windows to choose from; size_B: slots that every image reads in the next pass.
         mark_B: int64 [B], length at the last choice.
-        guess_uniform_BT: float32 in (0, 1), one a position, for first guesses.
+        guess_uniform_BT: float32 in (0, 1), one per position, for first guesses.
         gumbel_BTV: noise of every position, for coupling "gumbel"; else None.
-        recent_BSV: laws of the last S committed positions, for the guesses that use laws.
+        recent_BSV: distributions of the last S committed positions, for the guesses that use distributions.
     """
 
     initial: Initial
@@ -116,7 +116,7 @@ class Drafts:
         )
 
     def adapt(self, length_B: Tensor, passes_11: Tensor, check_every: int) -> None:
-        """Every check_every passes: 4 times as many slots as an image lately committed a pass."""
+        """Every check_every passes: 4 times as many slots as an image lately committed per pass."""
         due = (passes_11[0] % check_every) == 0
         wanted_B = 4 * (length_B - self.mark_B) / check_every
         index_B = (self.sizes < wanted_B[:, None]).sum(-1).clamp(max=len(self.sizes) - 1)
@@ -124,7 +124,7 @@ class Drafts:
         self.mark_B.copy_(torch.where(due, length_B, self.mark_B))
 
 
-# ----------------------------------------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------------------------------------- verifying
 def verify_drafts(
     drafts: Drafts,
     logits_BLV: Tensor,
@@ -134,17 +134,17 @@ def verify_drafts(
     filters: tuple[float, int, float],
     chance: Chance | None,
 ) -> tuple[Tensor, Verdict, Tensor]:
-    """The laws of a pass, what it commits, and a new draft of every slot; the pass is counted.
+    """The distributions of a pass, what it commits, and a new draft of every slot; the pass is counted.
 
     Args:
         drafts: those that were read, L - 1 of them.
         logits_BLV: guided logits of the window.
         uniform_BL3: float32 in (0, 1), for new drafts, acceptance and the token after the accepted drafts.
         length_B: tokens committed before the pass.
-        filters: temperature, top_k and top_p of the laws.
-        chance: (p_BKV, q_BKV, draft_BK) -> probabilities [B, K] of keeping the drafts; None is the exact rule.
+        filters: temperature, top_k and top_p of the distributions.
+        chance: (p_BKV, q_BKV, draft_BK) -> probabilities [B, K] of accepting the drafts; None is the exact rule.
 
-    Returns: laws p [B, L, V], the verdict, and new drafts int64 [B, L], each fair for its row of p.
+    Returns: distributions p [B, L, V], the verdict, and new drafts int64 [B, L], each fair for its row of p.
     """
     last = logits_BLV.shape[1] - 1
     fresh_BL, accept_BL, emit_BL = uniform_BL3.unbind(-1)
@@ -250,10 +250,11 @@ def guess(
         initial: see sample_jacobi.
         position_BK: where; known_B, columns: see guess_source.
         tokens_BT: committed and drafted tokens.
-        probs_BMV, first_B: laws of the positions first_B ... first_B + M - 1, for the kinds that use laws.
-        uniform_BK: one uniform number a position.
+        probs_BMV, first_B: distributions of the positions first_B ... first_B + M - 1, for the kinds that use
+            distributions.
+        uniform_BK: one uniform number per position.
 
-    Returns: guesses, and the laws [B, K, V] they were drawn from; None when all are one-hot.
+    Returns: guesses, and the distributions [B, K, V] they were drawn from; None when all are one-hot.
     """
     random_BK = (uniform_BK * vocab_size).long().clamp(max=vocab_size - 1)
     if initial == "random":
@@ -277,7 +278,7 @@ def carry(drafts: Drafts, state: Any, next_BL: Tensor, p_BLV: Tensor, count_B: T
     Args:
         drafts: changed in place.
         state: the generator's, with the pass committed.
-        next_BL, p_BLV: new drafts of the pass and their laws.
+        next_BL, p_BLV: new drafts of the pass and their distributions.
         count_B: how many tokens it committed.
     """
     if fits_kernels(p_BLV):

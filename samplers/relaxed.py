@@ -1,17 +1,17 @@
 """LANTERN: a draft may take over the probability of codes that look like it. Lossy.
 
 Sources: LANTERN, arXiv 2410.03355; LANTERN++, arXiv 2502.06352 (jadohu/LANTERN@3a56e45). Image codes have many near
-twins, so that a drafter's first choice is seldom the target's. Judging a draft x, the probabilities of its nearest
-codes n_1 ... n_m are moved onto x, as many as the bound allows:
+twins, so that a drafter's first choice is seldom the target's. When a draft x is verified, the probabilities of its
+nearest codes n_1 ... n_m are moved onto x, as many as the bound allows:
 
     p_hat(x) = p(x) + S_m,    p_hat(n_1) = ... = p_hat(n_m) = 0,    S_m = p(n_1) + ... + p(n_m)
 
 with the largest m <= k for which S_m <= delta (additive, LANTERN: the total variation distance of p_hat from p) or
-S_m <= (lambda - 1) p(x) (multiplicative, LANTERN++). Then x is judged against p_hat instead of p, and so is the
-residual. The bound is for one decision: a token's law may move by delta for every sibling that is judged before it,
-and depends on which x was drafted. On a toy of 8 codes with three siblings a position's marginal moved by 0.005, 0.04,
-0.30 and 0.48 (total variation) at delta 0.05, 0.1, 0.2 and 0.4 in dynamic trees, by 0.004, 0.007, 0.17 and 0.24 in
-static ones.
+S_m <= (lambda - 1) p(x) (multiplicative, LANTERN++). Then x is verified against p_hat instead of p, and so is the
+residual. The bound is for one decision: a token's distribution may move by delta for every sibling that is verified
+before it, and depends on which x was drafted. On a toy of 8 codes with three siblings a position's marginal moved by
+0.005, 0.04, 0.30 and 0.48 (total variation) at delta 0.05, 0.1, 0.2 and 0.4 in dynamic trees, by 0.004, 0.007, 0.17
+and 0.24 in static ones.
 
 B batch, M nodes, L = M + 1 slots, D depth of a tree, V codes, k neighbours, C code width.
 """
@@ -97,7 +97,7 @@ Relax = Callable[[Tensor, Tensor], Tensor]
 
 
 def relaxed_rule(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> NodeRule:
-    """Judges nodes against p_hat = relax(p, x): drawn from q, or chosen without a draw (q None)."""
+    """The rule of p_hat = relax(p, x) for nodes drawn from q, or chosen without a draw (q None)."""
 
     def rule(probs_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
         token_B = tree.tokens_BM[:, node]
@@ -234,9 +234,9 @@ def sample_lantern(
     LANTERN, arXiv 2410.03355 (dynamic trees, max_moved), and LANTERN++, arXiv 2502.06352 (static trees, max_ratio).
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too. LANTERN: 7.5 (text to image).
         temperature: > 0; 1.0 = off. LANTERN: 1.0.
         top_k: 0 = off.
@@ -257,8 +257,8 @@ def sample_lantern(
     Raises:
         ValueError: no bound at all, a setting out of range, or a condition, codebook or drafter that does not fit.
 
-    Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
-    out of the drafter's (static); here the m that were moved, as the papers define p_hat.
+    Differs from the released code: it takes all k + 1 listed neighbours out of the distribution after a rejection
+    (dynamic), or out of the drafter's (static); here the m that were moved, as the papers define p_hat.
     """
     shape, depth, nodes = check_lantern(
         model,

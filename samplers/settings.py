@@ -61,7 +61,7 @@ def take_setting(sampler: str, name: str, value: Any, general: bool = False) -> 
         taken = _take(known[name], value)
     except (ValueError, SyntaxError, TypeError) as error:
         several = _several(name) if name in GENERAL else []
-        hint = f" (one a scale: {', '.join(several)})" if several and sampler not in several else ""
+        hint = f" (one per scale: {', '.join(several)})" if several and sampler not in several else ""
         raise ValueError(f"sampler {sampler}: {name} {value!r}; allowed: {describe(known[name])}{hint}") from error
     for each in taken if isinstance(taken, tuple) else (taken,):
         if name in GENERAL:

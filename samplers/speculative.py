@@ -1,7 +1,7 @@
-"""Drafted speculation: a cheap drafter proposes a chain of tokens, the generator judges them in one pass.
+"""Drafted speculation: a cheap drafter proposes a chain of tokens, the generator verifies them in one pass.
 
-Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts a position are in
-visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts per position are
+in visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
 
 B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D width.
 """
@@ -102,7 +102,7 @@ def begin_speculation(
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws K drafts one after another; int64 [B, K], and the laws [B, K, V] they were drawn from."""
+    """Draws K drafts one after another; int64 [B, K], and the distributions [B, K, V] they were drawn from."""
     probs, drafts = [], uniform_BK[:, :0].long()
     for k in range(uniform_BK.shape[1]):
         probs.append(drafting.extend(drafts) if k else drafting.begin())
@@ -153,20 +153,21 @@ def sample_speculative(
     """Draws tokens by speculative sampling with a chain of drafts. Exact.
 
     Speculative sampling, arXiv 2211.17192, algorithm 1 (and 2302.01318, algorithm 2). The gain depends on the drafter:
-    plain drafted speculation on image tokens at temperature 1 often does not pay, because their laws are flat.
+    plain drafted speculation on image tokens at temperature 1 often does not pay, because their distributions are
+    flat.
 
     Args:
-        model: a generator of one token a step with start, verify and commit; with features and guided_logits for
+        model: a generator of one token per step with start, verify and commit; with features and guided_logits for
             drafters that read hidden vectors.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
         top_p: in (0, 1]; 1.0 = off.
         drafter: who proposes; None is the free n-gram drafter. A generator: ModelDrafter; trained on the target's
             hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
-        num_drafts: K drafts a pass, >= 1. arXiv 2211.17192: 3 to 7.
+        num_drafts: K drafts per pass, >= 1. arXiv 2211.17192: 3 to 7.
         check_every: passes between two looks of the host.
         callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.

@@ -1,4 +1,4 @@
-"""Speculation with several drafts a position: trees of drafts, and K-SEQ.
+"""Speculation with several drafts per position: trees of drafts, and K-SEQ.
 
 Sources: EAGLE, arXiv 2401.15077; EAGLE-2, 2406.16858; LANTERN++'s static trees, 2502.06352; SpecTr, 2310.15141. The
 pure parts are in visar/samplers/trees.py.
@@ -59,8 +59,8 @@ def run_trees(
     """The loop of all samplers that draft trees.
 
     Args:
-        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B], table) -> the way
-            through a tree that it drafts, where read(tree) are the target's laws [B, L, V].
+        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B], table) -> the
+            accepted path through a tree that it drafts, where read(tree) are the target's distributions [B, L, V].
         key: what a captured pass depends on besides model, batch, filters and drafter.
         depth, nodes: D and M of its trees.
         table: a tensor that it reads; the session keeps a copy for captured passes.
@@ -152,9 +152,9 @@ def sample_static_tree(
     its relaxation. A tree's depth does not depend on the drafter's confidence, which is low on images.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
@@ -162,7 +162,7 @@ def sample_static_tree(
         drafter: see sample_speculative.
         branches: children of a node at each depth; (1, 1, 1, 1) is a chain.
         paths: another shape instead: rank paths of all nodes, such as ((0,), (1,), (0, 0)). LANTERN++: 57 nodes, up to
-            10 children a node.
+            10 children per node.
         check_every, callback, runtime: see sample_speculative.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -233,20 +233,20 @@ def sample_dynamic_tree(
 ) -> SampleOutput:
     """Draws tokens by speculation with trees that grow where the drafter is confident. Exact.
 
-    EAGLE-2, arXiv 2406.16858, section 4. The nodes are chosen without a draw, so each is kept with the target's
-    probability, and its elder siblings are taken out of the law first.
+    EAGLE-2, arXiv 2406.16858, section 4. The nodes are chosen without a draw, so each is accepted with the target's
+    probability, and its elder siblings are taken out of the distribution first.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
         top_p: in (0, 1]; 1.0 = off.
         drafter: see sample_speculative.
         depth: D. EAGLE-2, LANTERN: 5 (4 expansions).
-        children: children of an expanded node, and nodes expanded a level. EAGLE-2: 10.
+        children: children of an expanded node, and nodes expanded per level. EAGLE-2: 10.
         nodes: M, nodes that the target reads. EAGLE-2, LANTERN: 58.
         check_every, callback, runtime: see sample_speculative.
 
@@ -292,12 +292,12 @@ def static_shape(
     if paths is not None:
         shape = check_paths([tuple(path) for path in paths])
     elif not branches or min(branches) < 1:
-        raise ValueError(f"branches {branches}; they must be >= 1, one a depth")
+        raise ValueError(f"branches {branches}; they must be >= 1, one per depth")
     else:
         shape = full_paths(tuple(branches))
     most = max(path[-1] for path in shape) + 1
     if most > model.config["vocab_size"]:
-        raise ValueError(f"{most} children a node of a vocabulary of {model.config['vocab_size']}")
+        raise ValueError(f"{most} children per node of a vocabulary of {model.config['vocab_size']}")
     return shape
 
 
@@ -356,12 +356,13 @@ def sample_k_seq(
     """Draws tokens by speculation with several independent chains of drafts. Exact.
 
     SpecTr, arXiv 2310.15141, algorithm 3 (K-SEQ), which is within 1 - 1/e of the best acceptance of k independent
-    drafts. Independent drafts often repeat each other where the law is narrow: there a static tree wastes fewer slots.
+    drafts. Independent drafts often repeat each other where the distribution is narrow: there a static tree wastes
+    fewer slots.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.

@@ -1,12 +1,12 @@
-"""Trees of drafts: how they are drafted, and how a tree that the target has read is judged.
+"""Trees of drafts: how they are drafted, and how a tree that the target has read is verified.
 
 Sources: static trees, Medusa, arXiv 2401.10774, and EAGLE, 2401.15077; dynamic trees, EAGLE-2, 2406.16858; siblings
 without replacement, Jeon et al., 2402.14160, and LANTERN++, 2502.06352; K-SEQ, SpecTr, 2310.15141, algorithm 3.
 
-A node's siblings are judged one after another. A rejected sibling leaves the residual as the law that the next one is
-judged against, so the token that is committed at last follows the target's law, whether the siblings were drawn
-without replacement (each against the drafter's law without its elder siblings) or chosen without a draw (a one-hot
-law).
+A node's siblings are verified one after another. A rejected sibling leaves the residual as the distribution that the
+next one is verified against, so the token that is committed at last follows the target's distribution, whether the
+siblings were drawn without replacement (each against the drafter's distribution without its elder siblings) or chosen
+without a draw (a one-hot distribution).
 
 B batch, M nodes, L = M + 1 slots (0 is the root), D largest depth, W nodes of a level, V codes, k chains, K = D.
 """
@@ -30,12 +30,12 @@ NodeRule = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def normalised(mass: Tensor) -> Tensor:
-    """Mass [..., V] as a law."""
+    """Mass [..., V] as a distribution."""
     return mass / mass.sum(-1, keepdim=True)
 
 
 def without(probs: Tensor, token: Tensor) -> Tensor:
-    """The law [..., V] without one token [...], normalised; the law itself where nothing else is left."""
+    """The distribution [..., V] without one token [...], normalised; unchanged where nothing else is left."""
     mass = probs.scatter(-1, token[..., None], 0.0)
     return normalised(torch.where(mass.sum(-1, keepdim=True) > 0, mass, probs))
 
@@ -71,7 +71,7 @@ def path_parents(paths: list[tuple[int, ...]]) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- drafting
 @functools.cache
 def fixed_tree(parents: tuple[int, ...], device: torch.device) -> DraftTree:
-    """A tree of one row with these parents and no tokens yet; made once a device."""
+    """A tree of one row with these parents and no tokens yet; made once per device."""
     parents_1M = torch.tensor([parents], dtype=torch.int64, device=device)
     return DraftTree.from_parents(torch.zeros_like(parents_1M), parents_1M)
 
@@ -90,19 +90,19 @@ def level_children(paths: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, 
 
 @functools.cache
 def children_table(children: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """A level of `level_children`, int64 [W, 2]; made once a device."""
+    """A level of `level_children`, int64 [W, 2]; made once per device."""
     return torch.tensor(children, dtype=torch.int64, device=device)
 
 
 def draw_siblings(
     probs_BWV: Tensor, children: tuple[tuple[int, int], ...], uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
 ) -> None:
-    """Draws the children of a level's nodes without replacement, and notes the law of each.
+    """Draws the children of a level's nodes without replacement, and notes the distribution of each.
 
     Args:
-        probs_BWV: the laws behind the level's nodes.
+        probs_BWV: the distributions behind the level's nodes.
         children: of each node, see level_children.
-        uniform_BM: one uniform number a node of the tree.
+        uniform_BM: one uniform number per node of the tree.
         q_BMV, tokens_BM: written at the children's places.
     """
     if fits_kernels(probs_BWV):
@@ -125,7 +125,8 @@ def draw_siblings(
 def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: Tensor) -> tuple[DraftTree, Tensor]:
     """Draws a tree of fixed shape, siblings without replacement.
 
-    Returns: the tree, and the law [B, M, V] that each node was drawn from: the drafter's without its elder siblings.
+    Returns: the tree, and the distribution [B, M, V] that each node was drawn from: the drafter's without its elder
+        siblings.
     """
     shape = fixed_tree(tuple(path_parents(paths)), uniform_BM.device)
     probs_BWV = drafting.begin()[:, None]
@@ -165,7 +166,7 @@ class Growth:
     """Candidates of a dynamic tree, and the part of it that the drafter has read.
 
     Args:
-        batch, device: of the laws.
+        batch, device: of the distributions.
         children: likeliest tokens of a node, and likeliest nodes of a level that are expanded.
     """
 
@@ -215,7 +216,7 @@ class Growth:
 
 
 class KernelGrowth:
-    """What Growth does, in two launches a level and one in the end."""
+    """What Growth does, in two launches per level and one in the end."""
 
     def __init__(self, batch: int, depth: int, children: int, device: torch.device) -> None:
         from visar.kernels.tree_drafting import Growth as Launches
@@ -246,7 +247,7 @@ def begin_growth(probs_BWV: Tensor, depth: int, children: int) -> Growth | Kerne
 def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[DraftTree, list[Tensor]]:
     """Draws k independent chains; slot 1 + d k + j is the draft at depth d + 1 of chain j.
 
-    Returns: the tree, and per depth the laws [B, k, V] that the drafts were drawn from.
+    Returns: the tree, and per depth the distributions [B, k, V] that the drafts were drawn from.
     """
     chains, probs = uniform_BDk.shape[2], []
     parents = [max(0, node + 1 - chains) for node in range(depth * chains)]
@@ -261,18 +262,18 @@ def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[D
     return shape.begun(tokens_BM, depth * chains), probs
 
 
-# ----------------------------------------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------------------------------------- verifying
 @dataclass(frozen=True)
 class Walk:
-    """The way through a tree.
+    """The accepted path through a tree, and the token after it.
 
     Attributes:
         slots_BD: int64 slots of the accepted nodes, from the root down; 0 behind the last.
         tokens_BL: int64 [B, D + 1] accepted tokens and the one drawn after them; 0 behind it.
         accepted_B: number of accepted nodes.
-        verified_BD: int64, number of nodes judged at every depth.
+        verified_BD: int64, number of nodes verified at every depth.
         refused_B: bool, whether nodes were rejected where the token after the accepted ones is.
-        probs_BV: law of the token that comes after the accepted ones.
+        probs_BV: distribution of the token that comes after the accepted ones.
     """
 
     slots_BD: Tensor
@@ -303,12 +304,12 @@ def finish(
 def walk(
     p_BLV: Tensor, tree: DraftTree, rule: NodeRule, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
 ) -> Walk:
-    """Goes down the tree, judging the children of each accepted node in the order of their slots.
+    """Goes down the tree, verifying the children of each accepted node in the order of their slots.
 
     Args:
-        p_BLV: float32 target laws of what follows the root and every node.
-        judge: (probs_BV, node) -> the chance [B] of accepting that node against the law, and the mass [B, V] of the
-            law that is left if it is rejected.
+        p_BLV: float32 target distributions of what follows the root and every node.
+        rule: (probs_BV, node) -> the chance [B] of accepting that node against the distribution, and the mass [B, V]
+            of the distribution that is left if it is rejected.
         accept_uniform_BM, emit_uniform_B: float32 in (0, 1).
         depth: D.
     """
@@ -332,7 +333,7 @@ def walk(
 
 
 def drawn_rule(tree: DraftTree, q_BMV: Tensor) -> NodeRule:
-    """Judges nodes drawn from q (arXiv 2402.14160): keep with min(1, p / q), else go on with [p - q]+. Exact."""
+    """The rule for nodes drawn from q (arXiv 2402.14160): min(1, p / q), and [p - q]+ after a rejection. Exact."""
 
     def rule(probs_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
         chance_B = acceptance(probs_BV, q_BMV[:, node], tree.tokens_BM[:, node])
@@ -368,10 +369,11 @@ def walk_by_kernel(
 
 
 def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int) -> Walk:
-    """Goes down a tree whose nodes were chosen without a draw, judging all children of a node at once. Exact.
+    """Goes down a tree whose nodes were chosen without a draw, verifying all children of a node at once. Exact.
 
-    A child x is kept with p(x) / (1 - p(elder siblings)), which is its probability in the law without them; after a
-    rejection of all, the token comes from the law without all. Arguments as in `walk`; siblings differ.
+    A child x is accepted with p(x) / (1 - p(elder siblings)), which is its probability in the distribution without
+    them; if all are rejected, the token comes from the distribution without all. Arguments as in `walk`; siblings
+    must differ.
     """
     if fits_kernels(p_BLV):
         return walk_by_kernel(p_BLV, tree, None, accept_uniform_BM, emit_uniform_B, depth)

@@ -1,9 +1,10 @@
-"""Judging drafted tokens: the accept/resample rule, and the loop of passes, that every speculative sampler shares.
+"""Verifying drafted tokens: the accept/resample rule, and the loop of passes, that every speculative sampler shares.
 
-Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318. A token x drawn from a law q is
-kept with probability min(1, p(x) / q(x)); else a token is drawn from the residual, [p - q]+ normalised. The result
-follows p whatever q is, if q is the law that x was really drawn from. So q is kept from the moment of the draw, and
-the residual is used as it is: filtering it (top-p, temperature) a second time would change the law.
+Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318. A token x drawn from a
+distribution q is accepted with probability min(1, p(x) / q(x)); else a token is drawn from the residual, [p - q]+
+normalised. The result follows p whatever q is, if q is the distribution that x was really drawn from. So q is
+stored at the moment of the draw, and the residual is used unchanged: filtering it (top-p, temperature) a second time
+would change the distribution.
 
 A pass reads a window of L = K + 1 slots, the last committed token and K drafts; row j of p is the conditional of
 position length + j given the first j drafts. Every row of the batch commits its own number of tokens and keeps its own
@@ -34,13 +35,13 @@ LARGEST_WINDOW = 65_536
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Law float32 [..., V] of a draft that was chosen without a draw."""
+    """Distribution float32 [..., V] of a draft that was chosen without a draw."""
     zeros = torch.zeros(*tokens.shape, vocab_size, dtype=torch.float32, device=tokens.device)
     return zeros.scatter_(-1, tokens[..., None], 1.0)
 
 
 def acceptance(p: Tensor, q: Tensor, draft: Tensor) -> Tensor:
-    """Probability min(1, p(x) / q(x)) of keeping drafts x int64 [...], drawn from q [..., V]; p has q's shape."""
+    """Probability min(1, p(x) / q(x)) of accepting drafts x int64 [...], drawn from q [..., V]; p has q's shape."""
     target = p.gather(-1, draft[..., None]).squeeze(-1)
     drafted = q.gather(-1, draft[..., None]).squeeze(-1)
     ratio = target / drafted.clamp(min=torch.finfo(torch.float32).tiny)
@@ -59,7 +60,7 @@ def leading(accepted_BK: Tensor) -> Tensor:
 
 
 def verified_in_chain(accepted_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
-    """Number of drafts of a chain that were judged: the kept ones and the rejected one, none beyond the end."""
+    """Number of drafts of a chain that were verified: the accepted ones and the rejected one, none beyond the end."""
     return torch.minimum((accepted_B + 1).clamp(max=most_B), left_B)
 
 
@@ -95,18 +96,19 @@ def verify(
     verified_B: Tensor | None = None,
     chance_BK: Tensor | None = None,
 ) -> Verdict:
-    """Keeps drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
+    """Accepts drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
 
     After a rejection the token comes from the residual, after K accepted drafts from p. Exact for chance_BK=None.
 
     Args:
-        p_BLV: float32 target laws, row j given the first j drafts.
-        q_BKV: float32, the laws that the drafts were drawn from.
+        p_BLV: float32 target distributions, row j given the first j drafts.
+        q_BKV: float32, the distributions that the drafts were drawn from.
         draft_BK: int64.
-        accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is kept if its uniform is below its chance.
-        verified_B: int64, how many drafts of a row are judged at all, 0 ... K; None is K. The token after the last of
-            them is drawn from p.
-        chance_BK: probabilities of keeping a draft, for lossy samplers; None is min(1, p / q).
+        accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is accepted if its uniform number is below
+            its chance.
+        verified_B: int64, how many drafts of a row are verified at all, 0 ... K; None is K. The token after the last
+            of them is drawn from p.
+        chance_BK: probabilities of accepting a draft, for lossy samplers; None is min(1, p / q).
     """
     num_drafts = draft_BK.shape[1]
     if fits_kernels(p_BLV):
@@ -135,7 +137,7 @@ class Counts:
     Attributes:
         num_tokens: N.
         per_pass_W: int64 [W + 1], how often a pass of a row that was not done committed 0, 1, ... tokens.
-        drafts_2: int64 [2], judged and accepted drafts.
+        drafts_2: int64 [2], verified and accepted drafts.
         outcome_BT: int8 [B, N + W], see SampleOutput; the slack takes writes beyond the end.
     """
 
@@ -163,7 +165,7 @@ class Counts:
         """Counts one pass.
 
         Args:
-            count_B: tokens committed; accepted_B: accepted drafts; verified_B: judged drafts, none beyond the end.
+            count_B: tokens committed; accepted_B: accepted drafts; verified_B: verified drafts, none beyond the end.
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
             refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """
@@ -182,7 +184,7 @@ class Counts:
         self.drafts_2.add_(torch.stack([(verified_B * live_B).sum(), torch.minimum(accepted_B, left_B).sum()]))
 
     def add_chain(self, verdict: Verdict, most_B: Tensor | int, length_B: Tensor) -> None:
-        """Counts a pass that judged a chain of drafts, the first most_B of every row.
+        """Counts a pass that verified a chain of drafts, the first most_B of every row.
 
         length_B: tokens that were committed before it.
         """
@@ -262,6 +264,6 @@ def check_passes(
     check_filters(*filters)
     guidance.scales(model.num_tokens)
     if not 1 <= window <= LARGEST_WINDOW:
-        raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass), at most {LARGEST_WINDOW}")
+        raise ValueError(f"window {window}; it must be >= 1 (1 = one token per pass), at most {LARGEST_WINDOW}")
     if check_every < 1:
         raise ValueError(f"check_every {check_every}; it must be >= 1")

@@ -172,7 +172,7 @@ def test_draw(device, monkeypatch, vocab_size, settings):
 
 @pytest.mark.parametrize("settings", [dict(top_k=3), dict(top_p=0.5), dict(top_k=5, top_p=0.4)], ids=str)
 def test_draw_keeps_ties(device, settings):
-    """Every code of the law is drawn at some uniform number, and no other; values tie, some are -0.0, some -inf."""
+    """Every code with a probability is drawn at some uniform number, no other; values tie, some are -0.0 or -inf."""
     row = torch.tensor([1.0, 2.0, 2.0, -0.0, 2.0, 0.0, 0.5, float("-inf"), 3.0, 1.0, 0.5, -1.0])
     draws = 400 if device.type == "cuda" else 40
     uniform = (torch.arange(draws) + 0.5) / draws

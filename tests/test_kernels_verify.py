@@ -35,7 +35,7 @@ def plain(monkeypatch, call):
 
 
 def random_probs(*shape: int, seed: int = 0, top_k: int = 0) -> torch.Tensor:
-    """Random laws with ties and, with top_k, zeros; sums of few bits, so that their order changes nothing."""
+    """Random distributions with ties and, with top_k, zeros; sums of few bits, so that their order changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     mass = torch.randint(1, 9, shape, generator=generator).float()
     if top_k:
@@ -47,7 +47,7 @@ def uniforms(*shape: int, seed: int = 1) -> torch.Tensor:
     return (torch.randint(2**20, shape, generator=torch.Generator().manual_seed(seed)).float() + 0.5) * 2.0**-20
 
 
-# ------------------------------------------------------------------------------------------------------ law and draw
+# --------------------------------------------------------------------------------------------- distribution and draw
 @pytest.mark.parametrize("filters", [(1.0, 0, 1.0), (0.7, 7, 1.0), (1.3, 0, 0.8), (1.0, 20, 0.9)])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_probs(device, monkeypatch, vocab_size, filters):
@@ -360,7 +360,7 @@ SAMPLERS = {
     "jacobi maximal": (sample_jacobi, dict(window=7, coupling="maximal", initial="left_law", adaptive=True)),
     "jacobi gumbel": (sample_jacobi, dict(window=5, coupling="gumbel", initial="left_mode")),
     "jacobi above": (sample_jacobi, dict(window=6, initial="above")),
-    "jacobi above law": (sample_jacobi, dict(window=6, initial="above_law", top_p=0.9)),
+    "jacobi above distribution": (sample_jacobi, dict(window=6, initial="above_law", top_p=0.9)),
     "grouped": (sample_grouped, dict(window=5, codebook=BOOK)),
     "speculative": (sample_speculative, dict(num_drafts=3)),
     "static tree": (sample_static_tree, dict(branches=(3, 2))),

@@ -1,4 +1,4 @@
-"""Counter-based noise: known answers, independence of the batch, laws."""
+"""Counter-based noise: known answers, independence of the batch, distributions."""
 
 import importlib.util
 import os

@@ -204,7 +204,7 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(batch_size=0), "batch_size 0"),
         (dict(top_p=0.0), r"top_p 0.0; it must be in \(0, 1\]"),
         (dict(top_p=1.5), "top_p 1.5"),
-        (dict(top_p=[0.9, 0.5]), r"ancestral: top_p \[0.9, 0.5\]; allowed: a number \(one a scale: next_scale"),
+        (dict(top_p=[0.9, 0.5]), r"ancestral: top_p \[0.9, 0.5\]; allowed: a number \(one per scale: next_scale"),
         (dict(temperature="hot"), "sampler ancestral: temperature 'hot'; allowed: a number"),
         (dict(top_k=-1), "top_k -1"),
         (dict(temperature=0.0), "temperature 0.0"),

@@ -1,4 +1,4 @@
-"""Ancestral sampling: the enumerated law of a tiny model, batch invariance, callbacks."""
+"""Ancestral sampling: the enumerated distribution of a tiny model, batch invariance, callbacks."""
 
 import itertools
 import runpy

@@ -1,4 +1,4 @@
-"""Filters against a plain reference, and the draw against its law."""
+"""Filters against a plain reference, and the draw against its distribution."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ def test_recorded_decisions(parity):
 
 
 def one_decision(p, q, chance):
-    """Law of the token that one judged draft leads to."""
+    """Distribution of the token that one verified draft leads to."""
     rejected = (q * (1 - chance)).sum()
     mass = residual(p, q)
     return q * chance + rejected * mass / mass.sum()

@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding: recorded trajectories, the joint law, and replayed passes."""
+"""Speculative Jacobi decoding: recorded trajectories, the joint distribution, and replayed passes."""
 
 import json
 import runpy
@@ -119,7 +119,7 @@ def check_trajectory(case):
     assert torch.equal(state.tokens[:, : int(case["stop"])], case["tokens"])
 
 
-# ------------------------------------------------------------------------------------------------- the joint law
+# ---------------------------------------------------------------------------------------- the joint distribution
 def draws(model, label, count, seed=0, **settings):
     return sample_jacobi(model, many(label, count), noise=Noise(image_seeds(seed, count)), **settings)
 

@@ -1,4 +1,4 @@
-"""LANTERN and LANTERN++: recorded trees, the relaxed law, exactness without relaxation, and measured changes."""
+"""LANTERN and LANTERN++: recorded trees, the relaxed distribution, exactness without relaxation, changes."""
 
 import runpy
 from pathlib import Path
@@ -40,7 +40,7 @@ def tree_of(case):
 
 
 def drafted_probs(case, tree):
-    """Each node's law without its elder siblings, from the drafter's law of its parent."""
+    """Each node's distribution without its elder siblings, from the drafter's distribution of its parent."""
     parents, drafted_from, left = tree.parents_BM[0].tolist(), [], {}
     expanded = sorted(set(parents))
     for node, parent in enumerate(parents):
@@ -59,7 +59,7 @@ def relaxation(case):
 
 
 def uniforms(case, tree, trace):
-    """The recorded numbers at the nodes that they judged."""
+    """The recorded numbers at the nodes that they verified."""
     uniform, current = torch.full((1, tree.num_nodes), 0.5), 0
     for draw, row in enumerate(trace.tolist()):
         mine = (tree.parents_BM[0] == current) & (tree.tokens_BM[0] == int(row[1]))
@@ -135,7 +135,7 @@ def test_recorded_neighbours(parity):
         assert torch.equal(neighbour_table(case["codebook"], 3), table[:, :3])
 
 
-# -------------------------------------------------------------------------------------------------- the relaxed law
+# ----------------------------------------------------------------------------------------- the relaxed distribution
 def test_relaxed_probs_move_what_the_bounds_allow():
     p = torch.tensor([[0.1, 0.05, 0.2, 0.3, 0.35]])
     table = torch.tensor([[1, 2, 3, 4]] + [[0, 2, 3, 4]] * 4, dtype=torch.int32)
@@ -178,7 +178,7 @@ def test_bounds_of_nothing_are_exact(tree, bounds):
 
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
 def test_looser_bounds_are_faster_and_further_from_the_distribution(tree):
-    """A token's law moves by up to delta for every sibling that is judged: three here."""
+    """A token's distribution moves by up to delta for every sibling that is verified: three here."""
     model, n = tabular(8, (2, 2), sharpness=1.0), TINY.DRAWS
     probs, rates, distances = joint_distribution(model, labels(1)), [], []
     for delta in (0.0, 0.05, 0.2, 0.4):

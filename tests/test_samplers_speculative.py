@@ -1,4 +1,4 @@
-"""Drafted speculation, chains and trees: the joint law with every drafter, and replayed passes."""
+"""Drafted speculation, chains and trees: the joint distribution with every drafter, and replayed passes."""
 
 import runpy
 from pathlib import Path
@@ -69,7 +69,7 @@ def assert_exact(name, model, drafter, count, **settings):
     return out.statistics
 
 
-# ------------------------------------------------------------------------------------------------- the joint law
+# ---------------------------------------------------------------------------------------- the joint distribution
 @pytest.mark.parametrize("settings", [{}, FILTERED, dict(top_p=0.8), dict(temperature=0.7)])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_distribution_with_another_table(name, settings):
@@ -164,9 +164,11 @@ def test_k_seq_on_one_position():
     torch.testing.assert_close(1 - (1 - beta) ** 4, ratio[0] * beta)
 
 
-@pytest.mark.parametrize("mistake", [None, "law with elder siblings", "residual of the first law", "best sibling"])
+@pytest.mark.parametrize(
+    "mistake", [None, "distribution with elder siblings", "residual of the first distribution", "best sibling"]
+)
 def test_siblings_on_one_position(mistake):
-    """Three siblings without replacement give the target's law, and slips in their bookkeeping do not."""
+    """Three siblings without replacement give the target's distribution, and slips in their bookkeeping do not."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.softmax(torch.randn(2, 6, generator=generator) * 1.5, -1)
     n, siblings = 100_000, 3
@@ -178,11 +180,11 @@ def test_siblings_on_one_position(mistake):
     q_BMV, drafted = torch.stack(probs[:-1], 1), torch.stack(tokens, 1)
     if mistake == "best sibling":
         drafted = drafted.gather(1, p[drafted].argsort(1, descending=True))
-    if mistake == "law with elder siblings":
+    if mistake == "distribution with elder siblings":
         q_BMV = q.expand(n, siblings, -1)
     tree = DraftTree.root(n, "cpu").grown(drafted, torch.zeros(n, siblings, dtype=torch.int64))
     rule = drawn_rule(tree, q_BMV)
-    if mistake == "residual of the first law":
+    if mistake == "residual of the first distribution":
         rule = lambda probs, node: (drawn_rule(tree, q_BMV)(probs, node)[0], residual(p.expand(n, -1), q_BMV[:, node]))  # noqa: E731
     path = walk(p.expand(n, siblings + 1, -1), tree, rule, uniform[:, siblings:-1], uniform[:, -1], 1)
     fits = chi_squared(torch.bincount(path.tokens_BL[:, 0], minlength=6).double(), p.double())
@@ -293,7 +295,7 @@ def test_losses_train_drafters():
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
-        assert loss() < 0.95 * first  # not far: the laws have an entropy of their own
+        assert loss() < 0.95 * first  # not far: the distributions have an entropy of their own
         after = sample_speculative(model, many(0, 32), **settings).statistics.mean_tokens_per_pass
         assert after > before + 0.1
     noisy = feature_loss(made["feature"], model, hidden, tokens, uniform_BND=torch.rand_like(hidden))
@@ -302,7 +304,7 @@ def test_losses_train_drafters():
 
 @torch.no_grad()
 def test_feature_drafter_reads_true_vectors():
-    """Its law after a pass is the one that teacher forcing gives."""
+    """Its distribution after a pass is the one that teacher forcing gives."""
     model = transformer(6, (3, 4))
     drafter = drafters(model)["feature"]
     tokens, condition = torch.randint(6, (2, 12)), labels(0, 1)

@@ -1,4 +1,4 @@
-"""The accept/resample rule: against recorded decisions, its law by enumeration, and that planted bugs are caught."""
+"""The accept/resample rule: recorded decisions, its distribution by enumeration, and planted bugs that are caught."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def target_probs(case):
 
 
 def verdict_on(case):
-    """The verdict on a recorded window: slot 0 is the committed token, slot i is judged by row i - 1."""
+    """The verdict on a recorded window: slot 0 is the committed token, slot i is verified by row i - 1."""
     p, q, draft = target_probs(case), case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:]
     emit = case["u_resample"][:, None].repeat(1, p.shape[1])
     emit[:, -1] = case["u_fresh"][:, -1]
@@ -124,7 +124,7 @@ def test_counters_may_be_tensors():
 
 
 # ------------------------------------------------------------------------------- the check itself: planted mistakes
-BUGS = ("none", "stale law", "filtered residual", "target instead of residual", "lockstep")
+BUGS = ("none", "stale distribution", "filtered residual", "target instead of residual", "lockstep")
 
 
 def drafted_loop(model, label, n, bug, *, window, filters, group=4, seed=0):
@@ -166,7 +166,7 @@ def drafted_loop(model, label, n, bug, *, window, filters, group=4, seed=0):
         empty = index >= window
         index = index.clamp(max=window - 1)
         draft = torch.where(empty, 0, following.gather(1, index))
-        if bug == "stale law":
+        if bug == "stale distribution":
             q = torch.where(empty[..., None], one_hot(draft, vocab), torch.full_like(q, 1 / vocab))
         else:
             carried = probs.gather(1, index[..., None].expand(-1, -1, vocab))

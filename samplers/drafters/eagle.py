@@ -152,7 +152,7 @@ class FeatureDrafting:
     """A FeatureDrafter at work.
 
     Entry t of its cache belongs to (token t, h_t). `begin` reads the entries of the tokens committed last, with the
-    target's true hidden vectors; `extend` goes on with predicted ones.
+    target's true hidden vectors; `extend` continues with predicted ones.
     """
 
     reads_features = True

@@ -118,7 +118,7 @@ def heads_loss(
     decay: float = 0.8,
     call: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy with a frozen target's laws at all offsets, weighted decay^(k - 1).
+    """Cross-entropy with a frozen target's distributions at all offsets, weighted decay^(k - 1).
 
     Medusa, arXiv 2401.10774, section 2.2.
 
@@ -128,7 +128,7 @@ def heads_loss(
         decay: 0.8.
         call: the heads as they are to be called, such as behind gradient averaging; None is `heads` itself.
 
-    Differs from the paper: the target's laws, which drafts are judged by, stand in for the data's tokens.
+    Differs from the paper: the target's distributions, against which drafts are verified, replace the data's tokens.
     """
     hidden_BND = hidden_BND.detach()
     with torch.no_grad():

@@ -19,11 +19,11 @@ from visar.samplers.verify import row_at
 class ModelDrafter:
     """A smaller generator of the same tokens drafts (arXiv 2211.17192, 2302.01318).
 
-    It runs with the same condition and guidance as the target, which makes its laws agree better. Expected speed-up:
-    (1 - a^(K+1)) / ((1 - a) (K c + 1)) for K drafts, acceptance a and cost ratio c.
+    It runs with the same condition and guidance as the target, which makes its distributions agree better. Expected
+    speed-up: (1 - a^(K+1)) / ((1 - a) (K c + 1)) for K drafts, acceptance a and cost ratio c.
 
     Args:
-        generator: of one token a step, with start and verify (and verify_tree for trees).
+        generator: of one token per step, with start and verify (and verify_tree for trees).
     """
 
     def __init__(self, generator: Trees) -> None:

@@ -78,7 +78,7 @@ class NgramDrafting:
         return votes_BV / votes_BV.sum(-1, keepdim=True)
 
     def _by_kernel(self, draft_BM: Tensor, parents_BM: Tensor | None, first: int, nodes: int, depth: int) -> Tensor:
-        """Laws [B, W, V] behind W nodes, or behind a chain, in one launch."""
+        """Distributions [B, W, V] behind W nodes, or behind a chain, in one launch."""
         from visar.kernels.ngram import ngram_probs
 
         with kernels.on(draft_BM.device):

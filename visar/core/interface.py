@@ -1,4 +1,4 @@
-"""What samplers, drafters and pipelines need of models: one protocol a capability.
+"""What samplers, drafters and pipelines need of models: one protocol per capability.
 
 A model has a capability if it has the calls, whatever its class: `isinstance(model, Windowed)` asks for that. See
 docs/design.md for what the calls mean. Submodules are named for type checkers only: isinstance does not see them.
@@ -76,7 +76,7 @@ class Categorical(Generator, Protocol):
 
 @runtime_checkable
 class Windowed(Generator, Protocol):
-    """A generator of one token a step that also verifies drafted windows, with a length of its own for every row."""
+    """A generator of one token per step that also verifies drafted windows, with a length of its own for every row."""
 
     def start(
         self,
@@ -207,7 +207,7 @@ class Tokenizer(Protocol):
         config: constructor arguments.
         layout: how tokens are arranged.
         codebook: code vectors [V, C] as looked up.
-        downsampling: pixels a side of a position of the finest grid.
+        downsampling: pixels per side of a position of the finest grid.
         dtype, training, parameters: as every module has them.
     """
 

@@ -37,7 +37,7 @@ class Use(enum.IntEnum):
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Multipliers int64 [2], and what the rounds add to the keys, int64 [10, 2]; made once a device."""
+    """Multipliers int64 [2], and what the rounds add to the keys, int64 [10, 2]; made once per device."""
     rounds = [[number * _WEYL_0, number * _WEYL_1] for number in range(10)]
     return torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=device), torch.tensor(rounds, device=device)
 
@@ -169,7 +169,7 @@ class Noise:
     def exponential(
         self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
     ) -> Tensor:
-        """float32 draws of the unit exponential law, fine-grained (2^-32) near zero; shapes as in `bits`."""
+        """float32 draws of the unit exponential distribution, fine-grained (2^-32) near zero; shapes as in `bits`."""
         small = ((self.bits(use, position, size, counter).float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
         return -torch.log1p(-small)
 

@@ -1,12 +1,12 @@
 """How a decoding loop runs: eagerly, or as CUDA graphs; samplers are written once for both.
 
 A sampler's loop is a sequence of steps whose tensors live in a session: allocated once, changed in place. On a GPU
-the first step of a kind runs as it is (which also warms its kernels up), the second is captured and then
-replayed, and all later ones are replays: one launch a step, no work for the host. Sessions are kept between calls of
+the first step of a kind runs eagerly (which also warms its kernels up), the second is captured and then
+replayed, and all later ones are replays: one launch per step, no work for the host. Sessions are kept between calls of
 the same model, batch and settings, so capture is paid once.
 
 A family fits in by naming the kinds of its steps: a raster generator has one kind for all its tokens, a next-scale
-one a kind a scale, a sampler that verifies windows one kind a window.
+generator one kind per scale, a sampler that verifies windows one kind per size of the window.
 """
 
 import weakref

@@ -1,9 +1,9 @@
-"""Proofs by enumeration: does a sampler draw from the law it claims?
+"""Proofs by enumeration: does a sampler draw from the distribution it claims?
 
-On a model whose sequences can all be listed (visar/generators/tabular.py, or a tiny transformer) the joint law of
-ancestral sampling is a table. A sampler's draws are compared with it in three ways: total variation distance against
-the distance that as many perfect draws show (a simulated floor), and chi-squared tests of the joint, of every position
-and of every adjacent pair, corrected for their number (Holm, 1979).
+On a model whose sequences can all be listed (visar/generators/tabular.py, or a tiny transformer) the joint
+distribution of ancestral sampling is a table. A sampler's draws are compared with it in three ways: total variation
+distance against the distance that as many perfect draws show (a simulated floor), and chi-squared tests of the joint,
+of every position and of every adjacent pair, corrected for their number (Holm, 1979).
 
 N tokens, V codes, J = V^N sequences.
 """
@@ -58,7 +58,7 @@ def count_sequences(tokens_BN: Tensor, vocab_size: int) -> Tensor:
 
 
 def total_variation(first: Tensor, second: Tensor) -> Tensor:
-    """Half the L1 distance of two laws along the last axis."""
+    """Half the L1 distance of two distributions along the last axis."""
     return (first - second).abs().sum(-1) / 2
 
 
@@ -101,7 +101,7 @@ class DistributionCheck:
     """Outcome of a comparison.
 
     Attributes:
-        distance: total variation distance between the draws' joint and the law.
+        distance: total variation distance between the draws' joint and the distribution.
         floor: what perfect draws show at most, see `noise_floor`.
         p_value: smallest of the chi-squared tests, corrected for their number.
         num_draws: draws compared.
@@ -114,15 +114,15 @@ class DistributionCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the draws are compatible with the law (about one wrong alarm in 20 000)."""
+        """Whether the draws are compatible with the distribution (about one wrong alarm in 20 000)."""
         return self.distance <= self.floor and self.p_value >= 3e-5
 
 
 def check_distribution(tokens_BN: Tensor, probs_J: Tensor, vocab_size: int) -> DistributionCheck:
-    """Compares draws, int64 [B, N], with the joint law of `joint_distribution`.
+    """Compares draws, int64 [B, N], with the joint distribution of `joint_distribution`.
 
     Raises:
-        ValueError: the law has another number of sequences.
+        ValueError: the distribution has another number of sequences.
     """
     num_draws, num_tokens = tokens_BN.shape
     if probs_J.numel() != vocab_size**num_tokens:
@@ -145,7 +145,7 @@ def check_distribution(tokens_BN: Tensor, probs_J: Tensor, vocab_size: int) -> D
 
 
 def position_distances(tokens_BN: Tensor, probs_J: Tensor, vocab_size: int) -> list[float]:
-    """Total variation distance of every position's marginal from the law's: what a lossy sampler changes."""
+    """Total variation distance of every position's marginal from the distribution's: what a lossy sampler changes."""
     num_tokens = tokens_BN.shape[1]
     probs = probs_J.cpu().view((vocab_size,) * num_tokens)
     distances = []

@@ -78,5 +78,5 @@ class RasterState:
 
     @property
     def parts(self) -> int:
-        """Rows an image: 2 when guided, else 1."""
+        """Rows per image: 2 when guided, else 1."""
         return 1 if self.scale_N is None else 2

@@ -29,7 +29,7 @@ def prepare(model: Any) -> None:
 
 
 def features(model: Any, state: RasterState, window: Window | None) -> Tensor:
-    """What `RasterGPT.features` does, in 5 or 8 launches a layer."""
+    """What `RasterGPT.features` does, in 5 or 8 launches per layer."""
     from visar.kernels.attention import cached_attention
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps

@@ -61,7 +61,7 @@ class ScaleState:
 
     @property
     def parts(self) -> int:
-        """Rows an image: 2 when guided, else 1."""
+        """Rows per image: 2 when guided, else 1."""
         return 1 if self.scale_S is None else 2
 
     def take_over(self, other: "ScaleState") -> None:

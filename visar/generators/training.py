@@ -20,7 +20,7 @@ Arguments = dict[str, Any]
 
 # -------------------------------------------------------------------------------------------------------------- loss
 def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood of ids, or cross-entropy to distributions; nats a token, float32.
+    """Mean negative log-likelihood of ids, or cross-entropy to distributions; nats per token, float32.
 
     Args:
         logits_BLV: conditionals.

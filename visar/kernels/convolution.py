@@ -1,7 +1,7 @@
 """Triton kernels between the convolutions of a decoder that runs channels-last: group norm, residuals, upsampling.
 
 A group norm takes three launches: moments of every channel over chunks of positions, their reduction to a center and
-a scale a channel, and the elementwise pass with its activation. The first also does what comes before a norm (a
+a scale per channel, and the elementwise pass with its activation. The first also does what comes before a norm (a
 convolution's bias, the residual addition), so that no tensor is read twice for it; a bias alone costs nothing, because
 it only moves a channel's mean. Chunks depend on the image's size only: an image's result does not depend on its batch.
 

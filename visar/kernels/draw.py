@@ -1,4 +1,4 @@
-"""Temperature, top-k and top-p, alone, as a law or with the draw of a code; one program a row of V codes.
+"""Temperature, top-k and top-p, alone, as a distribution or with the draw of a code; one program per row of V codes.
 
 The plain counterparts are in visar/samplers/filtering.py; `probs_of` is `visar.samplers.filtering.filtered_probs`.
 """

@@ -2,7 +2,7 @@
 
 One program a slot. The plain counterparts are `shift` and `guess` of visar/samplers/jacobi_drafts.py.
 
-B images, K drafts, L = K + 1 slots, V codes, T positions with slack, S remembered laws.
+B images, K drafts, L = K + 1 slots, V codes, T positions with slack, S remembered distributions.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -74,7 +74,7 @@ def _carry(
             tl.store(draft_ptr + image * drafts + slot, token)
             tl.store(target, probs, mask=inside)
     if MODE or PROBS:
-        # The laws of the committed positions, at their position modulo S: what is read above lies elsewhere.
+        # The distributions of the committed positions, at their position modulo S: what is read above lies elsewhere.
         if (slot < count) & (slot + remembered >= count):
             position = tl.maximum(length - count + slot, 0)
             tl.store(
@@ -98,15 +98,15 @@ def carry(
     probs_BKV: Tensor,
     columns: int,
 ) -> None:
-    """Makes the rows behind the committed tokens the next pass's drafts and laws, and guesses the slots beyond them.
+    """Carries the rows behind the committed tokens over to the next pass, and guesses the slots beyond them.
 
     Args:
         initial: see `visar.samplers.jacobi.sample_jacobi`.
-        next_BL, p_BLV: new drafts and laws of this pass; count_B: how many tokens it committed; size_B: slots of the
-            next pass.
+        next_BL, p_BLV: new drafts and distributions of this pass; count_B: how many tokens it committed; size_B: slots
+            of the next pass.
         length_B, tokens_BT: committed tokens, after this pass.
-        guess_uniform_BT: a uniform number a position.
-        recent_BSV: laws of the last S positions, each at its position modulo S; updated.
+        guess_uniform_BT: a uniform number per position.
+        recent_BSV: distributions of the last S positions, each at its position modulo S; updated.
         draft_BK, probs_BKV: written.
     """
     batch, slots, codes = p_BLV.shape

@@ -1,6 +1,6 @@
-"""Laws of the n-gram drafter: every token so far votes for itself, more where its neighbours are those asked for.
+"""Distributions of the n-gram drafter: every token so far votes for itself, more where its neighbours match.
 
-One program a node of a tree's level, or the end of a chain. The plain counterpart is
+One program per node of a tree's level, or the end of a chain. The plain counterpart is
 `visar.samplers.drafters.ngram.NgramDrafting`; votes are summed in any order.
 
 B images, M nodes, W nodes asked for, T positions with slack, V codes.
@@ -61,7 +61,7 @@ def _ngram(
     left_here = tl.where(here % columns == 0, codes, left_here)
     above_here = tl.where(here < columns, codes, above_here)
     vote = (1.0 + weight * (left == left_here).to(tl.float32)) * (1.0 + weight * (above == above_here).to(tl.float32))
-    # The row of the law in memory is the counter: it must be zero before the votes, and read behind them.
+    # The row of the distribution in memory is the counter: it must be zero before the votes, and read behind them.
     tl.debug_barrier()
     tl.atomic_add(probs + token, vote, mask=real & (position < here))
     tl.debug_barrier()
@@ -84,7 +84,7 @@ def ngram_probs(
     vocab_size: int,
     weight: float,
 ) -> Tensor:
-    """Laws [B, W, V] of `visar.samplers.drafters.ngram.NgramDrafting` behind W nodes.
+    """Distributions [B, W, V] of `visar.samplers.drafters.ngram.NgramDrafting` behind W nodes.
 
     Args:
         draft_BM, parents_BM: the tree's tokens and parents; None: the drafts are one chain, whose end is asked for.

@@ -1,7 +1,8 @@
 """Drafting of trees: siblings drawn without replacement (static), or the likeliest candidates (dynamic).
 
-Static trees draw as arXiv 2402.14160, one launch a level; dynamic ones grow as EAGLE-2, arXiv 2406.16858, two launches
-a level and one in the end. The plain counterparts are `draft_static` and `draft_dynamic` of visar/samplers/trees.py.
+Static trees draw as arXiv 2402.14160, one launch per level; dynamic ones grow as EAGLE-2, arXiv 2406.16858, two
+launches per level and one in the end. The plain counterparts are `draft_static` and `draft_dynamic` of
+visar/samplers/trees.py.
 
 B images, M nodes, L = M + 1 slots, D depth, W nodes of a level, C candidates, V codes.
 """
@@ -23,7 +24,7 @@ def _siblings(
     probs_ptr, children_ptr, uniform_ptr, q_ptr, tokens_ptr, codes, nodes, probs_image, probs_row, uniform_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One node of the level: its children, each from the law without its elder siblings."""
+    """One node of the level: its children, each from the distribution without its elder siblings."""
     image = tl.program_id(0).to(tl.int64)
     parent = tl.program_id(1)
     code = codes_of(ROWS, COLUMNS)
@@ -43,12 +44,12 @@ def _siblings(
 def draw_siblings(
     probs_BWV: Tensor, children_W2: Tensor, uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
 ) -> None:
-    """Draws the children of a level's nodes without replacement, and notes the law of each.
+    """Draws the children of a level's nodes without replacement, and notes the distribution of each.
 
     Args:
-        probs_BWV: the level's laws; may be expanded over the nodes.
+        probs_BWV: the level's distributions; may be expanded over the nodes.
         children_W2: int64, the first child of every node and the number of its children.
-        uniform_BM: one uniform number a node of the tree.
+        uniform_BM: one uniform number per node of the tree.
         q_BMV, tokens_BM: written at the children's places.
     """
     batch, width, codes = probs_BWV.shape

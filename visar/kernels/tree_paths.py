@@ -1,8 +1,9 @@
-"""The way through a tree of drafts that the target has read: which nodes are accepted, and the token after them.
+"""The accepted path through a tree of drafts that the target has read, and the token after it.
 
-One program an image. `walk` judges siblings one after another (arXiv 2402.14160), for LANTERN (2410.03355) against
-the law in which a draft has its neighbours' probability; `walk_chains` judges k chains a depth at a time by K-SEQ
-(SpecTr, 2310.15141, algorithm 3). The plain counterparts are in visar/samplers/trees.py and visar/samplers/relaxed.py.
+One program per image. `walk` verifies siblings one after another (arXiv 2402.14160), for LANTERN (2410.03355) against
+the distribution in which a draft has its neighbours' probability; `walk_chains` verifies k chains a depth at a time by
+K-SEQ (SpecTr, 2310.15141, algorithm 3). The plain counterparts are in visar/samplers/trees.py and
+visar/samplers/relaxed.py.
 
 B images, M nodes, L = M + 1 slots, D depth, k chains or neighbours of a code, V codes.
 """
@@ -25,7 +26,7 @@ def _ended(
     num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
+    """Draws the token after the accepted nodes and writes the path, as `visar.samplers.trees.finish`."""
     tl.store(probs_ptr + image * codes + code, probs, mask=inside)
     emitted = inverted(probs, tl.load(emit_ptr + image), ROWS, COLUMNS)
     tl.store(slots_ptr + image * depth + step, slots_D, mask=step < depth)
@@ -44,7 +45,7 @@ def _walk(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, NEAR: tl.constexpr,
     DRAWN: tl.constexpr, MOVED: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
-    """Nodes in the order of their slots; `law` is the current node's, less its rejected children."""
+    """Nodes in the order of their slots; `probs` is the current node's distribution, less its rejected children."""
     image = tl.program_id(0).to(tl.int64)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
@@ -63,7 +64,7 @@ def _walk(
             token = tl.load(draft_ptr + image * draft_image + node)
             accept = tl.load(accept_ptr + image * accept_image + node)
             if MOVED or RATIO:
-                # The nearest codes' probability goes to the draft; the row of the final law holds it meanwhile.
+                # The nearest codes' probability goes to the draft; the final distribution's row holds it meanwhile.
                 probs_row = probs_ptr + image * codes
                 own = at(probs, code, token)
                 tl.store(probs_row + code, probs, mask=inside)
@@ -133,11 +134,11 @@ def walk(
     max_moved: float | None = None,
     max_ratio: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """The way through a tree, one program an image: fields of `visar.samplers.trees.Walk`.
+    """The accepted path through a tree, one program per image: fields of `visar.samplers.trees.Walk`.
 
     Args:
-        q_BMV: laws that the nodes were drawn from; None: they were chosen without a draw.
-        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_probs`; None judges exactly.
+        q_BMV: distributions that the nodes were drawn from; None: they were chosen without a draw.
+        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_probs`; None verifies exactly.
         The others: see `visar.samplers.trees.walk`.
     """
     batch, slots, codes = p_BLV.shape
@@ -187,7 +188,7 @@ def _chains(
     codes, depth, chains, draft_image, accept_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
-    """Depth by depth: of the chains that share the accepted tokens, the first whose draft is accepted goes on."""
+    """Depth by depth: of the chains that share the accepted tokens, the first whose draft is accepted continues."""
     image = tl.program_id(0).to(tl.int64)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
@@ -219,7 +220,7 @@ def _chains(
                 ratio = tl.where(valid, middle, ratio)
             shared = tl.minimum(q, probs / ratio)
             beta = tl.sum(shared)
-            # The law is still a row of p: probabilities of the drafts are read from there.
+            # The distribution is still a row of p: probabilities of the drafts are read from there.
             place = level * chains + chain
             real = chain < chains
             token = tl.load(draft_ptr + image * draft_image + place, mask=real, other=0)
@@ -253,7 +254,7 @@ def _chains(
 def walk_chains(
     p_BLV: Tensor, q_BDkV: Tensor, draft_BM: Tensor, accept_uniform_BM: Tensor, emit_uniform_B: Tensor
 ) -> tuple[Tensor, ...]:
-    """`visar.samplers.trees.walk_chains`, one program an image: fields of its Walk. M = D k nodes, level by level."""
+    """`visar.samplers.trees.walk_chains`, one program per image: fields of its Walk. M = D k nodes, level by level."""
     batch, depth, chains, codes = q_BDkV.shape
     path, written = _path(batch, depth, codes, p_BLV.device)
     _chains[(batch,)](

@@ -1,7 +1,7 @@
 """The verdict on a drafted window: which drafts stay, the token after them, what is counted, and the commit.
 
 The accept/resample rule (arXiv 2211.17192, algorithm 1) is applied to all rows of the window at once, one program a
-row; then one program an image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
+row; then one program per image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
 `refresh` of visar/samplers/jacobi_drafts.py for the new drafts.
 
 B images, K drafts, L = K + 1 slots, V codes, W largest window, T positions with slack.
@@ -43,7 +43,7 @@ def _verify_window(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     LOGITS: tl.constexpr, WATCHED: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
 ):  # fmt: skip
-    """One row: its law, its draft's own outcome, the token if this row is where the pass ends, and a new draft."""
+    """One row: its distribution, its draft's outcome, the token if the pass ends at this row, and a new draft."""
     line = tl.program_id(0).to(tl.int64)
     image = line // slots
     slot = line % slots
@@ -162,16 +162,17 @@ def verify_window(
     """`filtered_probs`, `verify` and `refresh` of a window in two launches.
 
     Args:
-        given_BLV: float32 logits; with filters None, laws.
+        given_BLV: float32 logits; with filters None, distributions.
         q_BKV, draft_BK, accept_BL, emit_BL, verified_B, chance_BK: see `visar.samplers.verify.verify`; of accept_BL
             the last slot is not read.
-        filters: temperature, top_k and top_p of the laws.
+        filters: temperature, top_k and top_p of the distributions.
         coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi_drafts.refresh`, the noise of all positions; None
             draws no new drafts.
         length_B: int64 committed tokens, for the noise and the counts.
         counts: num_tokens and the counters of `visar.samplers.verify.Counts` to add this pass to.
 
-    Returns: laws [B, L, V]; tokens_BL, count_B, accepted_B and accepted_BK of the verdict; new drafts int64 [B, L].
+    Returns: distributions [B, L, V]; tokens_BL, count_B, accepted_B and accepted_BK of the verdict; new drafts int64
+        [B, L].
     """
     given_BLV = given_BLV.contiguous()
     batch, slots, codes = given_BLV.shape

@@ -1,7 +1,7 @@
 """Attention over a pyramid of scales: block-causal (each sees itself and coarser ones) or block-diagonal (itself).
 
 Which of the equivalent ways is fastest depends on the length (one H100, float16, 30 heads of 64, forward +
-backward): at 680 tokens the dense mask; at 2240 FlexAttention; at 9451 FlexAttention or one unmasked call a scale.
+backward): at 680 tokens the dense mask; at 2240 FlexAttention; at 9451 FlexAttention or one unmasked call per scale.
 
 R rows, N heads, L positions, E head width.
 """
@@ -59,7 +59,7 @@ def per_scale_attention(
     pattern: Pattern,
     softmax_scale: float,
 ) -> Tensor:
-    """One unmasked call a scale, against its own keys or against all keys up to its end."""
+    """One unmasked call per scale, against its own keys or against all keys up to its end."""
     parts, begin = [], 0
     for size in sizes:
         end = begin + size
@@ -93,7 +93,7 @@ def scale_attention(
         sizes: tokens of every scale.
         pattern: "causal" (VAR) or "diagonal" (HMAR).
         softmax_scale: multiplies query-key products.
-        method: "mask" (dense mask), "per_scale" (one call a scale), "flex" (compiled FlexAttention, on GPUs), or
+        method: "mask" (dense mask), "per_scale" (one call per scale), "flex" (compiled FlexAttention, on GPUs), or
             "auto": the mask up to 1024 positions, beyond that flex on a GPU and per_scale elsewhere.
 
     Returns: [R, N, L, E]; all methods agree to rounding.

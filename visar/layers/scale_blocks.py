@@ -40,7 +40,7 @@ class LayerCache:
 
 
 class ScaleSelfAttention(nn.Module):
-    """Self-attention with biases on queries and values only, and cosine similarity with a learned scale a head.
+    """Self-attention with biases on queries and values only, and cosine similarity with a learned scale per head.
 
     Args:
         width, num_heads: D, N.
