@@ -44,13 +44,13 @@ def gumbel_table(noise: Noise, length: int, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Drafts of the next pass, and what new ones are made with. The tensors are a session's, changed in place.
+    """Drafts of the next pass, and what new ones are made from. The tensors are static: changed in place.
 
     Attributes:
         initial, coupling, adaptive: see `visar.samplers.jacobi.sample_jacobi`.
         columns: of the token grid.
         tokens_BK: int64 drafts.
-        probs_BKV: float32, what they were drawn from.
+        probs_BKV: float32, the distributions that they were drawn from.
         sizes: int64, windows to choose from; size_B: slots that every image reads in the next pass.
         mark_B: int64 [B], length at the last choice.
         guess_uniform_BT: float32 in (0, 1), one per position, for first guesses.

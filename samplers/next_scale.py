@@ -87,7 +87,7 @@ def draw_scale(
     """Predicts scale `state.block` and draws it.
 
     Args:
-        model, state: the generator and where it is.
+        model, state: the generator and its decoding state.
         settings: of this scale.
         uniform_BN: float32 in (0, 1), one per token.
         noise: further draws (smoothing).

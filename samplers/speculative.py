@@ -3,7 +3,7 @@
 Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts per position are
 in visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
 
-B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D width.
+B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D hidden size.
 """
 
 import time
@@ -49,7 +49,7 @@ class Speculation:
     begun: float
 
     def run(self, turn: Callable[[int], None], check_every: int, callback: Callback | None) -> SampleOutput:
-        """Runs passes until every image is done; turn: one pass, except that this counts it."""
+        """Runs passes until every image is done; turn: one pass, which is counted here."""
 
         def step(slots: int) -> None:
             turn(slots)
@@ -165,8 +165,8 @@ def sample_speculative(
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
         top_p: in (0, 1]; 1.0 = off.
-        drafter: who proposes; None is the free n-gram drafter. A generator: ModelDrafter; trained on the target's
-            hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
+        drafter: proposes the tokens; None is the free n-gram drafter. A generator: ModelDrafter; trained on the
+            target's hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
         num_drafts: K drafts per pass, >= 1. arXiv 2211.17192: 3 to 7.
         check_every: passes between two looks of the host.
         callback: called at every look, see `Callback`; True ends the sampling.

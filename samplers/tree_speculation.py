@@ -64,7 +64,7 @@ def run_trees(
         key: what a captured pass depends on besides model, batch, filters and drafter.
         depth, nodes: D and M of its trees.
         table: a tensor that it reads; the session keeps a copy for captured passes.
-        grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = it grows none.
+        grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = trees are not grown.
     """
     work = begin_speculation(
         model,

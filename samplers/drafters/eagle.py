@@ -4,8 +4,8 @@ Hidden vector h_t is the one that predicts token t; it has seen the condition an
 output goes into the target's own output head, and its input has the target's token embedding; neither is part of its
 weights. It is trained on frozen targets with `feature_loss`.
 
-B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, W nodes of a level, D width, V codes,
-T slots of a cache, M nodes.
+B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, W nodes of a level, D hidden size, V
+codes, T slots of a cache, M nodes.
 """
 
 from collections.abc import Callable

@@ -1,10 +1,10 @@
-"""A drafter of heads that read the target's last hidden vectors, one a spatial offset.
+"""A drafter of heads that read the target's last hidden vectors, one per spatial offset.
 
 Hidden vector h_t is the one that predicts token t; it has seen the condition and the tokens before t. The heads end in
 the target's own output head, which is not part of their weights. They are trained on frozen targets with `heads_loss`.
 
-B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, X any positions, D width, V codes, T
-slots of a memory, M nodes.
+B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, X any positions, D hidden size, V
+codes, T slots of a memory, M nodes.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,7 +3,8 @@
 A model has a capability if it has the calls, whatever its class: `isinstance(model, Windowed)` asks for that. See
 docs/design.md for what the calls mean. Submodules are named for type checkers only: isinstance does not see them.
 
-B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D width, V codes, C code width.
+B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D hidden size, V codes, C code
+width.
 """
 
 import math

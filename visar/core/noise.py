@@ -57,8 +57,8 @@ def philox(
     key_2X = torch.stack(torch.broadcast_tensors(*key))
     key_2X = key_2X.view(2, *[1] * (even_2X.dim() - key_2X.dim()), *key_2X.shape[1:])
     for key_of_round_2X in ((key_2X + rounds_R2X) & _MASK).unbind(0):
-        # Products wrap modulo 2^64. One mask a round drops the copies of the sign that an arithmetic shift brings in,
-        # and the upper halves of words 1 and 3, which are left as they are until then.
+        # Products wrap modulo 2^64. One mask per round drops the sign copies of an arithmetic shift and the
+        # upper halves of words 1 and 3, which stay until then.
         product_2X = (even_2X * multipliers_2X).flip(0)
         even_2X, odd_2X = ((product_2X >> 32) ^ odd_2X ^ key_of_round_2X) & _MASK, product_2X
     (word_0, word_2), (word_1, word_3) = even_2X, odd_2X & _MASK
@@ -105,7 +105,7 @@ class Noise:
         return Noise(self.seeds_B[index], self.seeds_B.device)
 
     def bits(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0) -> Tensor:
-        """32 random bits an element, as int64 in [0, 2^32).
+        """32 random bits per element, as int64 in [0, 2^32).
 
         Args:
             use: what they are for.

@@ -22,12 +22,12 @@ from visar.kernels.invariance import active
 
 
 def places(model: Any) -> int:
-    """Where a model's weights are: another number once one of them was moved or cast."""
+    """A number that tells where a model's weights are: it changes when one of them is moved or cast."""
     return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
 
 
 def check_inference(model: Any) -> None:
-    """Checks that a model drops nothing at random.
+    """Checks that a model has no dropout that is active.
 
     Raises:
         ValueError: it is in training mode, and has dropout.
@@ -42,7 +42,7 @@ def check_inference(model: Any) -> None:
 
 
 class Session:
-    """Static tensors and captured steps of one model, batch and settings.
+    """Static buffers and captured steps of one model, batch and settings.
 
     Attributes:
         state: the generator's decoding state, kept for the next call; None at first.
@@ -62,7 +62,7 @@ class Session:
         self._pool: Any = None
 
     def static(self, name: str, value: Tensor) -> Tensor:
-        """The session's own tensor of that name, with `value` copied in: what captured steps may read."""
+        """The session's static buffer of that name, with `value` copied in; captured steps may read it."""
         if name not in self._tensors:
             self._tensors[name] = value.clone()
         else:
@@ -144,9 +144,9 @@ class Runtime:
         return session
 
     def clear(self) -> None:
-        """Frees all graphs, caches and static tensors."""
+        """Frees all graphs, caches and static buffers."""
         self._sessions.clear()
 
 
 EAGER = Runtime(capture=False)
-"""Runs every step as it is."""
+"""Runs every step eagerly."""

@@ -3,7 +3,7 @@
 Source: VAR, arXiv 2404.02905 section 3; parameter names and numerics of FoundationVision/VAR@78b9539. Attributes and
 words are this project's.
 
-B images, R rows (2B when guided), L positions of a call, N all positions, D width, V codes, C code width.
+B images, R rows (2B when guided), L positions of a call, N all positions, D hidden size, V codes, C code width.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,6 +1,6 @@
 """Decoding a raster transformer by the kernels of visar/kernels; the plain counterparts are in RasterGPT's methods.
 
-B images, R rows (2B when guided), N image tokens, K drafted tokens, L positions of one call, D width, V codes.
+B images, R rows (2B when guided), N image tokens, K drafted tokens, L positions of one call, D hidden size, V codes.
 """
 
 from typing import Any, cast

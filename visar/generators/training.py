@@ -33,7 +33,7 @@ def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = Non
 
 
 def position_weights(sizes: Sequence[int], weights: Sequence[float]) -> Tensor | None:
-    """Weight of every position, float32 [L], from one a map for each of its tokens; None where none is given.
+    """Weight of every position, float32 [L], from one per map, which its tokens share; None where none is given.
 
     Args:
         sizes: tokens of every map, coarse to fine.

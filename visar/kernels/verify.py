@@ -312,7 +312,7 @@ def _commit(
 
 
 def commit(tokens_BT: Tensor, length_B: Tensor, new_BL: Tensor, count_B: Tensor, num_tokens: int) -> None:
-    """Writes L tokens behind the committed ones of every row and moves its length on by count_B, `num_tokens` at most.
+    """Writes L tokens behind the committed ones of every row and adds count_B to its length, `num_tokens` at most.
 
     Differs from the plain commit where tokens fall beyond the last position: they are dropped.
     """
