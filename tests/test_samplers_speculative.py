@@ -414,7 +414,7 @@ def test_bad_drafters():
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=ModelDrafter(without_grid))
     with pytest.raises(ValueError, match="reach 2"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 16, num_right=2))
-    with pytest.raises(ValueError, match="width"):
+    with pytest.raises(ValueError, match="hidden size"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 8))
     other = SpatialHeads(4, (2, 2), 16, target="another", target_digest=target_digest(transformer(seed=1)))
     with pytest.raises(ValueError, match="trained for another "):
