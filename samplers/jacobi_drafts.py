@@ -155,7 +155,7 @@ def verify_drafts(
 
         with kernels.on(logits_BLV.device):
             given_BLV = logits_BLV if chance is None else filtered_probs(logits_BLV, *filters)
-            p_BLV, verdict, next_BL = verify_window(
+            p_BLV, fields, next_BL = verify_window(
                 given_BLV,
                 q_BKV,
                 now_BK,
@@ -170,7 +170,7 @@ def verify_drafts(
                 length_B=length_B,
                 counts=counts.counters,
             )
-        return p_BLV, Verdict(*verdict), next_BL
+        return p_BLV, Verdict(*fields), next_BL
     p_BLV = filtered_probs(logits_BLV, *filters)
     chance_BK = None if chance is None else chance(p_BLV[:, :-1], q_BKV, now_BK)
     verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, verified_B=verified_B, chance_BK=chance_BK)

@@ -55,8 +55,15 @@ class Speculation:
             turn(slots)
             self.passes_11.add_(1)
 
-        sizes = dict(num_tokens=self.counts.num_tokens, window=self.depth + 1)
-        passes, done = run_passes(self.session, self.state, step, **sizes, check_every=check_every, callback=callback)
+        passes, done = run_passes(
+            self.session,
+            self.state,
+            step,
+            num_tokens=self.counts.num_tokens,
+            window=self.depth + 1,
+            check_every=check_every,
+            callback=callback,
+        )
         passed, calls = {"generator": passes}, self.drafting.calls(self.depth)
         if calls:
             passed["drafter"] = passes * calls
