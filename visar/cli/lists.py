@@ -12,7 +12,7 @@ class Models:
     """Lists the models: those that ship with visar, and official ones that are fetched when asked for."""
 
     classes: str | None = None
-    """Print the classes and attributes of this model instead."""
+    """Model whose classes and attributes are printed instead."""
 
 
 def models(options: Models, report: Report, echo: Echo) -> None:
