@@ -235,7 +235,7 @@ def test_built_file_is_read_back_and_its_damage_is_seen(tmp_path: Path, pictures
         "grinning face, noto style",
         "grinning face, twemoji style",
     }
-    with pytest.raises(ValueError, match=r"splits are known for ef3b30f4d67e \(13661 pictures\)"):
+    with pytest.raises(ValueError, match=r"splits are known for ef3b30f4d67e \(13661 images\)"):
         load_image_set(path)
 
     write_archive(path, {"meta.json": plain_json(facts), "pixels.npy.xz": pack_pixels(255 - pixels)})
@@ -306,7 +306,7 @@ def test_shipped_splits_belong_to_the_recorded_pixels() -> None:
     assert np.bincount(split).tolist() == [12476, 791, 394]
     with pytest.raises(ValueError, match="splits are known for ef3b30f4d67e"):
         shipped_splits("0" * 64, 13661)
-    with pytest.raises(ValueError, match=r"\(10 pictures\)"):
+    with pytest.raises(ValueError, match=r"\(10 images\)"):
         shipped_splits(PIXELS_SHA256, 10)
 
 

@@ -70,7 +70,7 @@ class Bench:
 
 @dataclass(frozen=True)
 class Acceptance(Placement, Filters):
-    """Measures speculative samplers of a raster model: tokens a pass, accepted drafts, speed against ancestral ones.
+    """Measures speculative samplers of a raster model: tokens per pass, accepted drafts, speed against ancestral.
 
     Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
     acceptance.md after every row.
@@ -100,7 +100,7 @@ class Acceptance(Placement, Filters):
 class Seeds:
     """Compares images of the same seeds made in other batches, orders and processes, resumed, with other threads.
 
-    A row a model and sampler; every cell is "equal" or the share of images that are, to the last bit of their pixels.
+    One row per model and sampler. A cell is "equal", or the share of images that are, to the last bit of their pixels.
     """
 
     models: tyro.conf.Positional[tuple[str, ...]] = ()

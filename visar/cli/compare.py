@@ -53,7 +53,7 @@ def _runs(options: Compare) -> list[_Run]:
     pairs = [split_run(run) for run in options.runs]
     pairs += [(model, sampler) for model in options.names for sampler in options.samplers]
     if pairs and not options.reference:
-        raise ValueError("--reference is needed to make the pictures' figures")
+        raise ValueError("--reference is needed to make the images' figures")
     if not pairs and options.speed_batches:
         raise ValueError("--speed-batches needs --samplers or --runs; finished folders bring their own speeds")
     check_batches(options.speed_batches)

@@ -12,7 +12,7 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Draws a part of a picture anew with a model over scales: inpainting, outpainting or a class edit."""
+    """Redraws a part of an image with a model over scales: inpainting, outpainting or a class edit."""
 
     model: tyro.conf.Positional[str]
     """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
@@ -56,7 +56,7 @@ def edit(options: Edit) -> str:
     """Runs `visar edit`; returns what to print.
 
     Raises:
-        ValueError: a file that is no picture, or a value out of range.
+        ValueError: a file that is not an image, or a value out of range.
     """
     import PIL.Image
 
@@ -69,10 +69,12 @@ def edit(options: Edit) -> str:
     from visar.pipelines.requests import named_values, number_or_name
 
     if options.num_images < 1:
-        raise ValueError(f"num_images {options.num_images}; it must be >= 1")
+        raise ValueError(f"--num-images {options.num_images}: it must be >= 1")
     single = options.out.suffix.lower() in WRITTEN_AS
     if options.out.suffix and not single:
-        raise ValueError(f"out {options.out}; it must end in one of {', '.join(WRITTEN_AS)}, or in none: a folder")
+        raise ValueError(
+            f"--out {options.out}: it must end in one of {', '.join(WRITTEN_AS)}, or be a folder without an ending"
+        )
     given = PIL.Image.fromarray(read_picture(options.picture, None, str(options.picture)))
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -103,4 +105,4 @@ def edit(options: Edit) -> str:
             with atomic_write(options.out / f"{name}.png") as path:
                 image.save(path)
     lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
-    return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])
+    return "\n".join([*lines, f"the given image and {options.num_images} edits: {options.out}"])

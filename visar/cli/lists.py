@@ -56,7 +56,7 @@ def samplers(options: Samplers, echo: Echo) -> None:
 
     from visar.samplers.index import SAMPLERS
 
-    rows = [("sampler", "law", "source", "needs", "settings (defaults)")]
+    rows = [("sampler", "distribution", "source", "needs", "settings (defaults)")]
     for name, entry in SAMPLERS.items():
         settings = ", ".join(
             f"{key} (needed)" if value.default is value.empty else f"{key}={value.default!r}"

@@ -122,10 +122,10 @@ def _beside(out: Path) -> Path:
 
 
 def _is_file(out: Path) -> bool:
-    """Whether `out` is a picture's name, else a folder's; finds before the work that it cannot be written.
+    """Whether `out` is an image's name, else a folder's; finds before the work that it cannot be written.
 
     Raises:
-        ValueError: it cannot, or its ending is neither a picture's nor that of a folder that exists.
+        ValueError: it cannot, or its ending is neither an image's nor that of a folder that exists.
     """
     from visar.io.files import check_file_output, check_folder_output
     from visar.io.pictures import WRITTEN_AS
@@ -136,7 +136,7 @@ def _is_file(out: Path) -> bool:
         return True
     if any(letter.isalpha() for letter in ending) and not out.is_dir():
         raise ValueError(
-            f"cannot write {out}: a picture's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
+            f"cannot write {out}: an image's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
             "must exist already"
         )
     check_folder_output(out)

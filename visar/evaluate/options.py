@@ -19,9 +19,9 @@ class MetricOptions:
     """Settings of the scores; the defaults are torch-fidelity's and the papers'.
 
     Attributes:
-        inception_splits: parts of the inception score; pictures are shuffled first, so class order cannot skew them.
+        inception_splits: parts of the inception score; images are shuffled first, so class order cannot skew them.
         kid_subsets: subsets of KID.
-        kid_subset_size: pictures in one; at most as many as a set has.
+        kid_subset_size: images in one; at most as many as a set has.
         neighbours: k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991: 3).
     """
 
@@ -134,8 +134,8 @@ class RunOptions:
 class Eval(Placement, Filters, ScoreOptions, RunOptions):
     """Generates images, scores them against a reference and writes the figure with its whole protocol.
 
-    Under torchrun or accelerate launch the images are shared among the processes. A run that was stopped goes on where
-    it was when the same command is given again.
+    Under torchrun or accelerate launch the images are shared among the processes. A run that was stopped resumes when
+    the same command is given again.
     """
 
     model: tyro.conf.Positional[str]
@@ -158,7 +158,7 @@ class Eval(Placement, Filters, ScoreOptions, RunOptions):
 
 @dataclass(frozen=True)
 class Stats(FeatureOptions, ResizeOptions):
-    """Writes a statistics file of real pictures, to evaluate against without the pictures."""
+    """Writes a statistics file of real images, to evaluate against without the images."""
 
     source: tyro.conf.Positional[str]
     """Real images: a folder, an .npz, or PLACE@train, a split of an image set with its labels."""
@@ -176,7 +176,7 @@ class Stats(FeatureOptions, ResizeOptions):
 
 @dataclass(frozen=True)
 class EvalTokenizer(Placement, ExtractorOptions, ResizeOptions):
-    """Encodes and decodes pictures and prints PSNR, SSIM, the reconstructions' distance and use of the codebook."""
+    """Encodes and decodes images and prints PSNR, SSIM, the reconstructions' distance and use of the codebook."""
 
     tokenizer: tyro.conf.Positional[str]
     """Name or folder of a tokenizer."""
@@ -190,7 +190,7 @@ class EvalTokenizer(Placement, ExtractorOptions, ResizeOptions):
 
 @dataclass(frozen=True)
 class Compare(Placement, ScoreOptions, RunOptions):
-    """The same seeds through several samplers or models: one table, relative to the first, and a picture of the trade.
+    """The same seeds through several samplers or models: one table, relative to the first, and a plot.
 
     Without --samplers and --runs, the names are folders that `visar eval` wrote.
     """

@@ -52,7 +52,7 @@ class Part:
 
 
 def image_digests(images: Tensor) -> Tensor:
-    """sha256 of every picture's bytes, uint8 [B, 32]."""
+    """sha256 of every image's bytes, uint8 [B, 32]."""
     digests = [hashlib.sha256(image.contiguous().cpu().numpy().tobytes()).digest() for image in images]
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(images), 32)
 

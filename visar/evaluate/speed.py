@@ -1,4 +1,4 @@
-"""How fast pictures are made, tokens and decoding together, and the GPU memory it takes: by batch size."""
+"""How fast images are made, tokens and decoding together, and the GPU memory it takes: by batch size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +44,7 @@ def check_batches(batches: Sequence[int]) -> None:
 def measure_speed(
     generate: ImageGenerator, plan: LabelPlan, batch: int, *, seed: int, device: torch.device, calls: int = 5
 ) -> Speed:
-    """Times calls that make images 0, 1, 2, ... of a run, a batch a call, after two untimed calls.
+    """Times calls that make images 0, 1, 2, ... of a run, one batch per call, after two untimed calls.
 
     Args:
         generate: makes a batch.

@@ -210,13 +210,13 @@ class TokenPipeline(DiffusionPipeline):
         prompts: Sequence[str] | None = None,
         attributes: dict[str, str] | None = None,
     ) -> tuple[Condition, list[str]]:
-        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training
-        set.
+        """Conditions of the images and their descriptions; what is not given is drawn from the distribution
+        of the training set.
 
         Args:
-            seeds: one an image; unspecified conditions are functions of it.
-            class_labels: one class an image, by number or by name.
-            prompts: one an image, for models conditioned on words or captions.
+            seeds: one per image; unspecified conditions are functions of it.
+            class_labels: one class per image, by number or by name.
+            prompts: one per image, for models conditioned on words or captions.
             attributes: further labels by name, such as {"style": "noto"}.
 
         Raises:
@@ -287,7 +287,7 @@ class TokenPipeline(DiffusionPipeline):
 
     def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
         """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
-        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it, and not kept.
+        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it and freed again.
 
         Args:
             sampler_options: of the sampler.
@@ -350,7 +350,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def summary(pipeline: Any) -> str:
-    """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one a line."""
+    """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one per line."""
     generator, config = pipeline.generator, pipeline.generator.config
     dtype = str(generator.dtype).removeprefix("torch.")
     settings = [f"{name} {value}" for name, value in pipeline.config["defaults"].items()]

@@ -157,7 +157,7 @@ class OutOfMemory(ValueError):
     def __init__(self, batch: int, fits: int, done: Any) -> None:
         self.batch, self.fits, self.done = batch, fits, done
         advice = f"about {fits} fit: set batch_size to {fits}" if fits else "not even one image fits: use offload=True"
-        made = f"; the {len(done.images)} images made before are kept" if done is not None else ""
+        made = f"; the {len(done.images)} images made before are not lost" if done is not None else ""
         super().__init__(f"out of memory with {batch} images at a time; {advice}{made}")
 
 

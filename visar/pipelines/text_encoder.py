@@ -120,10 +120,10 @@ def encode_captions(
 ) -> Condition:
     """Last hidden states of captions, right-aligned; equal captions are encoded once.
 
-    A caption of more than `length` tokens is cut there (its end mark is kept), with a warning in the log.
+    A caption of more than `length` tokens is cut there (its end mark stays), with a warning in the log.
 
     Args:
-        texts: one an image.
+        texts: one per image.
         encoder: loaded, or what `load_text_encoder` takes.
         length: T, vectors of every caption, with the encoder's own begin and end marks.
         device: that a loaded encoder is moved to, and where the features are.

@@ -216,7 +216,7 @@ class DrafterTask(Task):
         return torch.softmax(combine(self.target.output(hidden_RXD), scale_X1), dim=-1)
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
-        """None: a drafter makes no pictures of its own."""
+        """None: a drafter makes no images of its own."""
         return {}
 
     def save_model(self, model: Any, folder: Path) -> None:

@@ -65,7 +65,7 @@ class PictureSplit:
 
 
 class PixelsAhead:
-    """Pixels of the steps of a run; while one step is computed, the pictures of the next are decoded.
+    """Pixels of the steps of a run; while one step is computed, the images of the next are decoded.
 
     Args:
         split: the images.

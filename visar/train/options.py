@@ -19,7 +19,7 @@ else:
     GeneratorName = Literal["auto", *generators.FAMILIES]
     TokenizerName = Literal[*tokenizers.FAMILIES]
 
-# Options that do not change what a step computes, so a run may go on with others.
+# Options that do not change what a step computes, so a run may resume with others.
 FREE_OPTIONS = frozenset(
     {"out", "log_every", "sample_every", "save_every", "keep_checkpoints", "resume", "max_minutes", "tracker"}
 )

@@ -21,7 +21,7 @@ class Part:
         module: as it is saved.
         call: the same module behind gradient averaging over processes, if there are several; what a step calls.
         optimizers: of its parameters, each parameter in one of them.
-        learning_rate: at its highest.
+        learning_rate: the peak learning rate.
     """
 
     module: Any
