@@ -330,7 +330,7 @@ def test_refused_files(parity, tmp_path):
             "--like llamagen-x: no such official name; choose one of .*llamagen-c2i-b-256",
         ),
         (dict(file=file, like="var-d16", source="llamagen", **raster), "--like var-d16 is of var"),
-        (dict(file=file, dtype="half", **raster), "dtype 'half'; choose one of float32, bfloat16, float16"),
+        (dict(file=file, dtype="half", **raster), "--dtype half: choose one of float32, bfloat16, float16"),
     ]
     for number, (arguments, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message):

@@ -97,7 +97,7 @@ def test_a_relative_folder_is_the_same_to_the_client(tmp_path: Path, monkeypatch
     [
         ("echo 'network unreachable' >&2; exit 1", "could not fetch @scope/thing 1.0.0: network unreachable"),
         ("exit 0", "could not fetch @scope/thing"),
-        ('echo other > "$4/scope-thing-1.0.0.tgz"', "has sha256 .* nothing was kept"),
+        ('echo other > "$4/scope-thing-1.0.0.tgz"', "has sha256 .* nothing was stored"),
         ('head -c 9 /dev/zero > "$4/scope-thing-1.0.0.tgz"; kill -9 $$', "could not fetch"),
     ],
 )
