@@ -223,7 +223,7 @@ def test_recipes_replace_defaults(capsys):
     ("line", "status", "pieces"),
     [
         ("sampel", 2, "unknown command 'sampel'"),
-        ("train", 2, "say which: visar train tokenizer, visar train generator"),
+        ("train", 2, "choose one of visar train tokenizer, visar train generator"),
         ("sample", 2, "Required options"),
         ("sample emoji-raster --tempratur 1", 2, "--tempratur | --temperature"),
         ("sample emoji-raster --num-images two", 2, "--num-images | 'two'"),

@@ -176,7 +176,7 @@ def measure(
         pipeline: a raster model's, on its device.
         sampler: NAME or NAME:setting=value,setting=value.
         batch: images of a call; calls: how many are timed; seed: of the first image.
-        background: of the images.
+        background: background of the images.
         ancestral_seconds: an image, to be compared with; None: this is it.
         settings: guidance_scale, temperature, top_k, top_p; see `ImagePipeline.sampling_settings`.
 
@@ -260,7 +260,7 @@ def measure_acceptance(
         samplers: each as NAME or NAME:setting=value,setting=value.
         batch_sizes: images of a call.
         on_row: told the rows so far, after each.
-        settings: of `measure`.
+        settings: arguments of `measure`.
 
     Raises:
         ValueError: see `measure`; or a model that is not a raster one.

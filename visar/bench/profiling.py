@@ -12,7 +12,7 @@ class Operation:
     """One kernel (on a CPU: one operator).
 
     Attributes:
-        name: of it.
+        name: its name.
         calls: a step.
         us: a step, without what it calls.
     """

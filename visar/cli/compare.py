@@ -79,7 +79,7 @@ def _sampling(text: str, guidance_scale: float | None) -> Sampling:
 
 
 def _later_runs(runs: list[_Run], number: int) -> list[_Run]:
-    """Those of the same model, if this is its first run: a slip in the last one shows before it. Else none."""
+    """Later runs of the same model if this is its first one, so that they are all checked before it; else none."""
     model = runs[number].model
     return [] if model in {run.model for run in runs[:number]} else [r for r in runs[number + 1 :] if r.model == model]
 

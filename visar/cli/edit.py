@@ -15,7 +15,7 @@ class Edit:
     """Redraws a part of an image with a model over scales: inpainting, outpainting or a class edit."""
 
     model: tyro.conf.Positional[str]
-    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
     picture: tyro.conf.Positional[Path]
     """Image file to edit; its centre square is resized to the model's size."""
     box: Box = (0.25, 0.25, 0.75, 0.75)

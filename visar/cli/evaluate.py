@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         options: its flags.
-        sampler_options: of --sampler.NAME VALUE.
+        sampler_options: settings of the sampler, from --sampler.NAME VALUE.
         echo: prints a table: header and rows.
         progress: told (what, done, total).
         world: the processes; None joins those of the launcher, for this call.

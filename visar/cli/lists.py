@@ -19,7 +19,7 @@ def models(options: Models, report: Report, echo: Echo) -> None:
     """Runs `visar models`.
 
     Args:
-        options: of the command.
+        options: options of the command.
         report: prints a line.
         echo: prints a table: header and rows.
 

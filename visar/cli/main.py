@@ -320,7 +320,7 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
     if first in COMMANDS:
         return first, rest
     if second:
-        raise ValueError(f"say which: {', '.join(f'visar {first} {word}' for word in second)}")
+        raise ValueError(f"choose one of {', '.join(f'visar {first} {word}' for word in second)}")
     nearest = difflib.get_close_matches(first, {name.partition(" ")[0] for name in COMMANDS}, n=1)
     hint = f"; nearest: {nearest[0]}" if nearest else ""
     raise ValueError(f"unknown command {first!r}{hint}\n{_usage()}")

@@ -16,7 +16,7 @@ class Sample:
     """Makes images with a model: a grid in one file, or a folder of files."""
 
     model: tyro.conf.Positional[str]
-    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
     """Class by name or number; when not given, every image draws one from the training set's distribution."""
     prompt: str | None = None
@@ -59,7 +59,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     """Runs `visar sample`.
 
     Args:
-        options: of the command.
+        options: options of the command.
         sampler_options: settings of the sampler, by name.
         report: prints a line.
 

@@ -100,7 +100,7 @@ def clip_facts(emoji: Sequence[Emoji], strips: Sequence[bytes], still: int) -> d
     """The content of meta.json.
 
     Args:
-        emoji: of every clip, in file order.
+        emoji: emoji of every clip, in file order.
         strips: its encoded frames.
         still: number of images left out because they do not move.
     """

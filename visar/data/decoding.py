@@ -37,7 +37,7 @@ class EncodedFiles:
 
     Args:
         root: the folder.
-        names: of the files, relative to it.
+        names: names of the files, relative to it.
     """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:

@@ -30,7 +30,7 @@ class FoundPictures:
 
     Attributes:
         root: the folder.
-        names: of the images, relative to it with slashes; ordered folder by folder.
+        names: names of the images, relative to it with slashes; ordered folder by folder.
         broken: names of links to nothing, and of pipes and devices that are named as images.
         left_out: names of other files and folders, by the reason.
     """
@@ -136,7 +136,7 @@ def hold_out(names: Sequence[str], split_N: np.ndarray | None = None) -> np.ndar
     """Splits, int8 [N], with images for validation: a twentieth, by a hash of the name, and at least one of two.
 
     Args:
-        names: of the images.
+        names: names of the images.
         split_N: splits that are known; they stay as they are where one is for validation.
     """
     split = np.zeros(len(names), np.int8) if split_N is None else split_N.astype(np.int8)

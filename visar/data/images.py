@@ -60,7 +60,7 @@ class ImageSet:
         images: uint8 [N, H, W, 3]; those of folders and parquet files are decoded when they are asked for.
         labels_NA: int64 [N, columns], as in `vocabulary.attributes`.
         words_NT: int64 [N, num_words] word ids of the captions, padded with 0; None without captions.
-        captions: of all images, "" for one that has none; None without.
+        captions: captions of all images, "" for one that has none; None without.
         split_N: int8 [N]: index in ("train", "val", "test").
         mirror_allowed_N: bool [N].
         vocabulary: names of labels and words.

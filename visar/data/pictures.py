@@ -27,7 +27,7 @@ def rgb(image: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
     """An image in mode RGB, transparent parts white.
 
     Args:
-        image: of any mode and bit depth that Pillow opens.
+        image: image of any mode and bit depth that Pillow opens.
         upright: turn it as its EXIF orientation says.
 
     Raises:

@@ -252,7 +252,7 @@ class Vocabulary:
                 names = ", ".join(self.attributes[column][i] for i in seen)
                 raise ValueError(
                     f"no training image has {column} {self.attributes[column][label]!r} with the other conditions; "
-                    f"with them go: {names}"
+                    f"they occur with: {names}"
                 )
         return np.flatnonzero(fits)
 
@@ -332,7 +332,7 @@ def build_vocabulary(
     Args:
         attributes: names by column.
         labels_NA: int labels of all images.
-        captions: of all images, or None.
+        captions: captions of all images, or None.
         train: indices of the training split.
     """
     words: tuple[str, ...] = ()

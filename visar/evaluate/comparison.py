@@ -48,8 +48,8 @@ def draw_pareto(
     Points are numbered in their order; what the numbers are stands below.
 
     Args:
-        points: of the runs.
-        path: of the plot.
+        points: points of the runs.
+        path: path of the plot.
         cost_name, distance_name: written beside the axes.
         size: about that of the plot without the lines below it, in pixels.
 

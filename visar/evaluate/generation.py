@@ -48,11 +48,11 @@ class Generated:
     Attributes:
         num_samples: N.
         features: float32 [N, D] by layer, in the order of the images.
-        second_features: of a second extractor.
+        second_features: features of a second extractor.
         thumbnails_ND: float32 [N, 768], or None.
         images_sha256: sha256 over the images' own sha256, in order: equal for equal images.
         duplicates: images that have the same bytes as an earlier one.
-        statistics: of all sampler calls together.
+        statistics: statistics of all sampler calls together.
         calls: how many there were.
         forward_passes_per_image: model calls that an image needed (of its batch), by model, averaged over images.
         images_per_second: of one process, decoding included; its first batch left out where there are others. None if

@@ -68,7 +68,7 @@ class ArrayImages:
     Args:
         images_NHWC: uint8 [N, H, W, 3], or clips [N, T, H, W, 3]; numpy or torch.
         name: what reports call it.
-        labels: of the images, if known.
+        labels: labels of the images, if known.
 
     Raises:
         ValueError: another dtype or shape, or no image.

@@ -65,8 +65,8 @@ class LabelTable:
         only is taken to have the model's.
 
         Args:
-            num_classes: of the model.
-            names: of its classes; None where they have numbers only.
+            num_classes: number of classes of the model.
+            names: names of its classes; None where they have numbers only.
 
         Raises:
             ValueError: the classes cannot be matched.

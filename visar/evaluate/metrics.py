@@ -125,7 +125,7 @@ def compute_metrics(
     """All scores that the features and the reference allow.
 
     Args:
-        features: of the generated images, float32 [N, D] by layer.
+        features: features of the generated images, float32 [N, D] by layer.
         reference: real images, measured with the same extractor.
         kind: the extractor's row in EXTRACTORS.
         layer: features of the distance, KID, precision and recall; None is the kind's own.

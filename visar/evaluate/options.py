@@ -74,7 +74,7 @@ class ScoreOptions(FeatureOptions, ResizeOptions):
     """What images are scored with and against.
 
     Attributes:
-        extractor_dtype: of the extractor's arithmetic; no flag.
+        extractor_dtype: dtype of the extractor's arithmetic; it has no flag.
     """
 
     reference: str

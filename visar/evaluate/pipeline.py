@@ -44,7 +44,7 @@ class Sampling:
     top_p: float | Sequence[float] | None = None
 
     def call_settings(self) -> dict[str, Any]:
-        """As keyword arguments of the pipeline, but for the sampler's own options."""
+        """The settings as keyword arguments of the pipeline, but for the sampler's own options."""
         return {
             "sampler": self.sampler,
             "guidance_scale": self.guidance,

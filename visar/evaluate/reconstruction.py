@@ -115,10 +115,10 @@ def evaluate_reconstruction(
     Args:
         tokenizer: in evaluation mode on `device`.
         images: images to reconstruct; held-out ones, for an honest figure.
-        extractor: of the Frechet distance.
+        extractor: extractor of the Frechet distance.
         batch_size: images at a time.
         device: the tokenizer's.
-        reference: of protocol "reconstruction"; None takes the statistics of `images` themselves.
+        reference: statistics for the protocol "reconstruction"; None takes the statistics of `images` themselves.
         progress: told the number of images done.
 
     Raises:

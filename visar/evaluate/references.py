@@ -148,7 +148,7 @@ def load_reference(
         protocol: "generation" or "reconstruction"; must be the file's, where the file records it.
         batch_size: images at a time, where images are read.
         resize, image_size: for folders, see FolderImages.
-        labels: of the images, where they are given as images that do not bring their own.
+        labels: labels of the images, where they are given as images that do not bring their own.
         progress: told the number of images done.
 
     Raises:

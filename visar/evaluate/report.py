@@ -78,7 +78,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of one process, while the run's images were made; None for images that were not made here."""
+        """Images per second of one process while it made the run's images; None for images that were not made here."""
         return self.cost["images_per_second"]
 
 

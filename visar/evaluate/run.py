@@ -80,7 +80,7 @@ def evaluate_generator(
         reference: None in processes other than the first.
         extractor: its layers are computed for every image.
         plan: labels.
-        options: of the run.
+        options: options of the run.
         name: row of tables.
         settings: what the images depend on besides seeds and labels; the run's folder remembers it.
         world: the processes.
@@ -240,7 +240,7 @@ def evaluate_pipeline(
         pipeline: on the device it shall run on.
         sampling: how it samples.
         score: reference and extractor.
-        options: of the run.
+        options: options of the run.
         name: the model's name in tables and cards.
         uint8_rule: key of UINT8_RULES.
         prompts: for models conditioned on words; image i has prompt i mod their number.

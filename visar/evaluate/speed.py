@@ -20,7 +20,7 @@ class Speed:
 
     Attributes:
         batch: images of a call.
-        images_per_s: of the median call.
+        images_per_s: images per second of the median call.
         spread: (longest - shortest) / median of the timed calls, which make different images.
         peak_gib: most GPU memory that tensors took, weights included, in GiB; None on a CPU.
     """

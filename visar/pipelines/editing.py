@@ -70,7 +70,7 @@ def edit_images(
 
     Args:
         pipeline: over scales.
-        pictures: of any size; their centre squares are resized to the model's size, as in training.
+        pictures: images of any size; their centre squares are resized to the model's size, as in training.
         box: top, left, bottom, right as fractions of that square, in 0 ... 1.
         mask: bool [B or 1, H, W] in the model's pixels, True where the image stays; instead of box.
         keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
@@ -80,7 +80,7 @@ def edit_images(
         unconditional: give the model nothing instead, so that the rest of the image alone decides.
         paste: put the given pixels back where the image stays; else they too have gone through the tokenizer.
         seed: image i has seed + i.
-        settings: of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
+        settings: arguments of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
             sampler_options.
 
     Returns: as of the pipeline.

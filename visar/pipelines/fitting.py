@@ -87,8 +87,8 @@ def check_defaults(defaults: Any, num_blocks: int | None = None) -> None:
     """Checks a pipeline's default sampling settings.
 
     Args:
-        defaults: of the pipeline.
-        num_blocks: of its generator; None where there is none.
+        defaults: defaults of the pipeline.
+        num_blocks: number of blocks of its generator; None where there is none.
 
     Raises:
         ValueError: unknown settings, or values that no sampler takes.

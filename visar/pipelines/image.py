@@ -26,7 +26,7 @@ class ImageOutput(BaseOutput):
 
     Attributes:
         images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], or float array [B, H, W, 3] in [0, 1].
-        statistics: of the sampler.
+        statistics: statistics of the sampler.
         tokens: int64 [B, N].
         seeds: one per image; an image can be made again alone with its seed and condition.
         descriptions: what each image was conditioned on, in words.

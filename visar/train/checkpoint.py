@@ -28,7 +28,7 @@ def check_same_options(saved: dict[str, Any], options: Any, free: Collection[str
         saved: `options_to_json` of the begun run.
         options: those given now.
         free: names that may differ, as they do not change what is computed.
-        folder: of the run, for the message.
+        folder: folder of the run, for the message.
 
     Raises:
         ValueError: options differ; all of them are named with both values.

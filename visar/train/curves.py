@@ -14,7 +14,7 @@ def draw_codebook_use(folder: Path) -> Path | None:
     A scale whose line falls to 1 has collapsed: all its positions get the same code.
 
     Args:
-        folder: of a run that trains a multi-scale tokenizer.
+        folder: folder of a run that trains a multi-scale tokenizer.
 
     Returns: the plot, codebook-use.png in the folder; None where no validation has measured it.
     """

@@ -33,8 +33,8 @@ class RunLog:
     that an uninterrupted one leaves.
 
     Args:
-        options: of the run.
-        accelerator: of accelerate; its tracker is used.
+        options: options of the run.
+        accelerator: accelerator of accelerate; its tracker is used.
         begin: step that the run resumes from.
 
     Raises:
@@ -115,7 +115,9 @@ def _tensorboard(options: RunOptions, begin: int) -> Any:
     from accelerate.utils import is_tensorboard_available
 
     if not is_tensorboard_available():
-        raise ImportError("tracker tensorboard is not installed: pip install 'torch-visar[train]', or tracker=none")
+        raise ImportError(
+            "tracker tensorboard is not installed: pip install 'torch-visar[train]', or use --tracker none"
+        )
     # Points beyond the step that the run resumes from are written again.
     tracker = TensorBoardTracker("logs", options.out, purge_step=begin + 1)
     tracker.start()

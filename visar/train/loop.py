@@ -59,7 +59,7 @@ class StopRequest:
     """Whether SIGINT (Ctrl-C) or SIGTERM (a scheduler's notice) asks a run to stop.
 
     Attributes:
-        number: of the signal; None while nothing asks.
+        number: number of the signal; None before one arrives.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ class StepRandom:
     """Generators of one process of a run.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         process: number of this process.
         device: where generators draw.
     """

@@ -76,8 +76,8 @@ def build_token_cache(
         tokenizer: on the device, in evaluation mode.
         path: file of the cache; None keeps it in memory only.
         variants: variants of an image (32 in the embedded models' recipes); the first is the image itself.
-        augmentation: of the other variants; without one, variants must be 1.
-        seed: of the augmentation; batch_size changes it too.
+        augmentation: augmentation of the other variants; without one, variants must be 1.
+        seed: seed of the augmentation; batch_size changes it too.
         batch_size: images at a time.
         device: where to compute.
 
