@@ -115,9 +115,7 @@ def _tensorboard(options: RunOptions, begin: int) -> Any:
     from accelerate.utils import is_tensorboard_available
 
     if not is_tensorboard_available():
-        raise ImportError(
-            "tracker tensorboard is not installed: pip install 'torch-visar[train]', or use --tracker none"
-        )
+        raise ImportError("tracker tensorboard is missing: pip install 'torch-visar[train]', or --tracker none")
     # Points beyond the step that the run resumes from are written again.
     tracker = TensorBoardTracker("logs", options.out, purge_step=begin + 1)
     tracker.start()
