@@ -197,7 +197,7 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(class_labels="cat", prompt="red apple"), "not both"),
         (dict(attributes={"style": "chalk"}), "unknown style 'chalk'"),
         (dict(attributes={"mood": "ink"}), "unknown attribute 'mood'; this model has class, style"),
-        (dict(class_labels="dog", attributes={"style": "oil"}), "no training picture has style 'oil'.*go: ink"),
+        (dict(class_labels="dog", attributes={"style": "oil"}), "no training image has style 'oil'.*occur with: ink"),
         (dict(num_images=0), "num_images 0"),
         (dict(num_images=-2), "num_images -2"),
         (dict(num_images=1.5), "num_images 1.5"),

@@ -20,10 +20,10 @@ def check_windows(subject: Subject, windows: tuple[int, ...]) -> None:
     """Checks that the model can be asked.
 
     Raises:
-        ValueError: a model that judges no windows, or one that does not fit behind half of the sequence.
+        ValueError: a model that verifies no windows, or one that does not fit behind half of the sequence.
     """
     if not isinstance(subject.generator, Windowed):
-        raise ValueError(f"{subject.name} judges no windows: --window is for raster models")
+        raise ValueError(f"{subject.name} verifies no windows: --window is for raster models")
     most = subject.generator.num_tokens - subject.generator.num_tokens // 2
     wrong = [window for window in windows if not 1 <= window <= most]
     if wrong:

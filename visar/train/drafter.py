@@ -58,7 +58,7 @@ def read_conditions(pipeline: ImagePipeline, everything: ImageSet, device: torch
     Args:
         pipeline: with the generator.
         everything: the images with all their conditions.
-        device: of the features of captions.
+        device: device of the features of captions.
 
     Raises:
         ValueError: the images have not the model's labels or words.
@@ -141,9 +141,9 @@ class DrafterTask(Task):
 
     Args:
         run: this process.
-        options: of the run.
+        options: options of the run.
         pipeline: with the frozen target, on the device.
-        conditions: of the image set.
+        conditions: conditions of the image set.
         cache: ids of all images.
     """
 
@@ -216,7 +216,7 @@ class DrafterTask(Task):
         return torch.softmax(combine(self.target.output(hidden_RXD), scale_X1), dim=-1)
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
-        """None: a drafter makes no pictures of its own."""
+        """None: a drafter makes no images of its own."""
         return {}
 
     def save_model(self, model: Any, folder: Path) -> None:

@@ -41,7 +41,7 @@ class GeneratorTask(Task):
 
     Args:
         run: this process.
-        options: of the run.
+        options: options of the run.
         tokenizer: whose ids they are, frozen, on the device.
         images: with the conditions that the model reads.
         cache: ids of all of them.
