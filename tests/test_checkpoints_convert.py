@@ -214,7 +214,7 @@ def test_one_model_alone_and_stored_dtypes(parity, tmp_path):
     with pytest.raises(ValueError, match="holds one model"):
         load(tmp_path / "gpt", device="cpu")
     with pytest.raises(
-        ValueError, match="RasterGPT is no class that may be loaded here; allowed: MultiScaleVQTokenizer, VQTokenizer"
+        ValueError, match="RasterGPT is no class that may be loaded here; allowed: VQTokenizer, MultiScaleVQTokenizer"
     ):
         load_tokenizer(tmp_path / "gpt", device="cpu")
 

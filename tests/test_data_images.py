@@ -183,7 +183,7 @@ def test_places_that_are_no_image_sets_are_refused(tmp_path: Path) -> None:
     for place, size, message in [
         ("nowhere", 8, "no image set at"),
         ("empty", 8, "has no images"),
-        ("empty", None, "say image_size"),
+        ("empty", None, "image_size None.*--image-size"),
         ("empty", 0, "image_size 0"),
         ("text.md", 8, "not an image set"),
         ("text.npz", 8, "damaged or not an .npz"),

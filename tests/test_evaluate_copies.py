@@ -80,7 +80,7 @@ def test_neighbour_picture_shows_sample_then_nearest(tmp_path: Path, real_NHWC: 
         top = 2 + row * 66
         for left in (2, 68):  # the sample, and its nearest: itself
             assert np.array_equal(sheet[top : top + 64, left : left + 64], real_NHWC[index].numpy())
-    with pytest.raises(ValueError, match="named .png"):
+    with pytest.raises(ValueError, match="ends in .png"):
         neighbour_picture(real_NHWC[:1], real_NHWC, tmp_path / "n.gif")
     with pytest.raises(ValueError, match="differ in size"):
         neighbour_picture(real_NHWC[:1, :32], real_NHWC, tmp_path / "n.png")

@@ -153,7 +153,7 @@ def test_broken_files_are_named(tmp_path: Path, extractor: Extractor) -> None:
     with pytest.raises(ValueError, match="not a statistics file"):
         np.savez(tmp_path / "i.npz", images=pictures(2))
         load_statistics(tmp_path / "i.npz")
-    with pytest.raises(ValueError, match="named .npz"):
+    with pytest.raises(ValueError, match="end in .npz"):
         make_statistics(ArrayImages(pictures(4)), extractor, tmp_path / "s.pt")
     with pytest.raises(ValueError, match="uint8"):
         load_reference(np.zeros((2, 8, 8, 3)), extractor)

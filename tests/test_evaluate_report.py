@@ -186,5 +186,5 @@ def test_pareto_picture_marks_the_points(tmp_path: Path) -> None:
     for wrong in ([], [Point("x", 0.0, 1.0)], [Point("x", 1.0, float("nan"))]):
         with pytest.raises(ValueError, match="above 0"):
             draw_pareto(wrong, tmp_path / "x.png", cost_name="passes", distance_name="FD")
-    with pytest.raises(ValueError, match="named .png"):
+    with pytest.raises(ValueError, match="ends in .png"):
         draw_pareto(points, tmp_path / "x.jpg", cost_name="passes", distance_name="FD")
