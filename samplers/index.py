@@ -54,6 +54,9 @@ SAMPLERS: dict[str, SamplerEntry] = {
     "ancestral": SamplerEntry(
         "visar.samplers.ancestral", "sample_ancestral", True, "arXiv 2406.06525, 2404.02905", ("append",)
     ),
+    "one_step": SamplerEntry(
+        "visar.samplers.one_step", "sample_one_step", False, "arXiv 2412.17153", ("first_token",)
+    ),
     "flow": SamplerEntry("visar.samplers.flow", "sample_flow", False, "arXiv 2412.17153", ("append",)),
     "jacobi": SamplerEntry(
         "visar.samplers.jacobi", "sample_jacobi", True, "arXiv 2410.01699, 2510.24211", ("verify", "commit")

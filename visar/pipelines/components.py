@@ -26,6 +26,7 @@ TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQToke
 GENERATORS = {
     "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
     "NextScaleTransformer": "visar.generators.next_scale",
+    "OneStepGenerator": "visar.generators.one_step",
     "RasterGPT": "visar.generators.raster",
     "TabularGenerator": "visar.generators.tabular",
 }
