@@ -2,20 +2,25 @@
 
 import argparse
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from visar.io.files import load_weights
 
 State = dict[str, Tensor]
 Model = TypeVar("Model", bound=nn.Module)
+Weights = Literal["ema", "plain"]
 
 WRAPPERS = ("model", "module", "state_dict")
 _PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
+_EMA = re.compile(r"(^|[._])ema($|[._])", re.IGNORECASE)
+# More calls of torch than any model needs that is made of a file: a bound for sizes that a damaged file may say.
+_MOST_CALLS = 200_000
 
 
 def read(path: str | Path) -> dict[str, object]:
@@ -27,6 +32,88 @@ def read(path: str | Path) -> dict[str, object]:
     # A Namespace is a plain container; trainers save one under "args".
     with torch.serialization.safe_globals([argparse.Namespace]):
         return load_weights(path)
+
+
+# ------------------------------------------------------------------------------------------------ finding the weights
+def mappings(content: Mapping[Any, object]) -> Iterator[tuple[str, Mapping[Any, object]]]:
+    """Every mapping in a checkpoint with its path such as "trainer.vae", the whole first; each once, even where
+    mappings hold themselves."""
+    queue, seen = [("", content)], {id(content)}
+    for path, node in queue:
+        yield path, node
+        for key, value in node.items():
+            if isinstance(value, Mapping) and id(value) not in seen:
+                seen.add(id(value))
+                queue.append((f"{path}.{key}" if path else str(key), value))
+
+
+def tensor_names(node: Mapping[Any, object]) -> set[str]:
+    """Names of a mapping's tensors, without the prefixes that wrappers put before every key."""
+    return {_PREFIXES.sub("", str(key)) for key, value in node.items() if isinstance(value, Tensor)}
+
+
+def holds(content: Mapping[str, object], marks: Sequence[str]) -> bool:
+    """Whether a file has tensors of these names side by side."""
+    return any(tensor_names(node).issuperset(marks) for _, node in mappings(content))
+
+
+def kinds_of_weights(content: Mapping[str, object], marks: Sequence[str]) -> set[Weights]:
+    """Which kinds of the marked weights a file has: averaged ones ("ema"), those of the last step ("plain")."""
+    return {
+        "ema" if _EMA.search(path) else "plain"
+        for path, node in mappings(content)
+        if tensor_names(node).issuperset(marks)
+    }
+
+
+def tensors_of(node: Mapping[Any, object], source: str) -> State:
+    """A mapping's tensors without the prefixes that wrappers put before every key ("module.", "_orig_mod.").
+
+    Raises:
+        ValueError: two keys become one, or tensors that are complex, sparse, quantised or without values.
+    """
+    state: State = {}
+    strange = []
+    for key, value in node.items():
+        if not isinstance(value, Tensor):
+            continue
+        name = _PREFIXES.sub("", str(key))
+        if name in state:
+            raise ValueError(f"{source} has the weights {name} twice: with and without a prefix such as module.")
+        state[name] = value
+        if value.is_complex() or value.is_quantized or value.layout != torch.strided:
+            kind = "quantised" if value.is_quantized else "complex" if value.is_complex() else "sparse"
+            strange.append(f"{name} ({kind}, {str(value.dtype).removeprefix('torch.')})")
+    if strange:
+        raise ValueError(f"{source} has weights that are no ordinary numbers: {_some(strange)}")
+    return state
+
+
+def find_weights(
+    content: Mapping[str, object], marks: str | Sequence[str], source: str, weights: Weights | None = None
+) -> State:
+    """The weights in a checkpoint: the tensors of the one mapping, at any depth, that has the keys `marks`.
+
+    Prefixes that wrappers put before every key ("module.", "_orig_mod.") are dropped.
+
+    Args:
+        content: of the file.
+        marks: one key or several.
+        source: what error messages call the file.
+        weights: which to take of a file with averaged (ema) and plain ones; None = plain.
+
+    Raises:
+        ValueError: no mapping has the keys, or several have; or see `tensors_of`.
+    """
+    marks = [marks] if isinstance(marks, str) else list(marks)
+    found = {path: node for path, node in mappings(content) if tensor_names(node).issuperset(marks)}
+    if len({bool(_EMA.search(path)) for path in found}) == 2:
+        found = {path: node for path, node in found.items() if bool(_EMA.search(path)) == (weights == "ema")}
+    if len(found) != 1:
+        places = ", ".join(path or "the top level" for path in found)
+        where = f"found at {places}" if found else f"keys are {_some(content)}"
+        raise ValueError(f"{source}: one set of weights with the key {', '.join(marks)} is needed; {where}")
+    return tensors_of(next(iter(found.values())), source)
 
 
 def unwrap(content: Mapping[str, object], source: str, *, prefer_ema: bool = False) -> State:
@@ -43,19 +130,20 @@ def unwrap(content: Mapping[str, object], source: str, *, prefer_ema: bool = Fal
         ValueError: no weights at any of these places, or something that is no tensor among them.
     """
     names = ("ema", *WRAPPERS) if prefer_ema else (*WRAPPERS, "ema")
-    node = content
+    node, seen = content, {id(content)}
     while not any(isinstance(value, Tensor) for value in node.values()):
         inner = next((value for name in names if isinstance(value := node.get(name), Mapping)), None)
-        if inner is None:
+        if inner is None or id(inner) in seen:
             raise ValueError(
                 f"{source} has no weights: keys are {_some(node)}; "
                 f"looked for tensors, or a mapping under {_some(names)}"
             )
         node = inner
+        seen.add(id(node))
     strange = [f"{key} ({type(value).__name__})" for key, value in node.items() if not isinstance(value, Tensor)]
     if strange:
         raise ValueError(f"{source} has values that are no tensors among its weights: {', '.join(strange)}")
-    return {_PREFIXES.sub("", key): value for key, value in node.items() if isinstance(value, Tensor)}
+    return tensors_of(node, source)
 
 
 def _some(names: Sequence[str] | Mapping[str, object], most: int = 8) -> str:
@@ -63,15 +151,28 @@ def _some(names: Sequence[str] | Mapping[str, object], most: int = 8) -> str:
     return ", ".join(shown) + (" ..." if len(names) > most else "") if shown else "none"
 
 
-def require(state: Mapping[str, object], keys: Sequence[str], source: str, what: str) -> None:
+def require(state: Mapping[str, Tensor], keys: Mapping[str, int], source: str, what: str) -> None:
     """Checks that keys are there that sizes are read from.
 
+    Args:
+        state: weights.
+        keys: and the number of axes of each.
+        source: for error messages.
+        what: the file should be.
+
     Raises:
-        ValueError: naming all the missing ones.
+        ValueError: naming all that are missing, or of another number of axes or empty.
     """
     missing = [key for key in keys if key not in state]
     if missing:
         raise ValueError(f"{source} is not a complete {what}: missing {', '.join(missing)} (it has {_some(state)})")
+    wrong = [
+        f"{key} {list(state[key].shape)}"
+        for key, axes in keys.items()
+        if state[key].ndim != axes or 0 in state[key].shape
+    ]
+    if wrong:
+        raise ValueError(f"{source} is no {what}: tensors of impossible shapes: {_some(wrong)}")
 
 
 def count_modules(state: Mapping[str, object], prefix: str) -> int:
@@ -80,7 +181,7 @@ def count_modules(state: Mapping[str, object], prefix: str) -> int:
     return len({match[1] for key in state if (match := pattern.match(key))})
 
 
-def rename(state: State, rules: Sequence[tuple[str, str]]) -> State:
+def rename(state: State, rules: Sequence[tuple[str, str]], source: str = "the checkpoint") -> State:
     """Keys after every (regular expression, replacement) in order.
 
     Raises:
@@ -92,7 +193,7 @@ def rename(state: State, rules: Sequence[tuple[str, str]]) -> State:
         for pattern, replacement in rules:
             name = re.sub(pattern, replacement, name)
         if name in renamed:
-            raise ValueError(f"two keys become {name} (one of them is {key})")
+            raise ValueError(f"{source}: two keys become {name} (one of them is {key})")
         renamed[name] = value
     return renamed
 
@@ -101,7 +202,7 @@ def check_keys(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source
     """Checks that a file has exactly the keys and shapes of a model.
 
     Raises:
-        ValueError: naming every missing key, every unexpected one and every other shape.
+        ValueError: naming every missing key, every unexpected one, every other shape, and integers for floats.
     """
     problems = {
         "missing": [key for key in wanted if key not in state],
@@ -110,6 +211,11 @@ def check_keys(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source
             f"{key} {list(state[key].shape)} (needed {list(value.shape)})"
             for key, value in wanted.items()
             if key in state and state[key].shape != value.shape
+        ],
+        "of another kind": [
+            f"{key} {str(state[key].dtype).removeprefix('torch.')}"
+            for key, value in wanted.items()
+            if key in state and state[key].is_floating_point() != value.is_floating_point()
         ],
     }
     if any(problems.values()):
@@ -129,10 +235,59 @@ def load_strict(model: Model, state: State, source: str) -> Model:
     return model
 
 
-def empty(model_class: type[Model], config: Mapping[str, object]) -> Model:
-    """The model on the meta device: shapes without memory."""
-    with torch.device("meta"):
-        return model_class(**config)
+class _Bounded(TorchFunctionMode):
+    """Ends the making of a model of absurd sizes, such as 10^9 layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        if self.calls > _MOST_CALLS:
+            raise ValueError("the model would have far more layers than any that fits into memory")
+        return func(*args, **(kwargs or {}))
+
+
+def empty(model_class: type[Model], config: Mapping[str, Any]) -> Model:
+    """The model on the meta device: shapes without memory.
+
+    Raises:
+        ValueError: sizes that make no model.
+        TypeError: arguments that the class does not take.
+    """
+    try:
+        with torch.device("meta"), _Bounded():
+            return model_class(**config)
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, RuntimeError) as error:
+        raise ValueError(f"these sizes make no {model_class.__name__}: {error or type(error).__name__}") from error
+
+
+def fitted(
+    model_class: type[Model], config: dict[str, Any], state: State, source: str
+) -> tuple[dict[str, Any], State]:
+    """Configuration and weights, checked to be those of a model of the class.
+
+    Raises:
+        ValueError: sizes that make no model, or see `check_keys`.
+    """
+    try:
+        wanted = empty(model_class, config).state_dict()
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: {error}") from error
+    check_keys(wanted, state, source)
+    return config, state
+
+
+def check_finite(state: Mapping[str, Tensor], source: str) -> None:
+    """Checks that all weights are finite numbers.
+
+    Raises:
+        ValueError: naming those that are not.
+    """
+    wrong = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if wrong:
+        raise ValueError(f"{source} has weights that are not finite (NaN or infinite): {_some(wrong)}")
 
 
 def build(
@@ -141,7 +296,8 @@ def build(
     """A model in evaluation mode with the weights in one dtype (integers keep theirs).
 
     Raises:
-        ValueError: see `check_keys`.
+        ValueError: weights that are not finite, or see `check_keys`.
     """
     cast = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items()}
+    check_finite(cast, source)
     return load_strict(empty(model_class, config), cast, source).eval()

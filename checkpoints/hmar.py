@@ -6,16 +6,22 @@ The released weights are for research and non-commercial use. The tokenizer is V
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, require
-from visar.checkpoints.var import Scales, find_weights, to_ours, transformer_config
+from visar.checkpoints import var
+from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, require
+from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import Content, Models, Row, choose_weights, expect
+from visar.checkpoints.var import Scales, to_ours, transformer_config
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 MERGED_MARK, PHASE_MARK = "mask_head.weight", "blocks.0.attn.mat_qkv.weight"
+# What the second training phase has and no other file in VAR's layout.
+SECOND_PHASE_MARK = "mask_embed.weight"
 
 
 def convert(
@@ -32,16 +38,14 @@ def convert(
     """
     state = find_weights(content, MERGED_MARK, source)
     config = transformer_config(state, "ns_blocks.0", tokenizer, num_heads, scales, source)
-    require(state, ["ns_head.weight"], source, "HMAR transformer")
+    require(state, {"ns_head.weight": 2}, source, "HMAR transformer")
     refinement = count_modules(state, "ns_blocks")
     config |= dict(
         vocab_size=state["ns_head.weight"].shape[0],
         num_layers=count_modules(state, "base_blocks") + refinement,
         num_refinement_layers=refinement,
     )
-    converted = to_ours(state, tokenizer, source)
-    check_keys(empty(HierarchicalMaskedTransformer, config).state_dict(), converted, source)
-    return config, converted
+    return fitted(HierarchicalMaskedTransformer, config, to_ours(state, tokenizer, source), source)
 
 
 def load(
@@ -104,19 +108,58 @@ def merge_phases(next_scale: State, refinement: State, num_refinement_layers: in
     return second | first
 
 
-def load_phases(
-    next_scale_path: str | Path,
-    refinement_path: str | Path,
-    tokenizer: MultiScaleVQTokenizer,
-    *,
-    num_refinement_layers: int = 8,
-    scales: Scales | None = None,
-    dtype: torch.dtype = torch.float32,
-) -> HierarchicalMaskedTransformer:
-    """The transformer of the checkpoints of both training phases, nested or not; see `merge_phases` and `convert`."""
-    phases = [find_weights(read(path), PHASE_MARK, str(path)) for path in (next_scale_path, refinement_path)]
-    source = f"{next_scale_path} with {refinement_path}"
-    config, state = convert(
-        merge_phases(phases[0], phases[1], num_refinement_layers), tokenizer, scales=scales, source=source
+# ------------------------------------------------------------------------------------------------- for visar convert
+# Settings of the released evaluation (config/evaluate), by depth.
+DEFAULTS: dict[int, dict[str, Any]] = {
+    16: var.scale_defaults("masked_refinement", 1.7, 1000, 0.99),
+    20: var.scale_defaults("masked_refinement", 1.9, 950, 0.99),
+    24: var.scale_defaults("masked_refinement", 2.1, 900, 0.99),
+    30: var.scale_defaults("masked_refinement", 1.6, 650, 0.99),
+}
+
+
+def _models(state: State, tokenizer: MultiScaleVQTokenizer, scales: Scales, heads: int | None, file: str) -> Models:
+    config, converted = convert(state, tokenizer, scales=scales, num_heads=heads, source=file)
+    generator = build(HierarchicalMaskedTransformer, config, converted, file, torch.float32)
+    return Models(tokenizer, generator, defaults=DEFAULTS.get(config["num_layers"], DEFAULTS[16]))
+
+
+def _read_merged(options: Convert, content: Content, second: Content | None) -> Models:
+    state, tokenizer, scales = var.read_parts(options, content, (MERGED_MARK,), "ns_head.weight")
+    return _models(state, tokenizer, scales, options.num_heads, str(options.file))
+
+
+def _read_phases(options: Convert, content: Content, second: Content | None) -> Models:
+    file, second_file = str(options.file), str(options.second)
+    state, tokenizer, scales = var.read_parts(options, content, var.GENERATOR_MARKS, "head.weight")
+    if second is None:
+        raise ValueError(f"{file} is one training phase of HMAR; say second, the file of the other")
+    expect(second, PHASES, second_file)
+    weights = choose_weights(second, (PHASE_MARK,), options.weights, PHASES.weights)
+    refinement = find_weights(second, PHASE_MARK, second_file, weights)
+    require(refinement, {SECOND_PHASE_MARK: 2}, second_file, "second phase of HMAR")
+    merged = merge_phases(state, refinement, options.refinement_layers)
+    return _models(merged, tokenizer, scales, options.num_heads, f"{file} with {second_file}")
+
+
+MERGED = Row("hmar", "generator", (MERGED_MARK,), _read_merged, takes=("tokenizer", "scales", "num_heads"))
+PHASES = Row(
+    "hmar",
+    "generator",
+    var.GENERATOR_MARKS,
+    _read_phases,
+    takes=("tokenizer", "scales", "num_heads", "refinement_layers"),
+    second=(*var.GENERATOR_MARKS, SECOND_PHASE_MARK),
+)
+ROWS = (var.TOKENIZER, MERGED, PHASES)
+
+OFFICIAL = {
+    f"hmar-d{depth}": var.released(
+        "hmar",
+        "nvidia/HMAR",
+        f"hmar-d{depth}.pth",
+        defaults,
+        "ImageNet classes, 256 x 256; weights for research and non-commercial use only",
     )
-    return nn.Module.to(build(HierarchicalMaskedTransformer, config, state, source, torch.float32), dtype)
+    for depth, defaults in DEFAULTS.items()
+}

@@ -12,7 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, require, unwrap
+from visar.checkpoints.common import State, build, count_modules, fitted, read, require, unwrap
+from visar.checkpoints.hub import Official
+from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import Content, Models, Row, check_codes, choose_weights, expect
 from visar.generators.raster import RASTER_PRESETS, RasterGPT
 from visar.layers.rope import RopeKind
 from visar.tokenizers.vq import VQTokenizer
@@ -37,7 +40,7 @@ def _weights(
     other = next((name for key, name in names.items() if key != mark and key in state), None)
     if mark not in state and other is not None:
         raise ValueError(f"{source} is {other}, not {names[mark]}")
-    require(state, [mark], source, names[mark])
+    require(state, {mark: 4 if mark == VQ_MARK else 2}, source, names[mark])
     return {key: value for key, value in state.items() if key not in ignored}
 
 
@@ -68,8 +71,9 @@ def convert_vq(
     encoder_keys = [f"encoder.{first.format(i)}" for i in range(levels)]
     # Decoder levels are stored from coarse to fine.
     decoder_keys = [f"decoder.{first.format(i)}" for i in reversed(range(levels))]
-    single = ["encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"]
-    require(state, [*single, *encoder_keys, *decoder_keys], source, "LlamaGen VQ tokenizer")
+    convolutions = ["encoder.conv_in.weight", "encoder.conv_out.weight", *encoder_keys, *decoder_keys]
+    sized = dict.fromkeys(convolutions, 4) | {"quantize.embedding.weight": 2}
+    require(state, sized, source, "LlamaGen VQ tokenizer")
     base, image_channels = state["encoder.conv_in.weight"].shape[:2]
     codebook_size, codebook_dim = state["quantize.embedding.weight"].shape
 
@@ -92,8 +96,7 @@ def convert_vq(
         codebook_dim=codebook_dim,
         normalize_codes=normalize_codes,
     )
-    check_keys(empty(VQTokenizer, config).state_dict(), state, source)
-    return config, state
+    return fitted(VQTokenizer, config, state, source)
 
 
 def load_vq(
@@ -125,11 +128,12 @@ def _prefix_config(state: State, source: str) -> dict:
     """Arguments that say what the prefix is: a class or a caption."""
     table, caption = "cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"
     if table in state:
+        require(state, {table: 2}, source, "LlamaGen transformer")
         return dict(num_classes=state[table].shape[0] - 1)
     if caption not in state:
         raise ValueError(f"{source} has neither {table} (classes) nor {caption} (captions)")
     rows = "cls_embedding.uncond_embedding"
-    require(state, [rows], source, "LlamaGen transformer")
+    require(state, {caption: 2, rows: 2}, source, "LlamaGen transformer")
     return dict(num_classes=0, caption_width=state[caption].shape[1], caption_length=state[rows].shape[0])
 
 
@@ -158,7 +162,7 @@ def convert_gpt(
     """
     state = _weights(content, source, prefer_ema, GPT_MARK, IGNORED_GPT)
     sized = ["tok_embeddings.weight", "layers.0.feed_forward.w1.weight"]
-    require(state, sized, source, "LlamaGen transformer")
+    require(state, dict.fromkeys(sized, 2), source, "LlamaGen transformer")
     vocab_size, width = state[sized[0]].shape
     num_layers = count_modules(state, "layers")
     if state[GPT_MARK].shape[0] != 3 * width:
@@ -184,8 +188,7 @@ def convert_gpt(
         rope=rope,
         **_prefix_config(state, source),
     )
-    check_keys(empty(RasterGPT, config).state_dict(), state, source)
-    return config, state
+    return fitted(RasterGPT, config, state, source)
 
 
 def load_gpt(
@@ -217,3 +220,91 @@ def export_gpt(model: RasterGPT) -> dict[str, dict[str, Tensor]]:
     if foreign:
         raise ValueError(f"LlamaGen has no place for {', '.join(f'{key}={config[key]!r}' for key in foreign)}")
     return {"model": state}
+
+
+# ------------------------------------------------------------------------------------------------- for visar convert
+def _read_tokenizer(options: Convert, content: Content, second: Content | None) -> Models:
+    return Models(tokenizer=_tokenizer(content, options.weights == "ema", options.grid, str(options.file)))
+
+
+def _tokenizer(content: Content, ema: bool, grid: tuple[int, int] | None, file: str) -> VQTokenizer:
+    config, state = convert_vq(content, prefer_ema=ema, source=file)
+    if grid is not None:
+        factor = 2 ** (len(config["channel_multipliers"]) - 1)
+        rows, columns = grid
+        config["image_size"] = rows * factor if rows == columns else (rows * factor, columns * factor)
+    return build(VQTokenizer, config, state, file, torch.float32)
+
+
+def _read_generator(options: Convert, content: Content, second: Content | None) -> Models:
+    file = str(options.file)
+    if options.grid is None:
+        raise ValueError(
+            f"{file}: the grid of tokens is not in the file; say grid, image size / 16 for the released models "
+            "(16 16 for 256 px, 24 24 for 384 px, 32 32 for 512 px), or like=NAME"
+        )
+    config, state = convert_gpt(
+        content,
+        grid=options.grid,
+        rope=options.rope,
+        num_heads=options.num_heads,
+        prefer_ema=options.weights == "ema",
+        source=file,
+    )
+    tokenizer = None
+    if options.tokenizer is not None:
+        tokenizer_content = read(options.tokenizer)
+        expect(tokenizer_content, TOKENIZER, options.tokenizer)
+        ema = choose_weights(tokenizer_content, TOKENIZER.marks, options.weights, TOKENIZER.weights) == "ema"
+        tokenizer = _tokenizer(tokenizer_content, ema, options.grid, str(options.tokenizer))
+        codes = tokenizer.config["codebook_size"]
+        check_codes(state, "tok_embeddings.weight", file, codes, options.tokenizer)
+    return Models(tokenizer, build(RasterGPT, config, state, file, torch.float32))
+
+
+# LlamaGen's sampling scripts take the plain weights of both files (its reconstruction script the averaged ones).
+TOKENIZER = Row("llamagen", "tokenizer", (VQ_MARK,), _read_tokenizer, takes=("grid",))
+GENERATOR = Row(
+    "llamagen", "generator", (GPT_MARK,), _read_generator, takes=("tokenizer", "grid", "rope", "num_heads")
+)
+ROWS = (TOKENIZER, GENERATOR)
+
+
+def _classes(file: str, side: int, scale: float) -> Official:
+    return Official(
+        source="llamagen",
+        repository="FoundationVision/LlamaGen",
+        file=file,
+        tokenizer_repository="FoundationVision/LlamaGen",
+        tokenizer_file="vq_ds16_c2i.pt",
+        grid=(side // 16, side // 16),
+        defaults={"guidance_scale": scale},
+        note=f"ImageNet classes, {side} x {side}",
+    )
+
+
+def _captions(file: str, side: int) -> Official:
+    return Official(
+        source="llamagen",
+        repository="peizesun/llamagen_t2i",
+        file=file,
+        tokenizer_repository="peizesun/llamagen_t2i",
+        tokenizer_file="vq_ds16_t2i.pt",
+        grid=(side // 16, side // 16),
+        defaults={"guidance_scale": 7.5, "top_k": 1000, "text_encoder": "flan-t5-xl"},
+        note=f"captions through FLAN-T5-XL (fetched at the first prompt), {side} x {side}",
+    )
+
+
+# Guidance: best FID rows of arXiv 2406.06525 (tables 8 and 9) and the defaults of the released text sampler.
+OFFICIAL = {
+    "llamagen-c2i-b-256": _classes("c2i_B_256.pt", 256, 2.0),
+    "llamagen-c2i-b-384": _classes("c2i_B_384.pt", 384, 2.25),
+    "llamagen-c2i-l-256": _classes("c2i_L_256.pt", 256, 1.75),
+    "llamagen-c2i-l-384": _classes("c2i_L_384.pt", 384, 2.0),
+    "llamagen-c2i-xl-384": _classes("c2i_XL_384.pt", 384, 1.75),
+    "llamagen-c2i-xxl-384": _classes("c2i_XXL_384.pt", 384, 1.75),
+    "llamagen-c2i-3b-384": _classes("c2i_3B_384.pt", 384, 1.65),
+    "llamagen-t2i-xl-256": _captions("t2i_XL_stage1_256.pt", 256),
+    "llamagen-t2i-xl-512": _captions("t2i_XL_stage2_512.pt", 512),
+}

@@ -6,8 +6,6 @@ from typing import Literal
 
 import tyro
 
-from visar.checkpoints.hub import Source
-
 
 @dataclass(frozen=True)
 class Convert:
@@ -19,8 +17,10 @@ class Convert:
     """Folder to write; it must not exist or be empty."""
     tokenizer: Path | None = None
     """Weights of the tokenizer that the generator was trained with."""
-    source: Source | None = None
-    """Project that the files are from; found out from the file when not given."""
+    source: str | None = None
+    """Project that the files are from, such as var; found out from the file when not given."""
+    weights: Literal["ema", "plain"] | None = None
+    """Averaged (ema) weights or those of the last step (plain), of files with both; None: what the project takes."""
     second: Path | None = None
     """CoDe's refiner, or the file of HMAR's second training phase."""
     like: str | None = None

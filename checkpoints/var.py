@@ -11,11 +11,15 @@ A transformer's configuration and weights include the tokenizer's codebook and p
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from visar.checkpoints.common import State, build, check_keys, count_modules, empty, read, rename, require
+from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, rename, require
+from visar.checkpoints.hub import Official
+from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import Content, Models, Row, check_codes, choose_weights, expect
 from visar.generators.next_scale import SCALES_256, SCALES_512, SCALES_1024, NextScaleTransformer
 from visar.layers.scale_attention import scale_mask
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
@@ -26,35 +30,8 @@ VQ_MARK, TRANSFORMER_MARK = "quantize.embedding.weight", "blocks.0.attn.mat_qkv.
 # Pyramids by (tokens, scales), for files without values in their table of levels.
 _KNOWN_SCALES = {(sum(n * n for n in scales), len(scales)): scales for scales in (SCALES_256, SCALES_512, SCALES_1024)}
 _DERIVED = re.compile(r"(lvl_1L|attn_bias_for_masking|.*\.zero_k_bias)$")
-_PREFIXES = re.compile(r"^(module\.|_orig_mod\.)+")
 _HEAD_WIDTH = 64
 _CLASS = "class_emb.weight"
-
-
-def find_weights(content: Mapping[str, object], mark: str, source: str) -> State:
-    """The weights in a checkpoint: its own tensors, or those of the one nested mapping that has a key `mark`.
-
-    VAR's trainer nests a transformer under trainer.var_wo_ddp and the tokenizer under trainer.vae_local. Prefixes that
-    wrappers put before every key ("module.", "_orig_mod.") are dropped.
-
-    Raises:
-        ValueError: no mapping has the key, or several have.
-    """
-    found: dict[str, State] = {}
-
-    def search(node: Mapping[str, object], path: str) -> None:
-        tensors = {_PREFIXES.sub("", str(key)): value for key, value in node.items() if isinstance(value, Tensor)}
-        if mark in tensors:
-            found[path or "the top level"] = tensors
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                search(value, f"{path}.{key}" if path else str(key))
-
-    search(content, "")
-    if len(found) != 1:
-        where = f"found at {', '.join(found)}" if found else f"keys are {', '.join(map(str, list(content)[:8]))}"
-        raise ValueError(f"{source}: one set of weights with the key {mark} is needed; {where}")
-    return next(iter(found.values()))
 
 
 # ------------------------------------------------------------------------------------------------------- tokenizer
@@ -108,7 +85,8 @@ def convert_vq(
     state = find_weights(content, VQ_MARK, source)
     levels = max(count_modules(state, "encoder.down"), 1)
     firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    require(state, ["encoder.conv_in.weight", "quant_conv.weight", *firsts], source, "VAR tokenizer")
+    sized = dict.fromkeys(["encoder.conv_in.weight", "quant_conv.weight", *firsts], 4) | {VQ_MARK: 2}
+    require(state, sized, source, "VAR tokenizer")
     base, image_channels = state["encoder.conv_in.weight"].shape[:2]
     widths = [state[key].shape[0] for key in firsts]
     if any(width % base for width in widths):
@@ -129,9 +107,8 @@ def convert_vq(
         cosine=cosine,
     )
     kept = {key: value for key, value in state.items() if key != "quantize.ema_vocab_hit_SV"}
-    renamed = _split_qkv(rename(kept, _vq_rules(levels)))
-    check_keys(empty(MultiScaleVQTokenizer, config).state_dict(), renamed, source)
-    return config, renamed
+    renamed = _split_qkv(rename(kept, _vq_rules(levels), source))
+    return fitted(MultiScaleVQTokenizer, config, renamed, source)
 
 
 def load_vq(
@@ -182,6 +159,8 @@ def sniff_scales(state: State, scales: Scales | None, source: str) -> tuple:
         return tuple(scales)
     levels = state.get("lvl_1L")
     if levels is not None and not levels.is_meta:
+        if levels.is_floating_point() or not levels.numel() or not 0 <= int(levels.min()) <= int(levels.max()) < 1000:
+            raise ValueError(f"{source}: its table of levels (lvl_1L) holds no numbers of scales")
         sizes = torch.bincount(levels.flatten()).tolist()
         sides = tuple(round(size**0.5) for size in sizes)
         if [side * side for side in sides] == sizes:
@@ -212,10 +191,12 @@ def transformer_config(
     Raises:
         ValueError: keys are missing that sizes are read from, or nothing tells the number of heads.
     """
-    sized = ["word_embed.weight", "pos_1LC", "lvl_embed.weight", _CLASS, f"{block}.ffn.fc1.weight"]
-    require(state, sized, source, "transformer in VAR's layout")
+    matrices = ["word_embed.weight", "lvl_embed.weight", _CLASS, f"{block}.ffn.fc1.weight"]
+    require(state, dict.fromkeys(matrices, 2) | {"pos_1LC": 3}, source, "transformer in VAR's layout")
     width, codebook_width = state["word_embed.weight"].shape
     scale_mul = state.get(f"{block}.attn.scale_mul_1H11")
+    if scale_mul is not None:
+        require(state, {f"{block}.attn.scale_mul_1H11": 4}, source, "transformer in VAR's layout")
     if num_heads is None:
         if scale_mul is None and width % _HEAD_WIDTH:
             raise ValueError(f"{source}: width {width} is not a number of heads of {_HEAD_WIDTH}; say num_heads=")
@@ -244,7 +225,7 @@ def to_ours(state: State, tokenizer: MultiScaleVQTokenizer, source: str) -> Stat
             raise ValueError(f"{source}: {key} is not zero; VAR has no bias on keys")
     kept = {key: value for key, value in state.items() if not _DERIVED.match(key)}
     pyramid = tokenizer.quantizer.state_dict(prefix="pyramid.")
-    return rename(kept, [(rf"^{re.escape(_CLASS)}$", f"condition_vector.{_CLASS}")]) | pyramid
+    return rename(kept, [(rf"^{re.escape(_CLASS)}$", f"condition_vector.{_CLASS}")], source) | pyramid
 
 
 def convert_transformer(
@@ -271,15 +252,13 @@ def convert_transformer(
     """
     state = find_weights(content, TRANSFORMER_MARK, source)
     config = transformer_config(state, "blocks.0", tokenizer, num_heads, scales, source)
-    require(state, ["head.weight"], source, "VAR transformer")
+    require(state, {"head.weight": 2}, source, "VAR transformer")
     config |= dict(
         vocab_size=state["head.weight"].shape[0],
         num_layers=count_modules(state, "blocks"),
         shared_adaln="shared_ada_lin.1.weight" in state,
     )
-    converted = to_ours(state, tokenizer, source)
-    check_keys(empty(NextScaleTransformer, config).state_dict(), converted, source)
-    return config, converted
+    return fitted(NextScaleTransformer, config, to_ours(state, tokenizer, source), source)
 
 
 def load_transformer(
@@ -317,3 +296,108 @@ def export_transformer(model: NextScaleTransformer) -> State:
     hidden = torch.zeros(model.num_tokens, model.num_tokens).masked_fill(~scale_mask(sizes, "causal"), float("-inf"))
     exported["attn_bias_for_masking"] = hidden[None, None]
     return exported
+
+
+# ------------------------------------------------------------------------------------------------- for visar convert
+def scale_defaults(sampler: str, strength: float, top_k: int, top_p: float) -> dict[str, Any]:
+    """Sampling settings in the form that VAR's and HMAR's authors give them.
+
+    Args:
+        sampler: name in the index of samplers.
+        strength: t of guided = (1 + t) c - t n at the last scale; it rises linearly from 0 at the first one.
+        top_k, top_p: filters of all scales.
+    """
+    guidance = {"scale": strength, "convention": "extrapolate", "schedule": "linear"}
+    return {"sampler": sampler, "guidance": guidance, "top_k": top_k, "top_p": top_p}
+
+
+# Settings of the released evaluation (README).
+DEFAULTS = scale_defaults("next_scale", 1.5, 900, 0.96)
+
+
+def _read_tokenizer(options: Convert, content: Content, second: Content | None) -> Models:
+    file = str(options.file)
+    state = find_weights(content, TOKENIZER.marks, file, options.weights)
+    return Models(tokenizer=make_tokenizer(state, options.scales or SCALES_256, file))
+
+
+def make_tokenizer(state: State, scales: Scales, file: str) -> MultiScaleVQTokenizer:
+    """The tokenizer of a file's weights for a pyramid; errors as of `convert_vq`."""
+    config, converted = convert_vq(state, scales=scales, source=file)
+    return build(MultiScaleVQTokenizer, config, converted, file, torch.float32)
+
+
+def make_transformer(
+    state: State, tokenizer: MultiScaleVQTokenizer, scales: Scales, num_heads: int | None, file: str
+) -> NextScaleTransformer:
+    """The transformer of a file's weights; arguments and errors as of `convert_transformer`."""
+    config, converted = convert_transformer(state, tokenizer, scales=scales, num_heads=num_heads, source=file)
+    return build(NextScaleTransformer, config, converted, file, torch.float32)
+
+
+def read_parts(
+    options: Convert, content: Content, marks: Sequence[str], head: str
+) -> tuple[State, MultiScaleVQTokenizer, tuple]:
+    """What the files in VAR's layout have in common: a generator's weights, its tokenizer and the pyramid.
+
+    Args:
+        options: whose tokenizer file is read, or the first file where it holds the tokenizer too.
+        content: of the first file.
+        marks: keys of the generator.
+        head: its key whose first axis is the number of codes.
+
+    Raises:
+        ValueError: no tokenizer, or files that do not go together.
+    """
+    file, tokenizer_file = str(options.file), str(options.tokenizer or options.file)
+    if options.tokenizer is None and not TOKENIZER.sniff(content):
+        raise ValueError(
+            f"{file}: a model of scales includes its tokenizer's codebook; say tokenizer (vae_ch160v4096z32.pth for "
+            "the released models)"
+        )
+    tokenizer_content = content if options.tokenizer is None else read(options.tokenizer)
+    expect(tokenizer_content, TOKENIZER, tokenizer_file)
+    weights = choose_weights(tokenizer_content, TOKENIZER.marks, options.weights, TOKENIZER.weights)
+    vq = find_weights(tokenizer_content, TOKENIZER.marks, tokenizer_file, weights)
+    require(vq, {VQ_MARK: 2}, tokenizer_file, "VAR tokenizer")
+    state = find_weights(content, marks, file, options.weights)
+    require(state, {"pos_1LC": 3, "lvl_embed.weight": 2}, file, "transformer in VAR's layout")
+    check_codes(state, head, file, vq[VQ_MARK].shape[0], tokenizer_file)
+    scales = sniff_scales(state, options.scales, file)
+    return state, make_tokenizer(vq, scales, tokenizer_file), scales
+
+
+def _read_generator(options: Convert, content: Content, second: Content | None) -> Models:
+    state, tokenizer, scales = read_parts(options, content, GENERATOR_MARKS, "head.weight")
+    generator = make_transformer(state, tokenizer, scales, options.num_heads, str(options.file))
+    return Models(tokenizer, generator, defaults=DEFAULTS)
+
+
+GENERATOR_MARKS = (TRANSFORMER_MARK, "head.weight")
+TOKENIZER = Row(
+    "var", "tokenizer", (VQ_MARK, "encoder.down.0.block.0.conv1.weight"), _read_tokenizer, takes=("scales",)
+)
+GENERATOR = Row("var", "generator", GENERATOR_MARKS, _read_generator, takes=("tokenizer", "scales", "num_heads"))
+ROWS = (TOKENIZER, GENERATOR)
+
+
+def released(source: str, repository: str, file: str, defaults: dict[str, Any], note: str) -> Official:
+    """The row of an official name whose tokenizer is VAR's."""
+    return Official(
+        source=source,
+        repository=repository,
+        file=file,
+        tokenizer_repository="FoundationVision/var",
+        tokenizer_file="vae_ch160v4096z32.pth",
+        grid=None,
+        defaults=defaults,
+        note=note,
+    )
+
+
+OFFICIAL = {
+    f"var-d{depth}": released(
+        "var", "FoundationVision/var", f"var_d{depth}.pth", DEFAULTS, f"ImageNet classes, {side} x {side}"
+    )
+    for depth, side in ((16, 256), (20, 256), (24, 256), (30, 256), (36, 512))
+}

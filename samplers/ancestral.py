@@ -1,23 +1,27 @@
 """Ancestral sampling: each block from its conditional. Exact by definition, and the law others are held to."""
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import BlockGenerator
+from visar.core.interface import Callback, Categorical
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
 from visar.samplers.filtering import check_filters, sample_logits
 
 
+def check_ancestral(model: Categorical, guidance: Guidance, temperature: float, top_k: int, top_p: float) -> None:
+    """Checks the arguments of `sample_ancestral`; errors as there."""
+    check_filters(temperature, top_k, top_p)
+    guidance.scales(len(model.block_sizes))
+
+
 @torch.no_grad()
 def sample_ancestral(
-    model: BlockGenerator,
+    model: Categorical,
     condition: Condition,
     *,
     noise: Noise,
@@ -25,7 +29,7 @@ def sample_ancestral(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws every block of tokens from the model's conditional given the blocks before it. Exact.
@@ -41,7 +45,7 @@ def sample_ancestral(
         temperature: > 0; 1.0 = off. LlamaGen, VAR: 1.0.
         top_k: 0 = off. LlamaGen: 0 for FID, 2000 for demos; VAR: 900.
         top_p: in (0, 1]; 1.0 = off. LlamaGen: 1.0; VAR: 0.96.
-        callback: called after every block with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every block, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -49,7 +53,7 @@ def sample_ancestral(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    check_filters(temperature, top_k, top_p)
+    check_ancestral(model, guidance, temperature, top_k, top_p)
     sizes = model.block_sizes
     begun = time.perf_counter()
     guided = guidance.active(len(sizes))
@@ -70,14 +74,14 @@ def sample_ancestral(
         state.block = block
         session.run(step, kind)
         done += size
-        if callback is not None:
-            callback(done, state.tokens[:, : sum(sizes)])
-    tokens = state.tokens[:, : sum(sizes)].clone()
+        if callback is not None and callback(done, state.tokens[:, : sum(sizes)]):
+            break
+    tokens, made = state.tokens[:, :done].clone(), sizes[: block + 1]
     if tokens.is_cuda:
         torch.cuda.synchronize(tokens.device)
     statistics = SampleStatistics(
-        forward_passes={"generator": len(sizes)},
-        tokens_per_pass={size: condition.batch * sizes.count(size) for size in sorted(set(sizes))},
+        forward_passes={"generator": len(made)},
+        tokens_per_pass={size: condition.batch * made.count(size) for size in sorted(set(made))},
         seconds=time.perf_counter() - begun,
     )
     return SampleOutput(tokens, statistics)

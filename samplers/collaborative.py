@@ -5,32 +5,30 @@ A large one draws the few coarse tokens, a small one the many fine ones.
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, Scales
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.generators.scales import ScaleGenerator, ScaleState
-from visar.samplers.next_scale import ScaleSettings, check_scales, draw_scale, finish, open_session, scale_settings
+from visar.generators.scales import ScaleState
+from visar.samplers.next_scale import ScaleSettings, check_next_scale, draw_scale, finish, open_session
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
     """A model and the scales that it predicts, first ... last - 1."""
 
-    model: ScaleGenerator
+    model: Scales
     first: int
     last: int
 
 
-def plan_stages(
-    model: ScaleGenerator, followers: Sequence[ScaleGenerator], takes_over: Sequence[int], last: int
-) -> list[Stage]:
+def plan_stages(model: Scales, followers: Sequence[Scales], takes_over: Sequence[int], last: int) -> list[Stage]:
     """Which model predicts which scales; a model that follows itself goes on in its own state.
 
     Args:
@@ -68,10 +66,14 @@ def _run_stage(
     settings: tuple[ScaleSettings, ...],
     noise: Noise,
     history: ScaleState | None,
-    callback: Callable[[int, Tensor], None] | None,
+    callback: Callback | None,
     runtime: Runtime,
-) -> ScaleState:
-    """Predicts a stage's scales, and returns its state without the cache: what the next model needs of it."""
+) -> tuple[ScaleState, int]:
+    """Predicts a stage's scales.
+
+    Returns: its state without the cache, which is what the next model needs of it, and at which scale the callback
+        ended the sampling; -1 if it did not.
+    """
     model = stage.model
     options = ("collaborative", settings, stage.first, stage.last)
     session = open_session(runtime, model, condition, guidance, noise, *options)
@@ -89,20 +91,39 @@ def _run_stage(
     def step() -> None:
         model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, noise))
 
+    stopped = -1
     for scale in range(stage.first, stage.last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None:
-            callback(model.ends[scale], state.tokens)
-    return dataclasses.replace(state, cache=None, modulations={})
+        if callback is not None and callback(model.ends[scale], state.tokens):
+            stopped = scale
+            break
+    return dataclasses.replace(state, cache=None, modulations={}), stopped
+
+
+def check_collaborative(
+    model: Scales,
+    guidance: Guidance,
+    followers: Sequence[Scales],
+    takes_over: Sequence[int],
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int],
+    top_p: float | Sequence[float],
+    temperature_after_filter: bool,
+    num_scales: int | None,
+) -> tuple[tuple[ScaleSettings, ...], list[Stage]]:
+    """Checks the arguments of `sample_collaborative`, errors as there; returns settings of scales and stages."""
+    extras = (temperature_after_filter, False, num_scales, None)
+    settings, _, last = check_next_scale(model, guidance, temperature, top_k, top_p, *extras)
+    return settings, plan_stages(model, followers, takes_over, last)
 
 
 @torch.no_grad()
 def sample_collaborative(
-    model: ScaleGenerator,
+    model: Scales,
     condition: Condition,
     *,
-    followers: Sequence[ScaleGenerator],
+    followers: Sequence[Scales],
     takes_over: Sequence[int],
     noise: Noise,
     guidance: Guidance = OFF,
@@ -111,7 +132,7 @@ def sample_collaborative(
     top_p: float | Sequence[float] = 1.0,
     temperature_after_filter: bool = True,
     num_scales: int | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws the first scales from one model and later ones from others. Lossy: not the law of any of them alone.
@@ -136,7 +157,7 @@ def sample_collaborative(
         top_p: in (0, 1]; 1.0 = off. CoDe: 0.96 for FID, 0.95 for pictures.
         temperature_after_filter: divide by the temperature after top-k and top-p (CoDe) or before.
         num_scales: stop after so many scales; None is all.
-        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every scale, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N], the accumulated map and statistics; forward passes are counted as "drafter",
@@ -146,13 +167,15 @@ def sample_collaborative(
         ValueError: see `plan_stages`; a setting out of range; a condition that does not fit a model.
     """
     begun = time.perf_counter()
-    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
-    _, last = check_scales(model, num_scales, None)
-    stages = plan_stages(model, followers, takes_over, last)
-    state: ScaleState | None = None
-    for stage in stages:
-        state = _run_stage(stage, condition, guidance, settings, noise, state, callback, runtime)
-    assert state is not None
+    filters, extras = (temperature, top_k, top_p), (temperature_after_filter, num_scales)
+    settings, stages = check_collaborative(model, guidance, followers, takes_over, *filters, *extras)
     names = ["drafter", "refiner", *(f"refiner {index}" for index in range(2, len(stages)))]
-    passes = {name: stage.last - stage.first for name, stage in zip(names, stages, strict=False)}
+    passes, state, last = {}, None, 0
+    for name, stage in zip(names, stages, strict=False):
+        state, stopped = _run_stage(stage, condition, guidance, settings, noise, state, callback, runtime)
+        last = stage.last if stopped < 0 else stopped + 1
+        passes[name] = last - stage.first
+        if stopped >= 0:
+            break
+    assert state is not None
     return finish(model, state, last, passes, model.block_sizes[:last], begun)

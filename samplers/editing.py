@@ -1,7 +1,7 @@
 """Editing without training: new tokens where a mask says so, those of a given image elsewhere, at every scale."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -10,13 +10,13 @@ from torch.nn import functional
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, Refining, Scales
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
-from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical
-from visar.samplers.next_scale import ScaleSettings, check_scales, draw_scale, finish, open_session, scale_settings
+from visar.samplers.next_scale import ScaleSettings, check_next_scale, draw_scale, finish, open_session
 from visar.samplers.verify import held_noise
 
 Strategy = Literal["codes", "map", "refine"]
@@ -59,7 +59,7 @@ def scale_keep_mask(keep_Bhw: Tensor, scale: tuple[int, int]) -> Tensor:
 
 
 def keep_codes(
-    model: ScaleGenerator,
+    model: Scales,
     state: ScaleState,
     tokens_BL: Tensor,
     codes_BLC: Tensor | None,
@@ -74,7 +74,7 @@ def keep_codes(
 
 
 def keep_map(
-    model: ScaleGenerator,
+    model: Scales,
     state: ScaleState,
     tokens_BL: Tensor,
     codes_BLC: Tensor | None,
@@ -88,7 +88,7 @@ def keep_map(
 
 
 def refine_edit(
-    model: ScaleGenerator,
+    model: Scales,
     state: ScaleState,
     settings: ScaleSettings,
     tokens_BL: Tensor,
@@ -97,14 +97,40 @@ def refine_edit(
     uniform_BL: Tensor,
 ) -> tuple[Tensor, None]:
     """Tokens of a scale drawn by a masked pass that sees the kept ones."""
-    assert isinstance(model, HierarchicalMaskedTransformer)
+    assert isinstance(model, Refining)
     mixed_BL = torch.where(keep_BL, given_BL, tokens_BL)
     return categorical(settings.filter(model.refine(state, mixed_BL, ~keep_BL)), uniform_BL), None
 
 
+def check_edit(
+    model: Scales,
+    guidance: Guidance,
+    given_tokens: Tensor,
+    keep: Tensor,
+    strategy: Strategy,
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int],
+    top_p: float | Sequence[float],
+    temperature_after_filter: bool,
+    smooth: bool,
+) -> tuple[ScaleSettings, ...]:
+    """Checks the arguments of `sample_edit`, errors as there; returns the settings of the scales."""
+    if strategy not in ("codes", "map", "refine"):
+        raise ValueError(f"editing strategy {strategy!r}; choose codes, map or refine")
+    if strategy == "refine" and not isinstance(model, Refining):
+        raise ValueError(f"strategy refine needs a model with masked passes; {type(model).__name__} has none")
+    batch = len(given_tokens)
+    if given_tokens.ndim != 2 or given_tokens.shape[1] != model.num_tokens:
+        raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: [one an image, {model.num_tokens}]")
+    if keep.shape[0] not in (1, batch) or tuple(keep.shape[1:]) != model.scales[-1]:
+        raise ValueError(f"keep {tuple(keep.shape)}; needed: [1 or {batch}, *{model.scales[-1]}]")
+    extras = (temperature_after_filter, smooth, None, None)
+    return check_next_scale(model, guidance, temperature, top_k, top_p, *extras)[0]
+
+
 @torch.no_grad()
 def sample_edit(
-    model: ScaleGenerator,
+    model: Scales,
     condition: Condition,
     *,
     given_tokens: Tensor,
@@ -118,7 +144,7 @@ def sample_edit(
     temperature_after_filter: bool = False,
     smooth: bool = False,
     always_keep: int = 3,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Inpaints, outpaints or edits a given image. Lossy: not the model's law given what is kept.
@@ -144,7 +170,7 @@ def sample_edit(
         temperature, top_k, top_p, temperature_after_filter, smooth: see `sample_next_scale`. VAR: top_k 900, top_p
             0.95, smooth.
         always_keep: see strategy; VAR: 3.
-        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every scale, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] (kept positions have the given ones, but with "map" all are drawn ones), the
@@ -153,17 +179,12 @@ def sample_edit(
     Raises:
         ValueError: an unknown strategy, tokens or a mask that do not fit, a setting out of range.
     """
-    if strategy not in ("codes", "map", "refine"):
-        raise ValueError(f"editing strategy {strategy!r}; choose codes, map or refine")
-    if strategy == "refine" and not isinstance(model, HierarchicalMaskedTransformer):
-        raise ValueError(f"strategy refine needs a model with masked passes; {type(model).__name__} has none")
-    if tuple(given_tokens.shape) != (condition.batch, model.num_tokens):
-        raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: {(condition.batch, model.num_tokens)}")
-    if keep.shape[0] not in (1, condition.batch) or tuple(keep.shape[1:]) != model.scales[-1]:
-        raise ValueError(f"keep {tuple(keep.shape)}; needed: [1 or {condition.batch}, *{model.scales[-1]}]")
     begun = time.perf_counter()
-    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
-    _, last = check_scales(model, None, None)
+    extras = (temperature_after_filter, smooth)
+    settings = check_edit(model, guidance, given_tokens, keep, strategy, temperature, top_k, top_p, *extras)
+    if len(given_tokens) != condition.batch:
+        raise ValueError(f"given_tokens of {len(given_tokens)} images; the condition is of {condition.batch}")
+    last = len(model.scales)
     options = ("edit", settings, strategy, always_keep, keep.shape[0])
     session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
@@ -196,7 +217,8 @@ def sample_edit(
     for scale in range(last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None:
-            callback(model.ends[scale], state.tokens)
+        if callback is not None and callback(model.ends[scale], state.tokens):
+            last = scale + 1
+            break
     passes = 2 * last - 1 if strategy == "refine" else last
-    return finish(model, state, last, {"generator": passes}, model.block_sizes, begun)
+    return finish(model, state, last, {"generator": passes}, model.block_sizes[:last], begun)

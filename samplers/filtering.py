@@ -13,7 +13,7 @@ from torch.nn import functional
 from visar import kernels
 
 
-def check_filters(temperature: float, top_k: int, top_p: float) -> None:
+def check_filters(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
     """Checks sampling settings.
 
     Raises:

@@ -13,18 +13,18 @@ B images, N tokens, L tokens of a block, M rows, V codes, C code width.
 
 import itertools
 import time
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, Categorical
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters, filter_logits
+from visar.samplers.ancestral import check_ancestral
+from visar.samplers.filtering import filter_logits
 
 # Numbers float32 of one intermediate [rows, V] at a time: 256 MiB.
 _LARGEST = 2**26
@@ -95,9 +95,26 @@ def flow_map(noise: Tensor, logits: Tensor, codes_VC: Tensor, steps: int = 24) -
         return nearest_allowed(x_MC, logits_MV, codes_VC).view(noise.shape[:-1])
 
 
+def check_flow(
+    model: Categorical,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    codebook: Tensor,
+    steps: int,
+) -> None:
+    """Checks the arguments of `sample_flow`; errors as there."""
+    check_ancestral(model, guidance, temperature, top_k, top_p)
+    if steps < 2:
+        raise ValueError(f"steps {steps}; it must be >= 2")
+    if codebook.shape[0] != model.config["vocab_size"]:
+        raise ValueError(f"codebook of {codebook.shape[0]} codes; the model has {model.config['vocab_size']}")
+
+
 @torch.no_grad()
 def sample_flow(
-    model: Any,
+    model: Categorical,
     condition: Condition,
     *,
     noise: Noise,
@@ -107,7 +124,7 @@ def sample_flow(
     top_k: int = 0,
     top_p: float = 1.0,
     steps: int = 24,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws every block of tokens by the flow map of its conditional. Lossy by the solver's error only.
@@ -122,7 +139,7 @@ def sample_flow(
         codebook: code vectors [V, C] of the tokenizer, as looked up.
         guidance, temperature, top_k, top_p: as in `sample_ancestral`; the map is that of the resulting distribution.
         steps: of Heun's method a token, >= 2. The paper does not say; 24 is within half a per cent of the limit.
-        callback: called after every block with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every block, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -130,11 +147,7 @@ def sample_flow(
     Raises:
         ValueError: a setting out of range, a codebook of another size, or a condition that does not fit the model.
     """
-    check_filters(temperature, top_k, top_p)
-    if steps < 2:
-        raise ValueError(f"steps {steps}; it must be >= 2")
-    if codebook.shape[0] != model.config["vocab_size"]:
-        raise ValueError(f"codebook of {codebook.shape[0]} codes; the model has {model.config['vocab_size']}")
+    check_flow(model, guidance, temperature, top_k, top_p, codebook, steps)
     sizes, device = model.block_sizes, noise.device
     begun = time.perf_counter()
     guided = guidance.active(len(sizes))
@@ -158,14 +171,14 @@ def sample_flow(
         state.block = block
         session.run(step, kind)
         done += size
-        if callback is not None:
-            callback(done, state.tokens[:, : sum(sizes)])
-    tokens = state.tokens[:, : sum(sizes)].clone()
+        if callback is not None and callback(done, state.tokens[:, : sum(sizes)]):
+            break
+    tokens, made = state.tokens[:, :done].clone(), sizes[: block + 1]
     if tokens.is_cuda:
         torch.cuda.synchronize(tokens.device)
     statistics = SampleStatistics(
-        forward_passes={"generator": len(sizes)},
-        tokens_per_pass={size: condition.batch * sizes.count(size) for size in sorted(set(sizes))},
+        forward_passes={"generator": len(made)},
+        tokens_per_pass={size: condition.batch * made.count(size) for size in sorted(set(made))},
         seconds=time.perf_counter() - begun,
     )
     return SampleOutput(tokens, statistics)

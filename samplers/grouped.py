@@ -8,7 +8,6 @@ it, the total variation distance of the token's law from p is at most E_q |f - m
 B batch, K drafts, V codes, G codes of a group, C code width.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -16,11 +15,11 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.jacobi import Initial, run_jacobi
+from visar.samplers.jacobi import Initial, check_jacobi, run_jacobi
 
 
 def group_members(
@@ -110,9 +109,39 @@ def static_groups(codebook_VC: Tensor, group: int, iterations: int = 20) -> Tens
     return group_V
 
 
+def check_grouped(
+    model: Windowed,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    group: int,
+    max_gap: float,
+    max_distance: float,
+    groups: Literal["dynamic", "static"],
+    codebook: Tensor | None,
+    window: int,
+    initial: Initial,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_grouped`; errors as there."""
+    if group < 1:
+        raise ValueError(f"group {group}; it must be >= 1 (1 = off)")
+    if not max_gap > 0 or not max_distance > 0:
+        raise ValueError(f"max_gap {max_gap}, max_distance {max_distance}; both must be > 0")
+    if groups not in ("dynamic", "static"):
+        raise ValueError(f"groups {groups!r}; choose dynamic or static")
+    if codebook is None and groups == "static":
+        raise ValueError("static groups need the tokenizer's codebook")
+    vocab_size = model.config["vocab_size"]
+    if codebook is not None and codebook.shape[0] != vocab_size:
+        raise ValueError(f"a codebook of {codebook.shape[0]} codes for a model of {vocab_size}")
+    check_jacobi(model, guidance, temperature, top_k, top_p, window, initial, "none", check_every)
+
+
 @torch.no_grad()
 def sample_grouped(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -128,7 +157,7 @@ def sample_grouped(
     window: int = 16,
     initial: Initial = "random",
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by grouped speculative decoding. Lossy: faster than SJD, and away from the model's law.
@@ -157,18 +186,9 @@ def sample_grouped(
     Raises:
         ValueError: a setting out of range, or a condition or codebook that does not fit the model.
     """
-    vocab_size = model.config["vocab_size"]
-    if group < 1:
-        raise ValueError(f"group {group}; it must be >= 1 (1 = off)")
-    if not max_gap > 0 or not max_distance > 0:
-        raise ValueError(f"max_gap {max_gap}, max_distance {max_distance}; both must be > 0")
-    if groups not in ("dynamic", "static"):
-        raise ValueError(f"groups {groups!r}; choose dynamic or static")
-    if codebook is None and groups == "static":
-        raise ValueError("static groups need the tokenizer's codebook")
-    if codebook is not None and codebook.shape[0] != vocab_size:
-        raise ValueError(f"a codebook of {codebook.shape[0]} codes for a model of {vocab_size}")
-    group = min(group, vocab_size)
+    rule = (group, max_gap, max_distance, groups, codebook)
+    check_grouped(model, guidance, temperature, top_k, top_p, *rule, window, initial, check_every)
+    group = min(group, model.config["vocab_size"])
     below = group // 2
     table = None if codebook is None else codebook.to(noise.device, torch.float32)
     if groups == "static":

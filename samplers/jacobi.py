@@ -23,15 +23,15 @@ from torch import Tensor
 from visar import kernels
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.filtering import check_filters, draw, fits_kernels, token_law
+from visar.samplers.filtering import draw, fits_kernels, token_law
 from visar.samplers.verify import (
     Counts,
     Verdict,
-    check_window,
+    check_passes,
     held_noise,
     judged_in_chain,
     one_hot,
@@ -138,9 +138,28 @@ def window_sizes(window: int) -> list[int]:
     return [size for size in (4, 8, 16, 32, 64, 128) if size < window] + [window]
 
 
+def check_jacobi(
+    model: Windowed,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    window: int,
+    initial: Initial,
+    coupling: Coupling,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_jacobi`; errors as there."""
+    check_passes(model, guidance, (temperature, top_k, top_p), window, check_every)
+    if initial not in INITIALS:
+        raise ValueError(f"initial {initial!r}; choose one of {', '.join(INITIALS)}")
+    if coupling not in COUPLINGS:
+        raise ValueError(f"coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
+
+
 @torch.no_grad()
 def sample_jacobi(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -153,7 +172,7 @@ def sample_jacobi(
     coupling: Coupling = "none",
     adaptive: bool = False,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculative Jacobi decoding. Exact.
@@ -179,7 +198,7 @@ def sample_jacobi(
         adaptive: each image reads 4 times as many slots as it lately committed a pass, at least 4 and at most
             `window`; worth it where long windows cost time. Not in the papers.
         check_every: passes between two looks of the host; with adaptive, between two changes of the window.
-        callback: called at every look with the number of tokens that all images have, and the tokens [B, N].
+        callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -192,6 +211,7 @@ def sample_jacobi(
     drafts that were kept (the released code leaves the old q, which changes the law); the first pass already carries
     guesses.
     """
+    check_jacobi(model, guidance, temperature, top_k, top_p, window, initial, coupling, check_every)
     return run_jacobi(
         model,
         condition,
@@ -209,7 +229,7 @@ def sample_jacobi(
 
 
 def run_jacobi(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -220,7 +240,7 @@ def run_jacobi(
     coupling: Coupling,
     adaptive: bool,
     check_every: int,
-    callback: Callable[[int, Tensor], None] | None,
+    callback: Callback | None,
     runtime: Runtime,
     chance: Chance | None = None,
     table: Tensor | None = None,
@@ -233,12 +253,6 @@ def run_jacobi(
         table: a tensor that the rule reads; the session keeps a copy for captured passes.
         key: what else the rule depends on.
     """
-    check_filters(*filters)
-    check_window(window, check_every)
-    if initial not in INITIALS:
-        raise ValueError(f"initial {initial!r}; choose one of {', '.join(INITIALS)}")
-    if coupling not in COUPLINGS:
-        raise ValueError(f"coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
     begun = time.perf_counter()
     num_tokens, columns, device = model.num_tokens, model.config["grid"][1], noise.device
     vocab_size, batch, drafts = model.config["vocab_size"], condition.batch, window - 1
@@ -356,7 +370,7 @@ def run_jacobi(
         draft_BK.copy_(torch.where(carried_BK, tokens_BK, guess_BK))
         law_BKV.copy_(torch.where(carried_BK[..., None], laws_BKV, guess_law_BKV))
 
-    passes = run_passes(
+    passes, done = run_passes(
         session,
         state,
         step,
@@ -366,5 +380,5 @@ def run_jacobi(
         callback=callback,
         width=(lambda: int(size_B.max())) if adaptive else None,
     )
-    tokens = state.tokens[:, :num_tokens].clone()
+    tokens = state.tokens[:, :done].clone()
     return counts.output(tokens, {"generator": passes}, time.perf_counter() - begun)

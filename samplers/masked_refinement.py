@@ -1,20 +1,20 @@
 """Next-scale sampling in which a scale's least certain tokens are masked and drawn again, a few times."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, Refining
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical
-from visar.samplers.next_scale import ScaleSettings, check_scales, finish, open_session, scale_settings
+from visar.samplers.next_scale import ScaleSettings, check_next_scale, finish, open_session
 
 Schedule = str | Sequence[int | Sequence[int]]
 
@@ -84,7 +84,7 @@ def draw_with_confidence(
 
 
 def refine_scale(
-    model: HierarchicalMaskedTransformer,
+    model: Refining,
     state: ScaleState,
     settings: ScaleSettings,
     counts: tuple[int, ...],
@@ -103,9 +103,30 @@ def refine_scale(
     return tokens_BL
 
 
+def check_masked_refinement(
+    model: Refining,
+    guidance: Guidance,
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int],
+    top_p: float | Sequence[float],
+    temperature_after_filter: bool,
+    schedule: Schedule | None,
+    refinement_guidance: float,
+    num_scales: int | None,
+) -> tuple[tuple[ScaleSettings, ...], tuple[tuple[int, ...], ...]]:
+    """Checks the arguments of `sample_masked_refinement`, errors as there; returns settings and passes of scales."""
+    if not 0.0 <= refinement_guidance < float("inf"):
+        raise ValueError(f"refinement_guidance {refinement_guidance}; it must be a finite number >= 0 (1.0 = off)")
+    if refinement_guidance != 1.0 and not guidance.active(len(model.scales)):
+        raise ValueError(f"refinement_guidance {refinement_guidance} needs guidance, which is off")
+    extras = (temperature_after_filter, False, num_scales, None)
+    settings, _, last = check_next_scale(model, guidance, temperature, top_k, top_p, *extras)
+    return settings, refinement_schedule(model.block_sizes, schedule)[:last]
+
+
 @torch.no_grad()
 def sample_masked_refinement(
-    model: HierarchicalMaskedTransformer,
+    model: Refining,
     condition: Condition,
     *,
     noise: Noise,
@@ -118,7 +139,7 @@ def sample_masked_refinement(
     refinement_guidance: float = 1.0,
     greedy: bool = False,
     num_scales: int | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws scale after scale, each with a next-scale pass and masked passes. Lossy: not the next-scale law.
@@ -140,7 +161,7 @@ def sample_masked_refinement(
         refinement_guidance: scale of masked passes, "interpolate" convention; 1.0 = off (HMAR, to 1e-6).
         greedy: take the most likely token instead of drawing.
         num_scales: stop after so many scales; None is all.
-        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every scale, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N], the accumulated map and statistics.
@@ -149,13 +170,9 @@ def sample_masked_refinement(
         ValueError: a setting or schedule out of range, or a condition that does not fit the model.
     """
     begun = time.perf_counter()
-    if not 0.0 <= refinement_guidance < float("inf"):
-        raise ValueError(f"refinement_guidance {refinement_guidance}; it must be a finite number >= 0 (1.0 = off)")
-    if refinement_guidance != 1.0 and not guidance.active(len(model.scales)):
-        raise ValueError(f"refinement_guidance {refinement_guidance} needs guidance, which is off")
-    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter)
-    _, last = check_scales(model, num_scales, None)
-    passes = refinement_schedule(model.block_sizes, schedule)[:last]
+    extras = (temperature_after_filter, schedule, refinement_guidance, num_scales)
+    settings, passes = check_masked_refinement(model, guidance, temperature, top_k, top_p, *extras)
+    last = len(passes)
     options = ("masked_refinement", settings, passes, refinement_guidance, greedy)
     session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
@@ -175,7 +192,8 @@ def sample_masked_refinement(
     for scale in range(last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None:
-            callback(model.ends[scale], state.tokens)
-    pass_sizes = [count for counts in passes for count in counts]
+        if callback is not None and callback(model.ends[scale], state.tokens):
+            last = scale + 1
+            break
+    pass_sizes = [count for counts in passes[:last] for count in counts]
     return finish(model, state, last, {"generator": len(pass_sizes)}, pass_sizes, begun)

@@ -1,7 +1,7 @@
 """Ancestral sampling scale by scale, with settings a scale: all that VAR's released sampler offers."""
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, Scales
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime, Session
-from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical, check_filters, filter_logits
 from visar.samplers.verify import held_noise
 
@@ -77,7 +78,7 @@ def smooth_codes(logits_BLV: Tensor, gumbel_BLV: Tensor, ratio: float, codebook_
 
 
 def draw_scale(
-    model: ScaleGenerator, state: ScaleState, settings: ScaleSettings, uniform_BN: Tensor, noise: Noise
+    model: Scales, state: ScaleState, settings: ScaleSettings, uniform_BN: Tensor, noise: Noise
 ) -> tuple[Tensor, Tensor | None]:
     """Predicts scale `state.block` and draws it.
 
@@ -101,7 +102,7 @@ def draw_scale(
     return tokens_BL, smooth_codes(logits_BLV, gumbel_BLV, ratio, model.pyramid.codebook)
 
 
-def check_scales(model: ScaleGenerator, num_scales: int | None, prefix_tokens: Tensor | None) -> tuple[int, int]:
+def check_scales(model: Scales, num_scales: int | None, prefix_tokens: Tensor | None) -> tuple[int, int]:
     """First scale to predict and the number of scales to stop at.
 
     Raises:
@@ -116,7 +117,7 @@ def check_scales(model: ScaleGenerator, num_scales: int | None, prefix_tokens: T
     return first, last
 
 
-def append_prefix(model: ScaleGenerator, state: ScaleState, prefix_tokens: Tensor) -> None:
+def append_prefix(model: Scales, state: ScaleState, prefix_tokens: Tensor) -> None:
     """Commits given ids int64 [B, whole number of scales]."""
     num_scales = model.pyramid.num_scales_of(prefix_tokens.shape[1])
     for scale, tokens_BL in enumerate(prefix_tokens.split(model.block_sizes[:num_scales], dim=1)):
@@ -126,7 +127,7 @@ def append_prefix(model: ScaleGenerator, state: ScaleState, prefix_tokens: Tenso
 
 def open_session(
     runtime: Runtime,
-    model: ScaleGenerator,
+    model: Scales,
     condition: Condition,
     guidance: Guidance,
     noise: Noise,
@@ -138,9 +139,26 @@ def open_session(
     return runtime.session(model, noise.device, key)  # type: ignore[arg-type]
 
 
+def check_next_scale(
+    model: Scales,
+    guidance: Guidance,
+    temperature: float | Sequence[float],
+    top_k: int | Sequence[int],
+    top_p: float | Sequence[float],
+    temperature_after_filter: bool,
+    smooth: bool,
+    num_scales: int | None,
+    prefix_tokens: Tensor | None,
+) -> tuple[tuple[ScaleSettings, ...], int, int]:
+    """Checks the arguments of `sample_next_scale`, errors as there; returns settings, first scale and end."""
+    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
+    guidance.scales(len(model.scales))
+    return settings, *check_scales(model, num_scales, prefix_tokens)
+
+
 @torch.no_grad()
 def sample_next_scale(
-    model: ScaleGenerator,
+    model: Scales,
     condition: Condition,
     *,
     noise: Noise,
@@ -152,7 +170,7 @@ def sample_next_scale(
     smooth: bool = False,
     num_scales: int | None = None,
     prefix_tokens: Tensor | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws scale after scale from the model's conditionals. Exact, unless smoothing is on.
@@ -173,7 +191,7 @@ def sample_next_scale(
             returned, but only the map is the picture.
         num_scales: stop after so many scales; None is all.
         prefix_tokens: int64 ids of the first scales, taken as they are; None is none.
-        callback: called after every scale with the number of tokens so far and the tokens [B, N] (later ones are 0).
+        callback: called after every scale, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, tokens of the scales made], the accumulated map and statistics.
@@ -182,8 +200,8 @@ def sample_next_scale(
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
     begun = time.perf_counter()
-    settings = scale_settings(len(model.scales), temperature, top_k, top_p, temperature_after_filter, smooth)
-    first, last = check_scales(model, num_scales, prefix_tokens)
+    extras = (temperature_after_filter, smooth, num_scales, prefix_tokens)
+    settings, first, last = check_next_scale(model, guidance, temperature, top_k, top_p, *extras)
     session = open_session(runtime, model, condition, guidance, noise, "next_scale", settings, first, last)
     state = model.start(condition, guidance, state=session.state, first_scale=first, last_scale=last - 1)
     session.state = state
@@ -199,13 +217,14 @@ def sample_next_scale(
     for scale in range(first, last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None:
-            callback(model.ends[scale], state.tokens)
+        if callback is not None and callback(model.ends[scale], state.tokens):
+            last = scale + 1
+            break
     return finish(model, state, last, {"generator": last - first}, model.block_sizes[first:last], begun)
 
 
 def finish(
-    model: ScaleGenerator,
+    model: Scales,
     state: ScaleState,
     num_scales: int,
     forward_passes: dict[str, int],

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Trees
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
@@ -33,7 +33,7 @@ from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
 from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
-from visar.samplers.verify import acceptance, one_hot, residual
+from visar.samplers.verify import acceptance, check_passes, one_hot, residual
 
 
 def neighbour_table(codebook_VC: Tensor, num_neighbours: int, chunk: int = 1024) -> Tensor:
@@ -130,9 +130,54 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
     return finish(tree, slots_BD[:, :depth], kept_B, judged_BD, refused_B, law_BV, half_B)
 
 
+def check_lantern(
+    model: Trees,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    codebook: Tensor | None,
+    neighbours: Tensor | None,
+    num_neighbours: int,
+    max_moved: float | None,
+    max_ratio: float | None,
+    tree: Literal["dynamic", "static"],
+    depth: int,
+    children: int,
+    nodes: int,
+    branches: tuple[int, ...],
+    paths: tuple[tuple[int, ...], ...] | None,
+    check_every: int,
+) -> tuple[list[tuple[int, ...]], int, int]:
+    """Checks the arguments of `sample_lantern`, errors as there; returns rank paths (static), depth and nodes."""
+    if tree not in ("dynamic", "static"):
+        raise ValueError(f"tree {tree!r}; choose dynamic or static")
+    if max_moved is None and max_ratio is None:
+        raise ValueError("give max_moved (LANTERN) or max_ratio (LANTERN++), or both")
+    if max_moved is not None and not 0 <= max_moved <= 1:
+        raise ValueError(f"max_moved {max_moved}; it must be in [0, 1]")
+    if max_ratio is not None and not max_ratio >= 1:
+        raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
+    known = codebook if neighbours is None else neighbours
+    if known is None or (codebook is not None and neighbours is not None):
+        raise ValueError("give the tokenizer's codebook, or a table of neighbours")
+    if num_neighbours < 1:
+        raise ValueError(f"num_neighbours {num_neighbours}; it must be >= 1")
+    if known.shape[0] != model.config["vocab_size"]:
+        raise ValueError(f"neighbours of {known.shape[0]} codes for a model of {model.config['vocab_size']}")
+    shape: list[tuple[int, ...]] = []
+    if tree == "static":
+        shape = static_shape(model, branches, paths)
+        depth, nodes = len(shape[-1]), len(shape)
+    else:
+        nodes = dynamic_size(model, depth, children, nodes)
+    check_passes(model, guidance, (temperature, top_k, top_p), depth + 1, check_every)
+    return shape, depth, nodes
+
+
 @torch.no_grad()
 def sample_lantern(
-    model: Generator,
+    model: Trees,
     condition: Condition,
     *,
     noise: Noise,
@@ -154,7 +199,7 @@ def sample_lantern(
     branches: tuple[int, ...] = (4, 2, 1, 1),
     paths: tuple[tuple[int, ...], ...] | None = None,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculation with acceptance relaxed to similar codes. Lossy; exact with max_moved=0.
@@ -188,30 +233,30 @@ def sample_lantern(
     Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
     out of the drafter's (static); here the m that were moved, as the papers define p_hat.
     """
-    vocab_size = model.config["vocab_size"]
-    if tree not in ("dynamic", "static"):
-        raise ValueError(f"tree {tree!r}; choose dynamic or static")
-    if max_moved is None and max_ratio is None:
-        raise ValueError("give max_moved (LANTERN) or max_ratio (LANTERN++), or both")
-    if max_moved is not None and not 0 <= max_moved <= 1:
-        raise ValueError(f"max_moved {max_moved}; it must be in [0, 1]")
-    if max_ratio is not None and not max_ratio >= 1:
-        raise ValueError(f"max_ratio {max_ratio}; it must be >= 1 (1 = off)")
-    if (codebook is None) == (neighbours is None):
-        raise ValueError("give the tokenizer's codebook, or a table of neighbours")
+    shape, depth, nodes = check_lantern(
+        model,
+        guidance,
+        temperature,
+        top_k,
+        top_p,
+        codebook,
+        neighbours,
+        num_neighbours,
+        max_moved,
+        max_ratio,
+        tree,
+        depth,
+        children,
+        nodes,
+        branches,
+        paths,
+        check_every,
+    )
     if neighbours is not None:
         table = neighbours.to(noise.device, torch.int32)
     else:
         assert codebook is not None
         table = neighbour_table(codebook.to(noise.device), min(num_neighbours, codebook.shape[0] - 1))
-    if table.shape[0] != vocab_size:
-        raise ValueError(f"neighbours of {table.shape[0]} codes for a model of {vocab_size}")
-    shape: list[tuple[int, ...]] = []
-    if tree == "static":
-        shape = static_shape(model, branches, paths)
-        depth, nodes = len(shape[-1]), len(shape)
-    else:
-        nodes = dynamic_size(model, depth, children, nodes)
 
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table_Vk: Tensor | None

@@ -1,40 +1,50 @@
-"""Settings of samplers: as text, on a command line or in a list of samplers to compare, and as values from Python."""
+"""Settings of samplers: as text, on a command line or in a list of samplers to compare, and as values from Python.
+
+A setting is an argument of the sampler's function, and takes what its annotation says.
+"""
 
 import ast
-import collections.abc
-import inspect
+import contextlib
 import re
-import types
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal, Union, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
 
 from visar.core.guidance import Guidance
-from visar.generators.scales import ScaleGenerator
+from visar.core.interface import Generator
 from visar.samplers.drafters.interface import Drafter
 from visar.samplers.filtering import check_filters
-from visar.samplers.index import find_sampler
+from visar.samplers.index import GENERAL, SAMPLERS, find_sampler
 
-SEQUENCES = (tuple, collections.abc.Sequence)
+UNIONS, SEQUENCES = (Union, UnionType), (tuple, Sequence)
+GUIDANCE = {"guidance_scale": float, "guidance_schedule": get_type_hints(Guidance)["schedule"]}
+"""Settings of the guidance, which every sampler takes as a whole."""
+WORDS = {
+    NoneType: "none",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a word",
+    Drafter: "ngram, eagle, heads, a drafter's folder, or a smaller model's name or folder",
+}
 
 
-def setting(sampler: str, name: str) -> inspect.Parameter:
-    """A sampler's setting of that name.
+def annotations(sampler: str, general: bool = False) -> dict[str, Any]:
+    """What every setting of a sampler takes; with `general` also those of GUIDANCE and of GENERAL that it has.
 
     Raises:
-        ValueError: no such sampler or setting; lists those there are.
+        ValueError: no such sampler; lists those there are.
     """
-    settings = find_sampler(sampler).settings()
-    if name not in settings:
-        allowed = ", ".join(settings) or "none"
-        raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {allowed}")
-    return settings[name]
+    entry = find_sampler(sampler)
+    every = {name: parameter.annotation for name, parameter in entry.parameters().items()}
+    return every | GUIDANCE if general else {name: every[name] for name in entry.settings()}
 
 
-def take_setting(sampler: str, name: str, value: Any) -> Any:
+def take_setting(sampler: str, name: str, value: Any, general: bool = False) -> Any:
     """A sampler's setting, given as text or as a value, in the type of its annotation.
 
     Text: numbers and words as they are, true and false in any case, tuples as 4,2,1 (those of tuples as a Python
@@ -44,174 +54,121 @@ def take_setting(sampler: str, name: str, value: Any) -> Any:
     Raises:
         ValueError: no such sampler or setting, or no value of it; names the allowed ones.
     """
-    annotation = setting(sampler, name).annotation
+    known = annotations(sampler, general)
+    if name not in known:
+        raise ValueError(f"sampler {sampler} has no setting {name!r}; its settings: {', '.join(known) or 'none'}")
     try:
-        return _take(annotation, value)
+        taken = _take(known[name], value)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ValueError(f"sampler {sampler}: {name} {value!r}; allowed: {describe(annotation)}") from error
+        several = _several(name) if name in GENERAL else []
+        hint = f" (one a scale: {', '.join(several)})" if several and sampler not in several else ""
+        raise ValueError(f"sampler {sampler}: {name} {value!r}; allowed: {describe(known[name])}{hint}") from error
+    for each in taken if isinstance(taken, tuple) else (taken,):
+        if name in GENERAL:
+            check_filters(**{name: each})
+        elif name == "guidance_scale":
+            Guidance(each)
+    return taken
+
+
+def _several(name: str) -> list[str]:
+    """Samplers that take several values of a setting of GENERAL."""
+    kinds = {sampler: annotations(sampler, general=True).get(name) for sampler in SAMPLERS}
+    return [sampler for sampler, annotation in kinds.items() if get_origin(annotation) is not None]
+
+
+def take_settings(sampler: str, given: Mapping[str, Any], general: bool = False, flag: str = "") -> dict[str, Any]:
+    """A sampler's settings by name, each as of `take_setting`; flag: what a command line writes before the names.
+
+    Raises:
+        ValueError: as of `take_setting`, or a setting that the sampler needs is not given.
+    """
+    taken = {name: take_setting(sampler, name, value, general) for name, value in given.items()}
+    own = find_sampler(sampler).settings()
+    missing = [name for name in own if own[name].default is own[name].empty and name not in given]
+    if missing:
+        raise ValueError(f"sampler {sampler} needs {' and '.join(f'{flag}{name}' for name in missing)}")
+    return taken
+
+
+def parse_sampler(text: str, general: bool = False) -> tuple[str, dict[str, Any]]:
+    """NAME:setting=value,setting=value to the name and its settings; values as on the command line, so that
+    static_tree:branches=2,1,drafter=ngram has two settings; with `general` see `annotations`.
+
+    Raises:
+        ValueError: unknown names, a part that is not setting=value, a value that is none of the setting, or a setting
+            that the sampler needs is not given.
+    """
+    name, _, settings = text.partition(":")
+    pairs = [pair.partition("=") for pair in filter(None, re.split(r",(?=[A-Za-z_-]+=)", settings))]
+    if not all(equals for _, equals, _ in pairs):
+        raise ValueError(f"sampler {text!r}: write settings as NAME:setting=value,setting=value")
+    return name, take_settings(name, {key.replace("-", "_"): value for key, _, value in pairs}, general)
+
+
+def kind_of_model(annotation: Any) -> type | None:
+    """The protocol of the models, or Drafter, in an annotation whose values may be given by name; None for others."""
+    if annotation is Drafter or Generator in getattr(annotation, "__mro__", ()):
+        return annotation
+    return next((kind for each in get_args(annotation) if (kind := kind_of_model(each)) is not None), None)
 
 
 def describe(annotation: Any) -> str:
     """What may be written for an annotation, in words."""
-    if annotation is Drafter:
-        return "ngram, eagle, heads, a drafter's folder, or a smaller model's name or folder"
-    if annotation is ScaleGenerator:
-        return "a model's name or folder"
-    if annotation is type(None):
-        return "none"
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "a word"}
-    if annotation in words:
-        return words[annotation]
-    arguments = get_args(annotation)
-    if get_origin(annotation) is Literal:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation in WORDS:
+        return WORDS[annotation]
+    if origin is Literal:
         return ", ".join(map(str, arguments))
-    if get_origin(annotation) in (Union, types.UnionType):
-        return " or ".join(describe(argument) for argument in arguments)
-    if get_origin(annotation) in SEQUENCES:
-        members = get_args(arguments[0]) if get_origin(arguments[0]) in (Union, types.UnionType) else arguments[:1]
+    if origin in UNIONS:
+        words = [describe(argument) for argument in arguments]
+        return " or ".join(word for word in words if f"{word}, or several as in 4,2,1" not in words)
+    if origin in SEQUENCES:
+        members = get_args(arguments[0]) if get_origin(arguments[0]) in UNIONS else arguments[:1]
         single = [describe(member) for member in members if get_origin(member) not in SEQUENCES]
         return f"{' or '.join(single)}, or several as in 4,2,1" if single else "tuples such as ((0,), (1,), (0, 0))"
-    return f"a {getattr(annotation, '__name__', annotation)}, which cannot be given as text"
-
-
-def _read(annotation: Any, text: str) -> Any:
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if annotation in (Drafter, ScaleGenerator, str):
-        if not text:
-            raise ValueError
-        return text
-    if annotation is type(None):
-        if text.lower() != "none":
-            raise ValueError
-        return None
-    if annotation is bool:
-        return text.lower() == "true" if text.lower() in ("true", "false") else _fail()
-    if annotation in (int, float):
-        return annotation(text)
-    if origin is Literal:
-        found = [value for value in arguments if str(value) == text]
-        return found[0] if found else _fail()
-    if origin in (Union, types.UnionType):
-        return _first(sorted(arguments, key=lambda argument: argument is not type(None)), text)
-    if origin in SEQUENCES and get_origin(arguments[0]) in SEQUENCES:
-        value = ast.literal_eval(text)
-        return tuple(tuple(_read(get_args(arguments[0])[0], str(item)) for item in inner) for inner in value)
-    if origin in SEQUENCES:
-        return tuple(_read(arguments[0], part.strip()) for part in text.strip("()[]").rstrip(",").split(","))
-    return _fail()
+    if kind_of_model(annotation) is not None:
+        return "a model's name or folder"
+    return f"a {annotation.__name__}, which cannot be given as text"
 
 
 def _take(annotation: Any, value: Any) -> Any:
+    """See `take_setting`; ValueError, SyntaxError or TypeError for what is no value of the annotation."""
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if isinstance(value, str):
-        return _read(annotation, value.strip())
-    if annotation is Drafter:
-        return value if all(callable(getattr(value, name, None)) for name in ("key", "start")) else _fail()
-    if annotation is ScaleGenerator:
-        value = getattr(value, "generator", value)
-    if annotation is bool:
-        return value if isinstance(value, bool) else _fail()
-    if annotation in (int, float):
+    text = value.strip() if isinstance(value, str) else None
+    if origin in UNIONS:
+        for argument in sorted(arguments, key=lambda each: each is not NoneType):  # "none" is None before it is a word
+            with contextlib.suppress(ValueError, SyntaxError, TypeError):
+                return _take(argument, value)
+    elif origin in SEQUENCES:
+        return tuple(_take(arguments[0], each) for each in _members(arguments[0], value))
+    elif origin is Literal and (text or value) in arguments:
+        return text or value
+    elif annotation is NoneType and (value is None or (text is not None and text.lower() == "none")):
+        return None
+    elif annotation is bool and text is not None and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    elif annotation in (int, float):
         kind = Integral if annotation is int else Real
-        return annotation(value) if isinstance(value, kind) and not isinstance(value, bool) else _fail()
-    if origin is Literal:
-        return value if value in arguments else _fail()
-    if origin in (Union, types.UnionType):
-        return _first(list(arguments), value)
-    if origin in SEQUENCES:
-        value = value.tolist() if isinstance(value, torch.Tensor | np.ndarray) else value
-        several = value if isinstance(value, collections.abc.Sequence) else (value,)
-        return tuple(_take(arguments[0], each) for each in several)
-    return value if isinstance(value, annotation) else _fail()
-
-
-def _first(annotations: list[Any], value: Any) -> Any:
-    for annotation in annotations:
-        try:
-            return _take(annotation, value)
-        except (ValueError, SyntaxError, TypeError):
-            continue
-    return _fail()
-
-
-def _fail() -> Any:
+        if text is not None or (isinstance(value, kind) and not isinstance(value, bool)):
+            return annotation(value)
+    elif text and (annotation is str or kind_of_model(annotation) is not None):
+        return text
+    elif origin is None and isinstance(value, annotation):
+        return value
+    elif kind_of_model(annotation) is not None and isinstance(
+        generator := getattr(value, "generator", None), annotation
+    ):
+        return generator
     raise ValueError
 
 
-FILTERS: dict[str, type[int] | type[float]] = {"temperature": float, "top_k": int, "top_p": float}
-
-
-GENERAL = ("guidance_scale", "guidance_schedule", *FILTERS)
-"""Settings that every sampler has, beside its own."""
-
-
-def parse_sampler(text: str) -> tuple[str, dict[str, Any]]:
-    """NAME:setting=value,setting=value to the name and its settings; values as on the command line, so that
-    static_tree:branches=2,1,drafter=ngram has two settings.
-
-    Raises:
-        ValueError: unknown names, a part that is not setting=value, or a value that is none of the setting.
-    """
-    name = text.partition(":")[0]
-    find_sampler(name)
-    return name, {key: take_setting(name, key, value) for key, value in _settings(text)}
-
-
-def parse_sampling(text: str) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """NAME:setting=value,setting=value as `parse_sampler`, where settings may also be those of GENERAL.
-
-    Samplers over scales take temperature, top_k and top_p for all scales or one a scale: top_p=0.9,0.9,0.8.
-
-    Returns: the sampler's name, its own settings, and the general ones that are given.
-
-    Raises:
-        ValueError: as `parse_sampler`, a general setting out of range, or one that the sampler needs is not given.
-    """
-    name = text.partition(":")[0]
-    entry = find_sampler(name)
-    own = entry.settings()
-    settings: dict[str, Any] = {}
-    general: dict[str, Any] = {}
-    for key, value in _settings(text):
-        if key in own:
-            settings[key] = take_setting(name, key, value)
-        elif key in GENERAL:
-            general[key] = _read_general(name, key, value)
-        else:
-            raise ValueError(
-                f"sampler {name} has no setting {key!r}; its settings: {', '.join(own) or 'none'}; those of every "
-                f"sampler: {', '.join(GENERAL)}"
-            )
-    missing = entry.missing(settings)
-    if missing:
-        raise ValueError(f"sampler {text!r} needs {' and '.join(missing)}")
-    return name, settings, general
-
-
-def _settings(text: str) -> Iterator[tuple[str, str]]:
-    for pair in filter(None, re.split(r",(?=[A-Za-z_-]+=)", text.partition(":")[2])):
-        key, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"sampler {text!r}: write settings as NAME:setting=value,setting=value")
-        yield key.replace("-", "_"), value
-
-
-def _read_general(sampler: str, name: str, text: str) -> Any:
-    if name == "guidance_schedule":
-        if text not in ("constant", "linear"):
-            raise ValueError(f"sampler {sampler}: guidance_schedule {text!r}; choose constant or linear")
-        return text
-    kind = FILTERS.get(name, float)
-    several = name in FILTERS and find_sampler(sampler).takes_one_a_scale(name)
-    try:
-        values = [kind(part) for part in (text.split(",") if several else [text])]
-    except ValueError as error:
-        allowed = f"a {'whole ' * (kind is int)}number{', or one a scale as in 4,2,1' * several}"
-        raise ValueError(f"sampler {sampler}: {name} {text!r}; allowed: {allowed}") from error
-    for value in values:
-        if name in FILTERS:
-            neutral: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-            check_filters(**{**neutral, name: value})
-        else:
-            Guidance(value)
-    return tuple(values) if len(values) > 1 else values[0]
+def _members(member: Any, value: Any) -> Sequence[Any]:
+    """What a sequence of `member` is made of."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return value.tolist()
+    if isinstance(value, str) and get_origin(member) in SEQUENCES:
+        return [tuple(inner) for inner in ast.literal_eval(value)]
+    if isinstance(value, str):
+        return value.strip("()[] ").rstrip(",").split(",")
+    return value if isinstance(value, Sequence) else (value,)

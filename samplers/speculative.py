@@ -7,7 +7,6 @@ B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), 
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,14 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Features, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
-from visar.samplers.filtering import check_filters, draw, token_law
-from visar.samplers.verify import Counts, check_window, held_noise, judged_in_chain, run_passes, verify
+from visar.samplers.filtering import draw, token_law
+from visar.samplers.verify import Counts, check_passes, held_noise, judged_in_chain, run_passes, verify
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,17 +33,33 @@ def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]
     return drafts, torch.stack(laws, dim=1)
 
 
-def read_window(model: Generator, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
+def read_window(model: Windowed, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
     """Guided logits [B, L, V] of a window, and the hidden vectors [R, L, D] behind them if the drafter reads them."""
     if not drafting.reads_features:
         return model.verify(state, draft_BK), None
+    assert isinstance(model, Features)
     features_RLD = model.features(state, draft_BK)
     return model.guided_logits(state, features_RLD), features_RLD
 
 
+def check_speculative(
+    model: Windowed,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_drafts: int,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_speculative`; errors as there."""
+    if num_drafts < 1:
+        raise ValueError(f"num_drafts {num_drafts}; it must be >= 1")
+    check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
+
+
 @torch.no_grad()
 def sample_speculative(
-    model: Generator,
+    model: Windowed,
     condition: Condition,
     *,
     noise: Noise,
@@ -55,7 +70,7 @@ def sample_speculative(
     drafter: Drafter | None = None,
     num_drafts: int = 4,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculative sampling with a chain of drafts. Exact.
@@ -76,7 +91,7 @@ def sample_speculative(
             hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
         num_drafts: K drafts a pass, >= 1. arXiv 2211.17192: 3 to 7.
         check_every: passes between two looks of the host.
-        callback: called at every look with the number of tokens that all images have, and the tokens [B, N].
+        callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] and statistics, with the drafter's forward passes.
@@ -84,10 +99,7 @@ def sample_speculative(
     Raises:
         ValueError: a setting out of range, a condition that does not fit, or a drafter of another vocabulary.
     """
-    check_filters(temperature, top_k, top_p)
-    if num_drafts < 1:
-        raise ValueError(f"num_drafts {num_drafts}; it must be >= 1")
-    check_window(num_drafts + 1, check_every)
+    check_speculative(model, guidance, temperature, top_k, top_p, num_drafts, check_every)
     begun = time.perf_counter()
     drafter = NgramDrafter() if drafter is None else drafter
     device, batch, num_tokens, window = noise.device, condition.batch, model.num_tokens, num_drafts + 1
@@ -115,7 +127,7 @@ def sample_speculative(
         drafting.observe(start_B, features_RLD, verdict.count_B)
         pass_11.add_(1)
 
-    passes = run_passes(
+    passes, done = run_passes(
         session,
         state,
         step,
@@ -124,7 +136,7 @@ def sample_speculative(
         check_every=check_every,
         callback=callback,
     )
-    tokens = state.tokens[:, :num_tokens].clone()
+    tokens = state.tokens[:, :done].clone()
     passed = {"generator": passes}
     if drafting.calls(num_drafts):
         passed["drafter"] = passes * drafting.calls(num_drafts)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, repeat
-from visar.core.interface import Generator
+from visar.core.interface import Callback, Features, Trees
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.core.tree import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
-from visar.samplers.filtering import check_filters, token_law
+from visar.samplers.filtering import token_law
 from visar.samplers.trees import (
     Walk,
     check_paths,
@@ -33,14 +33,14 @@ from visar.samplers.trees import (
     walk_chosen,
     walk_drawn,
 )
-from visar.samplers.verify import Counts, check_window, held_noise, run_passes
+from visar.samplers.verify import Counts, check_passes, held_noise, run_passes
 
 Read = Callable[[DraftTree], Tensor]
 Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]
 
 
 def run_trees(
-    model: Generator,
+    model: Trees,
     condition: Condition,
     speculate: Speculate,
     key: Hashable,
@@ -52,7 +52,7 @@ def run_trees(
     filters: tuple[float, int, float],
     drafter: Drafter | None,
     check_every: int,
-    callback: Callable[[int, Tensor], None] | None,
+    callback: Callback | None,
     runtime: Runtime,
     table: Tensor | None = None,
     grown: int = 0,
@@ -66,12 +66,7 @@ def run_trees(
         depth, nodes: D and M of its trees.
         table: a tensor that it reads; the session keeps a copy for captured passes.
         grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = it grows none.
-
-    Raises:
-        ValueError: see the samplers.
     """
-    check_filters(*filters)
-    check_window(depth + 1, check_every)
     begun = time.perf_counter()
     drafter = NgramDrafter() if drafter is None else drafter
     device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
@@ -93,6 +88,7 @@ def run_trees(
         def read(tree: DraftTree) -> Tensor:
             if not drafting.reads_features:
                 return token_law(model.verify_tree(state, tree), *filters)
+            assert isinstance(model, Features)
             shown.append(model.features(state, tree=tree))
             return token_law(model.guided_logits(state, shown[0], tree.depth_BL), *filters)
 
@@ -111,19 +107,35 @@ def run_trees(
         drafting.observe(start_B, features_RLD, count_B)
         pass_11.add_(1)
 
-    passes = run_passes(
+    passes, done = run_passes(
         session, state, step, num_tokens=num_tokens, window=depth + 1, check_every=check_every, callback=callback
     )
-    tokens = state.tokens[:, :num_tokens].clone()
+    tokens = state.tokens[:, :done].clone()
     passed = {"generator": passes}
     if drafting.calls(depth):
         passed["drafter"] = passes * drafting.calls(depth)
     return counts.output(tokens, passed, time.perf_counter() - begun)
 
 
+def check_static_tree(
+    model: Trees,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    branches: tuple[int, ...],
+    paths: tuple[tuple[int, ...], ...] | None,
+    check_every: int,
+) -> list[tuple[int, ...]]:
+    """Checks the arguments of `sample_static_tree`, errors as there; returns the tree's rank paths."""
+    shape = static_shape(model, branches, paths)
+    check_passes(model, guidance, (temperature, top_k, top_p), len(shape[-1]) + 1, check_every)
+    return shape
+
+
 @torch.no_grad()
 def sample_static_tree(
-    model: Generator,
+    model: Trees,
     condition: Condition,
     *,
     noise: Noise,
@@ -135,7 +147,7 @@ def sample_static_tree(
     branches: tuple[int, ...] = (4, 2, 1, 1),
     paths: tuple[tuple[int, ...], ...] | None = None,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculation with trees of a fixed shape, siblings drawn without replacement. Exact.
@@ -162,7 +174,7 @@ def sample_static_tree(
     Raises:
         ValueError: a setting out of range, a path without its parent, or a condition or drafter that does not fit.
     """
-    shape = static_shape(model, branches, paths)
+    shape = check_static_tree(model, guidance, temperature, top_k, top_p, branches, paths, check_every)
     depth = len(shape[-1])
 
     def speculate(
@@ -188,9 +200,26 @@ def sample_static_tree(
     )
 
 
+def check_dynamic_tree(
+    model: Trees,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    depth: int,
+    children: int,
+    nodes: int,
+    check_every: int,
+) -> int:
+    """Checks the arguments of `sample_dynamic_tree`, errors as there; returns the number of nodes."""
+    size = dynamic_size(model, depth, children, nodes)
+    check_passes(model, guidance, (temperature, top_k, top_p), depth + 1, check_every)
+    return size
+
+
 @torch.no_grad()
 def sample_dynamic_tree(
-    model: Generator,
+    model: Trees,
     condition: Condition,
     *,
     noise: Noise,
@@ -203,7 +232,7 @@ def sample_dynamic_tree(
     children: int = 10,
     nodes: int = 58,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculation with trees that grow where the drafter is confident. Exact.
@@ -230,7 +259,7 @@ def sample_dynamic_tree(
     Raises:
         ValueError: a setting out of range, or a condition or drafter that does not fit.
     """
-    nodes = dynamic_size(model, depth, children, nodes)
+    nodes = check_dynamic_tree(model, guidance, temperature, top_k, top_p, depth, children, nodes, check_every)
 
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
@@ -257,7 +286,7 @@ def sample_dynamic_tree(
 
 
 def static_shape(
-    model: Generator, branches: tuple[int, ...], paths: tuple[tuple[int, ...], ...] | None
+    model: Trees, branches: tuple[int, ...], paths: tuple[tuple[int, ...], ...] | None
 ) -> list[tuple[int, ...]]:
     """Rank paths of a static tree in order of depth.
 
@@ -276,7 +305,7 @@ def static_shape(
     return shape
 
 
-def dynamic_size(model: Generator, depth: int, children: int, nodes: int) -> int:
+def dynamic_size(model: Trees, depth: int, children: int, nodes: int) -> int:
     """Number of nodes of a dynamic tree: `nodes`, or all candidates if they are fewer.
 
     Raises:
@@ -289,14 +318,31 @@ def dynamic_size(model: Generator, depth: int, children: int, nodes: int) -> int
     return min(nodes, children + (depth - 1) * children * children)
 
 
-def grown_size(model: Generator, depth: int, children: int) -> int:
+def grown_size(model: Trees, depth: int, children: int) -> int:
     """Nodes of a dynamic tree that the drafter reads: the best `children` of every level but the last."""
     return (depth - 1) * min(children, int(model.config["vocab_size"]))
 
 
+def check_k_seq(
+    model: Trees,
+    guidance: Guidance,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_chains: int,
+    num_drafts: int,
+    check_every: int,
+) -> None:
+    """Checks the arguments of `sample_k_seq`; errors as there."""
+    for name, value in (("num_chains", num_chains), ("num_drafts", num_drafts)):
+        if value < 1:
+            raise ValueError(f"{name} {value}; it must be >= 1")
+    check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
+
+
 @torch.no_grad()
 def sample_k_seq(
-    model: Generator,
+    model: Trees,
     condition: Condition,
     *,
     noise: Noise,
@@ -308,7 +354,7 @@ def sample_k_seq(
     num_chains: int = 4,
     num_drafts: int = 4,
     check_every: int = 8,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws tokens by speculation with several independent chains of drafts. Exact.
@@ -334,9 +380,7 @@ def sample_k_seq(
     Raises:
         ValueError: a setting out of range, or a condition or drafter that does not fit.
     """
-    for name, value in (("num_chains", num_chains), ("num_drafts", num_drafts)):
-        if value < 1:
-            raise ValueError(f"{name} {value}; it must be >= 1")
+    check_k_seq(model, guidance, temperature, top_k, top_p, num_chains, num_drafts, check_every)
 
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None

@@ -23,10 +23,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
+from visar.core.guidance import Guidance
+from visar.core.interface import Callback, Generator
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import Session
-from visar.samplers.filtering import draw, fits_kernels
+from visar.samplers.filtering import check_filters, draw, fits_kernels
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -179,7 +181,7 @@ class Counts:
 
     def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
         """Tokens with the counts on the host."""
-        outcome_BN = self.outcome_BT[:, : self.num_tokens].clone()
+        outcome_BN = self.outcome_BT[:, : tokens_BN.shape[1]].clone()
         return SampleOutput(tokens_BN, self.statistics(forward_passes, seconds), outcome_BN=outcome_BN)
 
     def statistics(self, forward_passes: dict[str, int], seconds: float) -> SampleStatistics:
@@ -204,10 +206,10 @@ def run_passes(
     num_tokens: int,
     window: int,
     check_every: int,
-    callback: Callable[[int, Tensor], None] | None,
+    callback: Callback | None,
     width: Callable[[], int] | None = None,
-) -> int:
-    """Runs passes until every row has all its tokens.
+) -> tuple[int, int]:
+    """Runs passes until every row has all its tokens, or the callback ends the sampling.
 
     The host looks at the rows' lengths at passes that are multiples of `check_every` at the latest, and sooner when
     the slowest row might be done: it needs at least (tokens it lacks) / window passes, so no pass is ever wasted.
@@ -216,10 +218,10 @@ def run_passes(
         step: one pass; its argument is the number of slots it reads.
         num_tokens: N; window: most slots, the most tokens a pass commits.
         check_every: passes between two looks at most.
-        callback: called at every look with the tokens that all rows have and the tokens [B, N] (later ones are 0).
+        callback: called at every look, see `Callback`.
         width: slots of the passes up to the next look, asked at every look; None is always `window`.
 
-    Returns: the number of passes.
+    Returns: the number of passes, and of tokens that all rows have.
     """
     slot_N = torch.arange(num_tokens, device=state.tokens.device)
     left, passes = num_tokens, 0
@@ -230,16 +232,22 @@ def run_passes(
             passes += 1
         left = num_tokens - int(state.length.min())
         if callback is not None:
-            callback(num_tokens - left, state.tokens[:, :num_tokens] * (slot_N < state.length[:, None]))
-    return passes
+            known_BN = state.tokens[:, :num_tokens] * (slot_N < state.length[:, None])
+            if callback(num_tokens - left, known_BN):
+                break
+    return passes, num_tokens - left
 
 
-def check_window(window: int, check_every: int) -> None:
-    """Checks the settings of a windowed sampler.
+def check_passes(
+    model: Generator, guidance: Guidance, filters: tuple[float, int, float], window: int, check_every: int
+) -> None:
+    """Checks the settings that all samplers of windows and trees have.
 
     Raises:
-        ValueError: window or check_every below 1.
+        ValueError: see `check_filters` and `Guidance.scales`; window or check_every below 1.
     """
+    check_filters(*filters)
+    guidance.scales(model.num_tokens)
     if window < 1:
         raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass)")
     if check_every < 1:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from visar.checkpoints import hmar, hub, llamagen, var
+from visar.checkpoints import hmar, llamagen, var
 from visar.checkpoints.code import load_pair
-from visar.checkpoints.convert import sniff
+from visar.checkpoints.convert import find_rows
 from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import all_rows, sources_of
 from visar.cli.convert import convert
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
@@ -55,7 +56,8 @@ def test_llamagen_folder_gives_the_models_own_tokens(parity, tmp_path):
     file, tokenizer_file, grid, num_heads = raster_files(tmp_path, parity)
     out = tmp_path / "deep" / "folder"
     line = convert(Convert(file, out, tokenizer_file, grid=grid, num_heads=num_heads, like="llamagen-c2i-l-384"))
-    assert "RasterGPT" in line and "VQTokenizer" in line and str(out) in line and "\n" not in line
+    assert "RasterGPT" in line and "VQTokenizer" in line and str(out) in line
+    assert line.splitlines()[1:] == [f"Next: visar sample {out} --class 3"]
     pipeline = load(out, device="cpu")
     direct = llamagen.load_gpt(file, grid=grid, num_heads=num_heads)
     labels = parity("llamagen_gpt_c2i").config["greedy_labels"]
@@ -69,7 +71,7 @@ def test_llamagen_folder_gives_the_models_own_tokens(parity, tmp_path):
     pipeline.set_progress_bar_config(disable=True)
     result = pipeline(labels, seed=0, top_k=1, output_type="pt")
     assert torch.equal(result.tokens, expected)
-    rows, columns = pipeline.tokenizer.layout.scales[0]
+    rows, columns = pipeline.tokenizer.layout.shapes[0]
     assert (rows, columns) == grid
     tokenizer = llamagen.load_vq(tokenizer_file)
     assert torch.allclose(result.images, (tokenizer.decode(expected).clamp(-1, 1) + 1) / 2, atol=1e-6)
@@ -99,7 +101,7 @@ def test_var_folder_gives_the_models_own_tokens(system, parity, tmp_path):
         )
         result = pipeline([1, 2], seed=5, guidance_scale=given, output_type="pt")
         assert torch.equal(result.tokens, expected.tokens)
-        images = tokenizer.decode_latents(expected.latent_BChw).clamp(-1, 1)
+        images = tokenizer.decode_latents(expected.latent).clamp(-1, 1)
         assert torch.allclose(result.images, (images + 1) / 2, atol=1e-6)
 
 
@@ -112,7 +114,7 @@ def test_hmar_folder_from_the_released_layout_and_from_both_phases(parity, tmp_p
     pipeline = load(tmp_path / "merged", device="cpu")
     pipeline.set_progress_bar_config(disable=True)
     direct = hmar.load(file, scale_tokenizer(parity, tokenizer_file, "hmar"))
-    settings = hub.HMAR_DEFAULTS.get(folder.config["depth"], hub.HMAR_DEFAULTS[16])
+    settings = hmar.DEFAULTS.get(folder.config["depth"], hmar.DEFAULTS[16])
     expected = sample_masked_refinement(
         direct,
         Condition(labels_BA=torch.tensor([[1]])),
@@ -193,7 +195,7 @@ def test_one_model_alone_and_stored_dtypes(parity, tmp_path):
     tokenizer = load_tokenizer(tmp_path / "vq", device="cpu")
     direct = llamagen.load_vq(tokenizer_file)
     ids = torch.arange(grid[0] * grid[1])[None]
-    assert torch.equal(tokenizer.decode(ids), direct.decode(ids)) and tokenizer.layout.scales == (grid,)
+    assert torch.equal(tokenizer.decode(ids), direct.decode(ids)) and tokenizer.layout.shapes == (grid,)
 
     vae = write(tmp_path, parity, "var_vqvae", "vae.pth")
     scales = tuple(parity("var").config["patch_nums"])
@@ -228,26 +230,26 @@ def test_trainer_checkpoints_hold_both(parity, tmp_path):
 @pytest.mark.parametrize(
     ("system", "checkpoint", "sources", "role"),
     [
-        ("llamagen_vq", "checkpoint", ("llamagen",), "tokenizer"),
-        ("llamagen_gpt_c2i", "checkpoint", ("llamagen",), "generator"),
-        ("llamagen_gpt_t2i", "checkpoint", ("llamagen",), "generator"),
-        ("dar_gpt", "checkpoint", ("llamagen",), "generator"),
-        ("var_vqvae", "checkpoint", ("var", "hmar", "code"), "tokenizer"),
-        ("var", "checkpoint", ("var", "hmar", "code"), "generator"),
-        ("var_saln", "checkpoint", ("var", "hmar", "code"), "generator"),
-        ("hmar", "checkpoint", ("hmar",), "generator"),
-        ("code", "checkpoint_refiner", ("var", "hmar", "code"), "generator"),
+        ("llamagen_vq", "checkpoint", ["llamagen"], "tokenizer"),
+        ("llamagen_gpt_c2i", "checkpoint", ["llamagen"], "generator"),
+        ("llamagen_gpt_t2i", "checkpoint", ["llamagen"], "generator"),
+        ("dar_gpt", "checkpoint", ["llamagen"], "generator"),
+        ("var_vqvae", "checkpoint", ["code/hmar/var"], "tokenizer"),
+        ("var", "checkpoint", ["code", "hmar", "var"], "generator"),
+        ("var_saln", "checkpoint", ["code", "hmar", "var"], "generator"),
+        ("hmar", "checkpoint", ["hmar"], "generator"),
+        ("code", "checkpoint_refiner", ["code", "hmar", "var"], "generator"),
     ],
 )
 def test_sniffing(system, checkpoint, sources, role, parity):
     state = parity(system).checkpoint(f"{checkpoint}.safetensors")
     for content in (state, {"model": {f"module.{key}": value for key, value in state.items()}}):
-        found = sniff(content, None, "file")
-        assert [(layout.sources, layout.role) for layout in found] == [(sources, role)]
-    for source in ("llamagen", "var", "hmar", "code"):
-        if source not in sources:
+        found = find_rows(content, None, "file")
+        assert [sources_of(row) for row in found] == sources and {row.role for row in found} == {role}
+    for source in all_rows():
+        if source not in "/".join(sources):
             with pytest.raises(ValueError, match=f"that a converter of {source} knows"):
-                sniff(state, source, "file")
+                find_rows(state, source, "file")
 
 
 class Code:
@@ -283,8 +285,11 @@ def test_refused_files(parity, tmp_path):
         (dict(file=truncated, **raster), "truncated.pt is truncated"),
         (dict(file=unsafe, **raster), "unsafe.pt is refused: its pickle holds more than tensors"),
         (dict(file=tmp_path / "none.pt"), "no weights file at .*none.pt"),
-        (dict(file=other), "other.safetensors holds no weights.*llamagen tokenizer: no .*var/hmar/code generator: no"),
-        (dict(file=other), "Its tensors: conv.bias, conv.weight. Sources: llamagen, var, hmar, code"),
+        (
+            dict(file=other),
+            "other.safetensors holds no weights.*code/hmar/var tokenizer: no .*llamagen generator: no",
+        ),
+        (dict(file=other), "Its tensors: conv.bias, conv.weight. Sources: code, hmar, llamagen, var"),
         (dict(file=scale_file, source="llamagen", grid=grid), "var.pth holds no weights that a converter of llamagen"),
         (dict(file=file, source="var", tokenizer=vae), "c2i.pt holds no weights that a converter of var"),
         (dict(file=file, tokenizer=tokenizer_file), "c2i.pt: the grid of tokens is not in the file.*16 16 for 256 px"),
@@ -296,22 +301,34 @@ def test_refused_files(parity, tmp_path):
         ),
         (
             dict(file=file, **raster | dict(tokenizer=vae)),
-            "vae.pth is a tokenizer of var/hmar/code; a tokenizer of llama",
+            "vae.pth is a tokenizer of code/hmar/var; a tokenizer of llama",
         ),
         (dict(file=file, **raster | dict(tokenizer=other)), "other.safetensors is of no known kind"),
         (dict(file=tokenizer_file, tokenizer=tokenizer_file), "vq.pt is a tokenizer itself"),
-        (dict(file=file, scales=(1, 2), **raster), r"scales \(1, 2\) are for var"),
-        (dict(file=file, second=file, **raster), "second file goes with hmar"),
+        (
+            dict(file=file, scales=(1, 2), **raster),
+            r"scales \(1, 2\) is for code, hmar, var; a generator of llamagen does not",
+        ),
+        (dict(file=file, second=file, **raster), "second file goes with one generator of code, hmar"),
         (dict(file=scale_file), "var.pth: a model of scales includes its tokenizer's codebook; say tokenizer"),
         (dict(file=scale_file, tokenizer=smaller_vae), r"var.pth predicts \d+ codes, .*smaller_vae.pth has \d+: they"),
-        (dict(file=scale_file, tokenizer=tokenizer_file), "vq.pt is a tokenizer of llamagen; a tokenizer of var/hmar"),
+        (
+            dict(file=scale_file, tokenizer=tokenizer_file),
+            "vq.pt is a tokenizer of llamagen; a tokenizer of code/hmar/var",
+        ),
         (dict(file=scale_file, tokenizer=vae, grid=(4, 4)), r"grid \(4, 4\) is for llamagen"),
-        (dict(file=vae, tokenizer=vae), "vae.pth is a tokenizer; give the generator"),
+        (dict(file=vae, tokenizer=vae), "vae.pth is a tokenizer itself; give the generator"),
         (dict(file=scale_file, tokenizer=vae, source="code"), "CoDe's models are pairs; say second"),
         (dict(file=scale_file, tokenizer=vae, source="hmar"), "one training phase of HMAR; say second"),
-        (dict(file=scale_file, tokenizer=vae, second=file), "c2i.pt is a generator of llamagen; a generator of var"),
-        (dict(file=masked, tokenizer=vae, second=masked), "holds both phases of HMAR already"),
-        (dict(file=file, like="llamagen-x", **raster), "like 'llamagen-x'; the official names are llamagen-c2i-b-256"),
+        (
+            dict(file=scale_file, tokenizer=vae, second=file),
+            "c2i.pt is a generator of llamagen; a generator of code is",
+        ),
+        (dict(file=masked, tokenizer=vae, second=masked), "hmar.pth needs no second file"),
+        (
+            dict(file=file, like="llamagen-x", **raster),
+            "like 'llamagen-x'; the official names are .*llamagen-c2i-b-256",
+        ),
         (dict(file=file, like="var-d16", source="llamagen", **raster), "like 'var-d16' is of var"),
         (dict(file=file, dtype="half", **raster), "dtype 'half'; choose one of float32, bfloat16, float16"),
     ]

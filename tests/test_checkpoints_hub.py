@@ -45,19 +45,19 @@ def make(defaults: dict | None = None) -> ImagePipeline:
 
 
 def test_official_names():
-    assert {"var-d16", "var-d20", "var-d24", "var-d30", "var-d36"} <= hub.OFFICIAL.keys()
-    assert {"hmar-d16", "hmar-d20", "hmar-d24", "hmar-d30"} <= hub.OFFICIAL.keys()
+    assert {"var-d16", "var-d20", "var-d24", "var-d30", "var-d36"} <= hub.official().keys()
+    assert {"hmar-d16", "hmar-d20", "hmar-d24", "hmar-d30"} <= hub.official().keys()
     released = {name.removeprefix("llamagen-") for name in RASTER_PRESETS}
-    named = {name.split("-")[2] for name in hub.OFFICIAL if name.startswith("llamagen-c2i")}
+    named = {name.split("-")[2] for name in hub.official() if name.startswith("llamagen-c2i")}
     assert named == released
-    for name, entry in hub.OFFICIAL.items():
+    for name, entry in hub.official().items():
         assert (entry.grid is not None) == (entry.source == "llamagen"), name
         assert ("non-commercial" in entry.note) == (entry.source == "hmar"), name
         # The settings are ones that a pipeline takes, of a sampler that there is.
         pipeline = ImagePipeline(None, None, defaults=entry.defaults)
         find_sampler(pipeline.sampling_settings()["sampler"])
         assert pipeline.sampling_settings()["guidance"].active(10), name
-    assert hub.OFFICIAL["var-d36"].note.endswith("512 x 512")
+    assert hub.official()["var-d36"].note.endswith("512 x 512")
     message = str(hub.unknown_model("var-d61"))
     assert "nearest: var-d" in message and "hmar-d30" in message
 
@@ -84,13 +84,13 @@ def keep(cache: Path, repository: str, file: str, state: dict) -> None:
 def test_official_files_that_were_fetched_before(name, system, parity, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    entry = hub.OFFICIAL[name]
+    entry = hub.official()[name]
     keep(tmp_path, entry.tokenizer_repository, entry.tokenizer_file, parity("var_vqvae").checkpoint())
     keep(tmp_path, entry.repository, entry.file, parity(system).checkpoint())
     pipeline = load(name, device="cpu", dtype="bfloat16")
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline.generator.dtype == torch.bfloat16 and pipeline.generator.pyramid.codebook.dtype == torch.float32
-    assert pipeline.tokenizer.layout.scales == pipeline.generator.scales
+    assert pipeline.tokenizer.layout.shapes == pipeline.generator.scales
     settings = pipeline.sampling_settings()
     assert settings["sampler"] == entry.defaults["sampler"] and settings["top_k"] == entry.defaults["top_k"]
     assert settings["guidance"] == Guidance(**entry.defaults["guidance"])

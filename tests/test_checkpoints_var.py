@@ -131,7 +131,7 @@ def test_what_does_not_fit_is_named(parity):
     with pytest.raises(ValueError, match="the key blocks.0.attn.mat_qkv.weight is needed; keys are encoder"):
         convert_transformer({"encoder.conv_in.weight": torch.zeros(1)}, tokenizer)
     with pytest.raises(ValueError, match="found at a, b"):
-        convert_transformer({"a": state, "b": state}, tokenizer)
+        convert_transformer({"a": state, "b": dict(state)}, tokenizer)
     broken = {key: value for key, value in state.items() if key != "head.bias"} | {"strange": torch.zeros(1)}
     with pytest.raises(ValueError, match="missing: head.bias; 1 unexpected: strange"):
         convert_transformer(broken, tokenizer)

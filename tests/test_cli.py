@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from visar.checkpoints.hub import OFFICIAL, embedded_names
+from visar.checkpoints.hub import embedded_names, official
 from visar.cli.main import COMMANDS, main
 from visar.cli.sample import Sample
 from visar.cli.sampler_flags import take_sampler_options
@@ -148,7 +148,7 @@ def test_sample_by_number(place, tiny, capsys):
 def test_models(capsys):
     assert main(["models"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[1:]] == [*embedded_names(), *OFFICIAL]
+    assert [line.split()[0] for line in lines[1:]] == [*embedded_names(), *official()]
     assert "emoji-raster" in embedded_names()
     assert main(["models", "--classes", "emoji-raster"]) == 0
     columns = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())

@@ -82,6 +82,16 @@ def test_tarball_is_fetched_and_checked(tmp_path: Path, monkeypatch: pytest.Monk
         fetch_package(package, place)
 
 
+def test_a_relative_folder_is_the_same_to_the_client(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "scope-thing-1.0.0.tgz"
+    package = write_tarball(source, {"a.txt": b"text"})
+    install_client(tmp_path / "bin", f'cp {source} "$4"', monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    path = fetch_package(package, Path("data/packages"))
+    assert path.samefile(tmp_path / "data" / "packages" / package.file_name)
+    assert list(read_members(path, ".*")) == [("a.txt", b"text")]
+
+
 @pytest.mark.parametrize(
     ("script", "message"),
     [

@@ -1,6 +1,6 @@
 """Image sets from every kind of place."""
 
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 import torch
 
+from visar.data import decoding
 from visar.data.images import as_float, load_image_set, make_image_set
 from visar.io.pictures import to_uint8
 
@@ -67,11 +68,20 @@ def test_npz_without_labels_and_of_another_size(tmp_path: Path) -> None:
         ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, "N >= 1"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0.5, 1])}, "labels is float64"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])}, "whole numbers"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0])}, "2 pictures, 1 labels"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0])}, "1 labels for 2 pictures"),
         (
             {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, 2]), "classes": np.array(["a"])},
             "label 2 with 1 classes",
         ),
+        ({"images": np.zeros((2, 0, 4, 3), np.uint8)}, "N >= 1"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "labels": np.array([10**9])}, "the label 1000000000; allowed"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "labels": np.zeros((1, 1), int)}, r"labels is int64 \(1, 1\)"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "classes": np.array([0.5])}, "classes is float64"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "classes": np.array("a")}, r"classes is <U1 \(\)"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "classes": np.array(["a", "a"])}, "the same name twice"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "captions": np.array([5])}, r"captions is int64 \(1,\); texts"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "captions": np.array(["a"])}, "1 captions"),
+        ({"images": np.zeros((1, 4, 4, 3), np.uint8), "captions": np.array([None])}, "its array captions"),
     ],
 )
 def test_npz_of_another_form_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
@@ -119,29 +129,50 @@ def test_pictures_are_cut_to_the_middle_and_resized(tmp_path: Path) -> None:
     assert (images[1] == (200, 30, 0)).all() and images[0].std(-1).max() == 0
 
 
-def test_cached_folder_is_mapped_and_made_again_when_it_changes(tmp_path: Path, sample: dict[str, np.ndarray]) -> None:
-    root, cache = write_folder(tmp_path / "set", sample), tmp_path / "cache"
-    plain, first = load_image_set(root, 32), load_image_set(root, 32, cache)
-    kept = list(cache.iterdir())
-    assert len(kept) == 1 and isinstance(first.images, np.memmap)
-    assert first.digest() == plain.digest() == load_image_set(root, 32, cache).digest()
-    assert list(cache.iterdir()) == kept
-    load_image_set(root, 16, cache)
-    assert len(list(cache.iterdir())) == 2
-    changed = next(root.rglob("*.png"))
-    PIL.Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(changed)
-    os.utime(changed, ns=(1, 1))
-    assert load_image_set(root, 32, cache).digest() == load_image_set(root, 32).digest() != plain.digest()
-
-
-def test_unreadable_picture_is_named_and_leaves_no_cache(tmp_path: Path, sample: dict[str, np.ndarray]) -> None:
+def test_pictures_of_folders_are_decoded_when_asked_for(
+    tmp_path: Path, sample: dict[str, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = write_folder(tmp_path / "set", sample)
-    broken = root / "class 1" / "broken.png"
-    broken.write_bytes((root / "class 1" / "01.png").read_bytes()[:300])
-    for cache in (None, tmp_path / "cache"):
-        with pytest.raises(ValueError, match=r"broken\.png is not a readable picture"):
-            load_image_set(root, 64, cache)
-    assert list((tmp_path / "cache").iterdir()) == []
+    kept = load_image_set(root, 64)
+    monkeypatch.setattr(decoding, "KEPT_BYTES", 3 * 64 * 64 * 3)
+    images = load_image_set(root, 64)
+    assert isinstance(images.images, decoding.DecodedPictures) and images.digest() == kept.digest()
+    whole = np.asarray(kept.images)
+    in_memory = replace(kept, images=whole)
+    assert in_memory.digest() == kept.digest()
+    assert images.images.shape == whole.shape and images.images.dtype == whole.dtype
+    for key in (3, -1, slice(2, 9, 3), np.array([5, 5, 0]), whole[:, 0, 0, 0] > 9, (slice(1, 3), 0, ..., 0), (2, 4)):
+        assert np.array_equal(images.images[key], whole[key])
+    for rows in (None, np.array([7, 1, 1, 11, 0])):
+        batches = list(decoding.in_batches(images.images, 4, rows))
+        assert [len(batch) for batch in batches] == ([4, 4, 4] if rows is None else [4, 1])
+        assert np.array_equal(np.concatenate(batches), whole if rows is None else whole[rows])
+    removed = next(root.rglob("*11.png"))
+    removed.unlink()
+    with pytest.raises(ValueError, match=r"11\.png is not a readable picture \(no such file\)"):
+        images.images[:]
+    assert np.array_equal(images.images[:3], whole[:3])
+
+
+def test_unreadable_pictures_are_all_named_or_left_out(
+    tmp_path: Path, sample: dict[str, np.ndarray], caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = load_image_set(write_folder(tmp_path / "whole", sample), 64)
+    root = write_folder(tmp_path / "set", sample)
+    (root / "class 1" / "broken.png").write_bytes((root / "class 1" / "01.png").read_bytes()[:300])
+    (root / "class 2" / "empty.jpg").touch()
+    with pytest.raises(ValueError, match=r"2 unreadable: .*\n.*broken\.png is not .*\n.*empty\.jpg is .*it is empty"):
+        load_image_set(root, 64)
+    (root / "class 0" / "nothing").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="links to nothing, or pipes: class 0/nothing; repair"):
+        load_image_set(root, 64)
+    images = load_image_set(root, 64, skip_unreadable=True)
+    assert images.digest() == whole.digest()
+    assert [record.levelname for record in caplog.records].count("WARNING") == 3
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "a.png").touch()
+    with pytest.raises(ValueError, match="1 unreadable"):
+        load_image_set(tmp_path / "none", 64, skip_unreadable=True)
 
 
 def test_places_that_are_no_image_sets_are_refused(tmp_path: Path) -> None:
@@ -184,7 +215,7 @@ def test_parquet_files(tmp_path: Path, sample: dict[str, np.ndarray], nested: bo
             "caption": [f"picture {i}" for i in range(rows.start, rows.stop)],
         }
         parquet.write_table(pyarrow.table(columns), folder / f"{part}.parquet")
-    images = load_image_set(folder, 64, tmp_path / "cache")
+    images = load_image_set(folder, 64)
     assert np.array_equal(images.images, sample["images"][:6])
     assert images.vocabulary.attributes == {"class": ("3", "7")}
     assert images.labels_NA[:, 0].tolist() == [1, 0, 1] * 2
@@ -197,7 +228,7 @@ def test_parquet_files_of_another_form_are_refused(tmp_path: Path) -> None:
     from pyarrow import parquet
 
     for columns, message in [
-        ({"picture": [b"x"]}, "has columns picture; a column image is needed"),
+        ({"picture": [b"x"]}, "has columns picture; a column image or img is needed"),
         ({"image": [b"x"], "label": [0]}, r"parquet row 0 is not a readable picture"),
         ({"image": [b"x"], "label": pyarrow.array([None], pyarrow.int64())}, "row 0 has no label"),
         ({"image": ["x"]}, "row 0: the image is str"),

@@ -16,6 +16,7 @@ from visar.cli.compare import compare
 from visar.cli.evaluate import Eval, EvalTokenizer, Stats, evaluate, evaluate_tokenizer, read_prompts, stats
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
+from visar.data.images import load_image_set
 from visar.data.vocabulary import Vocabulary, build_vocabulary
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
 from visar.evaluate.images import UINT8_RULES, ArrayImages
@@ -23,6 +24,7 @@ from visar.evaluate.labels import LabelTable
 from visar.evaluate.options import Compare
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
 from visar.evaluate.references import make_statistics
+from visar.evaluate.report import card, load_report
 from visar.evaluate.run import label_plan
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
@@ -30,7 +32,15 @@ from visar.tokenizers.vq import VQTokenizer
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
 COMMANDS = (Eval, Stats, EvalTokenizer, Compare)
-TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py"))["TINY"]
+FIXTURE = runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py"))
+TINY = FIXTURE["TINY"]
+
+
+class Tiniest(FIXTURE["TinyExtractor"]):
+    """Another network whose layers have the same names."""
+
+    def forward(self, image_BCHW: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return super().forward(255 - image_BCHW.flip(-1))
 
 
 @pytest.fixture
@@ -41,6 +51,7 @@ def tables() -> list[list[tuple[str, ...]]]:
 @pytest.fixture(autouse=True)
 def tiny_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(EXTRACTORS, "tiny", TINY)
+    monkeypatch.setitem(EXTRACTORS, "tiniest", dataclasses.replace(TINY, network=Tiniest, distance="FD-tiniest"))
 
 
 @pytest.fixture
@@ -97,7 +108,13 @@ def test_stats_then_eval_of_pictures(tmp_path: Path, pictures: Path, tables: lis
     )
     with pytest.warns(UserWarning, match="singular"):
         report = evaluate(
-            Eval(str(SAMPLE), str(tmp_path / "real.npz"), tmp_path / "out", train=str(pictures), device="cpu"),
+            Eval(
+                str(SAMPLE),
+                reference=str(tmp_path / "real.npz"),
+                out=tmp_path / "out",
+                train=str(pictures),
+                device="cpu",
+            ),
             {},
             tables.append,
         )
@@ -109,7 +126,9 @@ def test_stats_then_eval_of_pictures(tmp_path: Path, pictures: Path, tables: lis
     assert "FD-Lite0 is not FID" in card and report.protocol["reference_sha256"] in card
     with pytest.warns(UserWarning, match="singular"):
         again = evaluate(
-            Eval(str(pictures), str(tmp_path / "real.npz"), tmp_path / "again", device="cpu"), {}, tables.append
+            Eval(str(pictures), reference=str(tmp_path / "real.npz"), out=tmp_path / "again", device="cpu"),
+            {},
+            tables.append,
         )
     assert again is not None and abs(again.metrics.distance) < 1e-3 and again.metrics.precision == 1.0
 
@@ -133,9 +152,9 @@ def test_eval_of_a_saved_pipeline_and_compare(tmp_path: Path, pictures: Path, ta
     assert warm is not None and warm.images_sha256 != report.images_sha256
     with pytest.raises(ValueError, match=r"another run: guidance .*3.0"):
         evaluate(Eval(str(model), out=tmp_path / "a", guidance_scale=3.0, **common), {}, tables.append)
-    compare(Compare((str(tmp_path / "a"), str(tmp_path / "b")), tmp_path / "c"), tables.append)
+    compare(Compare((str(tmp_path / "a"), str(tmp_path / "b")), out=tmp_path / "c"), tables.append)
     assert len(tables[-1]) == 3 and (tmp_path / "c" / "pareto.png").is_file()
-    compare(Compare((str(model),), tmp_path / "d", samplers=("ancestral",), **common), tables.append)
+    compare(Compare((str(model),), out=tmp_path / "d", samplers=("ancestral",), **common), tables.append)
     assert tables[-1][1][0] == "ancestral"
     rows = json.loads((tmp_path / "d" / "compare.json").read_text())
     assert rows[0]["images_sha256"] == report.images_sha256
@@ -169,10 +188,29 @@ def test_labels_follow_the_reference_that_holds_them(tmp_path: Path, tables: lis
     with np.load(SAMPLE) as file:
         images = ArrayImages(file["images"][:12])
     make_statistics(images, load_extractor("tiny"), tmp_path / "labelled.npz", labels=table)
-    options = Eval(str(model), str(tmp_path / "labelled.npz"), tmp_path / "out", 16, 8, device="cpu", extractor="tiny")
+    options = Eval(
+        str(model),
+        reference=str(tmp_path / "labelled.npz"),
+        out=tmp_path / "out",
+        num_samples=16,
+        batch_size=8,
+        device="cpu",
+        extractor="tiny",
+    )
     report = evaluate(options, {}, tables.append)
     assert report is not None and report.protocol["labels"].startswith("histogram: labels of the 8 training pictures")
     assert report.metrics.kid is None  # the file holds no features
+
+
+def test_labels_of_a_reference_of_other_classes_are_not_used(caplog: pytest.LogCaptureFixture) -> None:
+    named = PipelineGenerator(tiny_pipeline(2, vocabulary=Vocabulary({"class": ("cat", "dog")})), Sampling())
+    table = named.training_table(LabelTable.of([(0,), (0,), (1,)], ("DOG", "cat")))
+    assert table == LabelTable(((0,), (1,)), (1, 2)) and not caplog.records
+    assert named.training_table(LabelTable.of([(0,), (1,)], ("bird", "cat"))) is None
+    assert "1 classes of the reference are none of the model's: bird" in caplog.records[-1].getMessage()
+    numbered = PipelineGenerator(tiny_pipeline(4), Sampling())
+    assert numbered.training_table(LabelTable.of([(0,), (1,)])) is None
+    assert label_plan("auto", num_classes=4, table=None).policy == "balanced"
 
 
 def test_histogram_labels_are_rows_of_the_models_vocabulary() -> None:
@@ -239,14 +277,104 @@ def test_options_are_read_from_flags_and_their_names_are_frozen() -> None:
         ("a/ancestral", "b/next_scale:top_k=3"),
         (1, 8),
     )
-    names = {kind.__name__: " ".join(field.name for field in dataclasses.fields(kind)) for kind in COMMANDS}
-    assert names == {
-        "Eval": "model reference out num_samples batch_size seed labels prompts sampler guidance_scale "
-        "guidance_schedule temperature top_k top_p extractor extractor_weights layer spatial resize image_size train "
-        "held_out keep_images uint8_rule device dtype quantize",
-        "Stats": "source out protocol extractor extractor_weights layer spatial resize image_size keep_features "
-        "batch_size device",
-        "EvalTokenizer": "tokenizer images out extractor extractor_weights resize image_size batch_size device dtype",
-        "Compare": "names out samplers runs reference num_samples batch_size speed_batches seed guidance_scale "
-        "extractor extractor_weights train device dtype",
+    score = "reference extractor extractor_weights layer spatial resize image_size train held_out second_extractor "
+    score += "second_reference"
+    run = "out num_samples batch_size seed labels captions keep_images"
+    names = {kind.__name__: {field.name for field in dataclasses.fields(kind)} for kind in COMMANDS}
+    no_flags = {"metrics", "extractor_dtype"}
+    assert {kind: found - no_flags for kind, found in names.items()} == {
+        "Eval": {
+            *f"model prompts sampler guidance_scale guidance_schedule temperature top_k top_p {score} {run}".split(),
+            *("uint8_rule", "device", "dtype", "quantize"),
+        },
+        "Stats": {
+            *"source out protocol extractor extractor_weights layer spatial resize image_size keep_features".split(),
+            *("batch_size", "device"),
+        },
+        "EvalTokenizer": set(
+            "tokenizer images out extractor extractor_weights resize image_size batch_size device dtype".split()
+        ),
+        "Compare": set(f"names samplers runs speed_batches guidance_scale device dtype {score} {run}".split()),
     }
+    for flag in ("--extractor-dtype", "--metrics"):
+        with pytest.raises(SystemExit):
+            tyro.cli(Eval, args=["a", "--reference", "b", flag, "float64"])
+
+
+# ------------------------------------------------------------------------------------------------ a second extractor
+def test_a_second_extractor_scores_the_same_images(tmp_path: Path, pictures: Path, tables: list) -> None:
+    model = tmp_path / "model"
+    tiny_pipeline().save_pretrained(model)
+    common: dict[str, Any] = {"reference": str(pictures), "num_samples": 12, "batch_size": 6, "device": "cpu"}
+    one = evaluate(Eval(str(model), out=tmp_path / "one", extractor="tiny", **common), {}, tables.append)
+    other = evaluate(Eval(str(model), out=tmp_path / "other", extractor="tiniest", **common), {}, tables.append)
+    assert one is not None and other is not None and one.second is None
+    both: dict[str, Any] = {**common, "extractor": "tiny", "second_extractor": "tiniest"}
+    samplers = ("ancestral", "ancestral:top_k=1")
+    compare(Compare((str(model),), out=tmp_path / "c", samplers=samplers, **both), tables.append)
+    header, *rows = tables[-1]
+    assert [name for name in header if "tin" in name or name == "ranks"] == ["FD-tiny", "FD-tiniest", "ranks"]
+    found = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert found[0]["metrics"] == json.loads(json.dumps(dataclasses.asdict(one.metrics)))
+    assert found[0]["second"] == json.loads(json.dumps(dataclasses.asdict(other.metrics)))
+    assert found[0]["images_sha256"] == one.images_sha256
+    assert found[0]["protocol"]["second_extractor"] == "tiniest"
+    ranks = [row[header.index("ranks")].split(" / ") for row in rows]
+    for side, key in enumerate(("metrics", "second")):
+        first, second = (report[key]["distance"] for report in found)
+        assert [pair[side] for pair in ranks] == (["1", "2"] if first < second else ["2", "1"])
+    run = load_report(next(path for path in (tmp_path / "c").iterdir() if path.is_dir()))
+    assert run.second is not None and "FD-tiniest" in card(run)
+    with pytest.raises(ValueError, match="another run: second_extractor"):
+        evaluate(Eval(str(model), out=tmp_path / "one", **both), {}, tables.append)
+    images = evaluate(Eval(str(pictures), out=tmp_path / "images", **both), {}, tables.append)
+    assert images is not None and images.second is not None and abs(images.second.distance) < 1e-3
+    with pytest.raises(ValueError, match="needs a second_extractor"):
+        evaluate(Eval(str(model), out=tmp_path / "x", second_reference="r.npz", **common), {}, tables.append)
+
+
+# ------------------------------------------------------------------------------------------------- unseen captions
+def test_captions_of_another_split_are_asked_for(tmp_path: Path, pictures: Path, tables: list) -> None:
+    number = np.arange(40)
+    with np.load(SAMPLE) as file:
+        arrays = {"images": file["images"][:40], "labels": number % 2, "classes": np.array(["cat", "dog"])}
+    captions = np.array([f"{'cat dog'.split()[i % 2]} {i // 2}" for i in number])
+    np.savez(tmp_path / "set.npz", captions=captions, **arrays)
+    found = load_image_set(tmp_path / "set.npz")
+    unseen = {captions[i] for i in found.indices("val")}
+    assert unseen and not unseen & set(found.vocabulary.texts)
+    pipeline = tiny_pipeline(2, (), len(found.vocabulary.words), found.vocabulary)
+
+    generate = PipelineGenerator(pipeline, Sampling())
+    before = generate.settings()
+    table = generate.ask_for(f"{tmp_path / 'set.npz'}@val")
+    assert {generate.texts[row[0]] for row in table.rows} == unseen
+    assert generate.settings().keys() - before.keys() == {"captions", "captions_sha256"}
+    row = table.rows[0]
+    text, label = generate.texts[row[0]], row[1]
+    assert label == ("cat", "dog").index(text.split()[0])
+    condition = Condition(labels_BA=torch.tensor([[label]]), words_BT=found.vocabulary.encode_texts([text]))
+    expected = pipeline(condition=condition, seeds=[4], output_type="pt").images
+    assert torch.equal(generate([4], [row])[0], UINT8_RULES["round"](expected))
+
+    pipeline.save_pretrained(tmp_path / "model")
+    options = Eval(
+        str(tmp_path / "model"),
+        reference=str(pictures),
+        out=tmp_path / "out",
+        captions=f"{tmp_path / 'set.npz'}@val",
+        num_samples=8,
+        extractor="tiny",
+        device="cpu",
+    )
+    report = evaluate(options, {}, tables.append)
+    assert report is not None and f"pictures of {tmp_path / 'set.npz'}@val" in report.protocol["labels"]
+    for wrong, message in (
+        ("set.npz", "write PLACE@train or PLACE@val or PLACE@test"),
+        (f"{tmp_path / 'other.npz'}@val", "do not have the same label columns"),
+    ):
+        np.savez(tmp_path / "other.npz", **{**arrays, "classes": np.array(["cat", "cow"])})
+        with pytest.raises(ValueError, match=message):
+            generate.ask_for(wrong)
+    with pytest.raises(ValueError, match="captions bring their own"):
+        dataclasses.replace(options, labels="balanced")

@@ -95,7 +95,7 @@ class GreyBlocks:
 
     @property
     def layout(self) -> TokenLayout:
-        return TokenLayout("grid", ((64 // self.block, 64 // self.block),), 16, 1)
+        return TokenLayout(((64 // self.block, 64 // self.block),), "grid", 16, 1)
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         mean = F.avg_pool2d(image_BCHW.mean(dim=1, keepdim=True), self.block)

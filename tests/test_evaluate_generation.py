@@ -24,8 +24,8 @@ from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.generation import collect, generate_images, remake_images, write_npz
 from visar.evaluate.images import NpzImages
 from visar.evaluate.labels import Label, LabelPlan, LabelTable
+from visar.evaluate.options import RunOptions
 from visar.evaluate.parts import load_part
-from visar.evaluate.pipeline import RunOptions
 from visar.evaluate.run import label_plan
 from visar.io.shards import World, finished, missing_ranges
 
@@ -83,6 +83,25 @@ def test_histogram_labels_repeat_the_training_histogram_exactly() -> None:
     assert table.leading(1) == LabelTable(((0,), (1,), (2,)), (6, 1, 3))
     with pytest.raises(ValueError, match="reads 3 label columns, the reference's pictures have 2"):
         table.leading(3)
+
+
+def test_classes_of_a_reference_are_matched_by_name_or_not_at_all() -> None:
+    table = LabelTable.of([(0, 1), (0, 1), (1, 0), (3, 0)], ("Cafe\u0301", "DOG", "unused", "cat"))
+    found = table.in_classes(5, ("bird", "cat", "dog", "caf\u00e9", "x"))
+    assert found == LabelTable(((1, 0), (2, 0), (3, 1)), (1, 1, 2)) and found.classes == (
+        "bird",
+        "cat",
+        "dog",
+        "caf\u00e9",
+        "x",
+    )
+    with pytest.raises(ValueError, match="2 classes of the reference are none of the model's: DOG, cat"):
+        table.in_classes(2, ("caf\u00e9", "unused"))
+    assert table.in_classes(4, None) is table
+    numbers = LabelTable.of([(0,), (9,)])
+    assert numbers.in_classes(10, ("a",) * 10) is numbers and table.leading(1).classes == table.classes
+    with pytest.raises(ValueError, match="the reference has 10 classes, the model 1000, and no names to match"):
+        numbers.in_classes(1000, None)
 
 
 def test_policies_and_their_errors() -> None:
@@ -171,8 +190,8 @@ def test_wrong_pictures_and_counts_are_named(tmp_path: Path, extractor: Extracto
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot make the folder"):
         run(tmp_path / "file", extractor)
-    with pytest.raises(ValueError, match="num_samples 3: .* need 4 pictures"):
-        RunOptions(tmp_path, num_samples=3)
+    with pytest.raises(ValueError, match="num_samples 3: .* need 4 images"):
+        RunOptions(out=tmp_path, num_samples=3)
     with pytest.raises(ValueError, match="choose none, png, npz"):
         run(tmp_path / "c", extractor, keep_images="jpg")
     run(tmp_path / "d", extractor)

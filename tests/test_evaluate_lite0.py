@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch_fidelity.utils import create_feature_extractor
 
-from visar.evaluate.efficientnet_lite import EfficientNetLite0, SameConv2d, lite0_weights_path, load_efficientnet_lite0
+from visar.evaluate.efficientnet_lite import EfficientNetLite0, lite0_weights_path, load_efficientnet_lite0
 from visar.evaluate.extractors import EXTRACTORS, FeatureExtractorInceptionSpatial, load_extractor
 
 SAMPLE = Path(__file__).parent / "fixtures" / "sample_64.npz"
@@ -24,23 +24,13 @@ def pictures(count: int) -> torch.Tensor:
         return torch.from_numpy(file["images"][:count]).movedim(-1, 1).contiguous()
 
 
-@pytest.mark.parametrize("size", [7, 8, 9])
-@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2), (1, 1)])
-def test_same_padding_is_tensorflows(size: int, kernel: int, stride: int) -> None:
-    conv = SameConv2d(1, 1, kernel, stride, bias=False)
-    torch.nn.init.ones_(conv.weight)
-    image = torch.arange(float(size * size)).view(1, 1, size, size)
-    out = conv(image)
-    count = -(-size // stride)
-    before = max((count - 1) * stride + kernel - size, 0) // 2
-    expected = torch.zeros(count, count)
-    for row in range(count):
-        for column in range(count):
-            top, left = row * stride - before, column * stride - before
-            expected[row, column] = image[
-                0, 0, max(top, 0) : max(top + kernel, 0), max(left, 0) : max(left + kernel, 0)
-            ].sum()
-    torch.testing.assert_close(out[0, 0], expected)
+def test_timms_layers_give_the_recorded_numbers(network: EfficientNetLite0) -> None:
+    """Recorded from layers that were written out here, padded as TensorFlow does: an image of odd sides."""
+    image = pictures(1)[..., :51, :47].float() / 127.5 - 1.0
+    last, _, logits = network.pooled(image)
+    torch.testing.assert_close(last[0, [7, 185, 98]], torch.tensor([10.9943, 9.8748, 8.9305]), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(logits[0, [800, 604, 531]], torch.tensor([23.676, 21.8, 21.2809]), atol=1e-3, rtol=1e-3)
+    assert [tuple(each.shape[2:]) for each in network.features(image)] == [(26, 24), (13, 12), (7, 6), (4, 3), (2, 2)]
 
 
 def test_recognises_a_clock(network: EfficientNetLite0) -> None:
@@ -119,7 +109,7 @@ def test_clip_features_are_mean_and_change() -> None:
 
 
 def test_errors_name_the_choices() -> None:
-    with pytest.raises(ValueError, match="efficientnet-lite0, efficientnet-lite0-clip, inception-v3"):
+    with pytest.raises(ValueError, match="efficientnet-lite0, efficientnet-lite0-clip, craft, inception-v3"):
         load_extractor("inception")
     with pytest.raises(ValueError, match="float32 or float64"):
         load_extractor(dtype="float16")

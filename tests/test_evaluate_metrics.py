@@ -13,7 +13,15 @@ from torch.utils.data import Dataset
 
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
-from visar.evaluate.metrics import MetricOptions, compute_metrics, inception_score, kernel_distance, precision_recall
+from visar.evaluate.metrics import (
+    compute_metrics,
+    inception_score,
+    kernel_distance,
+    null_distance,
+    null_estimable,
+    precision_recall,
+)
+from visar.evaluate.options import MetricOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.statistics import (
     FeatureStatistics,
@@ -236,3 +244,17 @@ def test_options_are_checked() -> None:
         MetricOptions(kid_subsets=0)
     with pytest.raises(TypeError, match="fid_statistics_file"):
         compute_metrics({}, None, None, fid_statistics_file="x.npz")  # type: ignore[call-arg,arg-type]
+
+
+def test_a_real_null_is_given_only_where_it_can_be_estimated() -> None:
+    def real(count: int) -> FeatureStatistics:
+        return FeatureStatistics(np.zeros(10), np.eye(10), count, null_constant=100.0)
+
+    for count, num_samples in ((1000, 10), (1000, 3), (20, 100)):
+        found, note = null_distance(real(count), num_samples)
+        assert found is None and note is not None and f"{num_samples} samples" in note and "10 features" in note
+    found, note = null_distance(real(1000), 12)
+    assert found == pytest.approx(100.0 * (1 / 12 + 1 / 1000)) and note is not None and "5 to 12 % low" in note
+    assert null_distance(real(1000), 100) == (pytest.approx(100.0 * (1 / 100 + 1 / 1000)), None)
+    unknown = FeatureStatistics(np.zeros(10), np.eye(10), 1000)
+    assert null_distance(unknown, 100) == (None, None) and not null_estimable(unknown)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
-from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, open_images, resized
+from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, SplitImages, open_images, resized
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.metrics import compute_metrics
 from visar.evaluate.references import load_reference, load_statistics, make_statistics, save_statistics
@@ -121,6 +123,13 @@ def test_protocols_and_extractors_are_never_mixed(tmp_path: Path, extractor: Ext
         ({"mu": np.zeros(9), "sigma": np.eye(9)}, r"shape \(9,\)"),
         ({"mu": np.zeros(8), "sigma": np.eye(9)}, r"\(8, 8\)"),
         ({"arr_0": np.zeros((2, 8, 8, 3), np.float32)}, "float32"),
+        ({"arr_0": np.asfortranarray(np.zeros((2, 8, 9, 3), np.uint8))}, "Fortran order"),
+        ({"mu": np.full(8, np.nan), "sigma": np.eye(8)}, "mu has values that are not finite"),
+        ({"mu": np.zeros(8), "sigma": np.diag([np.inf] * 8)}, "sigma has values that are not finite"),
+        ({"mu": np.zeros(8), "sigma": np.eye(8) * 1j}, "sigma is complex128; real numbers"),
+        ({"mu": np.zeros(8), "sigma": np.tri(8)}, "sigma is not symmetric"),
+        ({"mu": np.array(["a"] * 8), "sigma": np.eye(8)}, "mu is <U1; real numbers"),
+        ({"mu": np.array([None] * 8), "sigma": np.eye(8)}, "its array mu: Object arrays"),
         ({"arr_0": np.zeros((2, 3, 8, 8), np.uint8)}, r"\(2, 3, 8, 8\)"),
         ({"images": np.zeros((0, 8, 8, 3), np.uint8)}, "N > 0"),
     ],
@@ -139,7 +148,7 @@ def test_broken_files_are_named(tmp_path: Path, extractor: Extractor) -> None:
     make_statistics(ArrayImages(pictures(20)), extractor, tmp_path / "s.npz")
     content = (tmp_path / "s.npz").read_bytes()
     (tmp_path / "cut.npz").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="cut.npz is truncated"):
+    with pytest.raises(ValueError, match="cut.npz is damaged"):
         load_reference(tmp_path / "cut.npz", extractor)
     with pytest.raises(ValueError, match="not a statistics file"):
         np.savez(tmp_path / "i.npz", images=pictures(2))
@@ -150,6 +159,49 @@ def test_broken_files_are_named(tmp_path: Path, extractor: Extractor) -> None:
         load_reference(np.zeros((2, 8, 8, 3)), extractor)
     with pytest.raises(ValueError, match="no pictures at .*x.txt"):
         open_images(tmp_path / "x.txt")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mu_8": np.zeros(7)}, r"mu_8 has shape \(7,\) and sigma_upper_8 \(36,\)"),
+        ({"mu_8": np.full(8, np.nan)}, "mu_8 has values that are not finite"),
+        ({"sigma_upper_8": np.zeros(35)}, r"sigma_upper_8 \(35,\)"),
+        ({"features_8": np.zeros((5, 8), np.float32)}, r"features_8 has shape \(5, 8\); 20 x 8 is needed"),
+        ({"features_8": np.full((20, 8), np.inf, np.float32)}, "features_8 has values that are not finite"),
+        ({"label_rows": np.zeros((2, 1))}, "label_rows is float64"),
+        ({"label_counts": np.array([20])}, r"label_counts int64 \(1,\)"),
+        ({"label_counts": np.array([0, 20])}, "one count above 0"),
+        ({"label_classes": np.array(["one"])}, "label_rows has the class 1, label_classes 1 names"),
+        ({"label_classes": np.array([1, 2])}, "label_rows is"),
+        ({"visar": np.array("{")}, "its array visar does not describe it"),
+        ({"visar": np.array("[]")}, "its array visar does not describe it"),
+        ({"visar": np.array('{"format": 1}')}, "does not describe it .KeyError"),
+        ({"visar": np.array('{"format": 1, "layers": {"8": {"count": "many"}}}')}, "does not describe it .KeyError"),
+    ],
+)
+def test_statistics_files_of_other_forms_are_named(
+    tmp_path: Path, extractor: Extractor, changes: dict[str, np.ndarray], message: str
+) -> None:
+    labels = LabelTable.of([(i % 2,) for i in range(20)], ("a", "b"))
+    make_statistics(ArrayImages(pictures(20)), extractor, tmp_path / "s.npz", labels=labels, keep_features=True)
+    with np.load(tmp_path / "s.npz") as file:
+        arrays = dict(file)
+    np.savez(tmp_path / "s.npz", **{**arrays, **changes})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=rf"s\.npz.*{message}"):
+        load_statistics(tmp_path / "s.npz")
+
+
+def test_every_damaged_array_is_named(tmp_path: Path, extractor: Extractor) -> None:
+    arrays = {"arr_0": pictures(4), "mu": np.random.default_rng(0).normal(size=8), "sigma": np.eye(8)}
+    for name in arrays:
+        np.savez(tmp_path / "bad.npz", **arrays)  # type: ignore[arg-type]
+        blob = bytearray((tmp_path / "bad.npz").read_bytes())
+        with zipfile.ZipFile(tmp_path / "bad.npz") as archive:
+            blob[archive.getinfo(f"{name}.npy").header_offset + 30 + len(name) + 4 + 150] ^= 0xFF
+        (tmp_path / "bad.npz").write_bytes(blob)
+        with pytest.raises(ValueError, match=rf"bad\.npz is damaged.* its array {name}: Bad CRC-32"):
+            load_reference(tmp_path / "bad.npz", extractor)
 
 
 def test_unreadable_picture_is_named(tmp_path: Path, extractor: Extractor) -> None:
@@ -192,13 +244,14 @@ def test_a_split_of_an_image_set_brings_its_labels(tmp_path: Path, extractor: Ex
             place.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(place / f"{i}.png")
     train = open_images(f"{tmp_path / 'set'}@train", image_size=32)
-    assert len(train) == 6 and train.name == "set@train" and isinstance(train, ArrayImages)
-    assert train.labels == LabelTable(((0,), (1,)), (4, 2))
+    assert len(train) == 6 and train.name == "set@train" and isinstance(train, SplitImages)
+    assert train.labels == LabelTable(((0,), (1,)), (4, 2)) and train.labels.classes == ("cat", "dog")
     reference = load_reference(f"{tmp_path / 'set'}@train", extractor, image_size=32)
     assert reference.labels == train.labels
     assert len(open_images(f"{tmp_path / 'set'}@val", image_size=32)) == 3
     make_statistics(train, extractor, tmp_path / "set.npz")
-    assert load_statistics(tmp_path / "set.npz").labels == train.labels
+    stored = load_statistics(tmp_path / "set.npz").labels
+    assert stored == train.labels and stored is not None and stored.classes == ("cat", "dog")
     with pytest.raises(ValueError, match="no pictures in its split test"):
         open_images(f"{tmp_path / 'set'}@test", image_size=32)
 
@@ -213,6 +266,27 @@ def test_resize_chains() -> None:
     small = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     blocks = small.repeat(4, axis=0).repeat(4, axis=1)
     np.testing.assert_array_equal(np.asarray(resized(Image.fromarray(blocks), "adm", 16)), small)
+
+
+@pytest.mark.parametrize("size", [16, 31, 64])
+def test_the_torchvision_chain_is_torchvisions(size: int) -> None:
+    base = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 18, 3), dtype=np.uint8))
+    for width, height in ((64, 43), (43, 64), (50, 37), (65, 65), (100, 33), (33, 71), (20, 9)):
+        picture = base.resize((width, height), Image.Resampling.BICUBIC)
+        theirs = Compose([Resize(size), CenterCrop(size)])(picture)
+        assert np.array_equal(np.asarray(resized(picture, "torchvision", size)), np.asarray(theirs))
+
+
+def test_orientation_is_heeded_by_every_chain_but_that_of_adm(tmp_path: Path) -> None:
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:16] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    upright = np.rot90(pixels, -1)
+    for chain, size, shown in (("none", None, upright), ("torchvision", 32, upright), ("adm", 32, pixels)):
+        read = next(FolderImages(tmp_path, chain, size).batches(1))[0].movedim(0, -1).numpy()  # type: ignore[arg-type]
+        assert np.array_equal(read, shown)
 
 
 def test_uint8_rules() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,11 @@ from visar.evaluate.comparison import Point, draw_pareto, frontier, write_compar
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
 from visar.evaluate.labels import LabelPlan
-from visar.evaluate.pipeline import RunOptions
+from visar.evaluate.options import RunOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.report import Report, card, check_comparable, load_report, table
 from visar.evaluate.run import evaluate_generator
+from visar.io.plots import plot
 from visar.io.shards import World
 
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "evaluation.py")))
@@ -49,7 +51,7 @@ def evaluate(out: Path, extractor: Extractor, reference: Reference, **changes: A
         "settings": {"sampler": "ancestral", "uint8_rule": "round", "guidance": {"scale": 1.5, "interval": None}},
         "world": World(0, 1, torch.device("cpu")),
     }
-    options = changes.pop("options", RunOptions(out, 30, 8, seed=1))
+    options = changes.pop("options", RunOptions(out=out, num_samples=30, batch_size=8, seed=1))
     report = evaluate_generator(
         changes.pop("generate", TINY.paint), reference, extractor, PLAN, options, **{**arguments, **changes}
     )
@@ -123,7 +125,7 @@ def test_comparison_of_two_samplers(tmp_path: Path, extractor: Extractor, refere
     write_comparison(reports, tmp_path / "compare")
     assert "| fast |" in (tmp_path / "compare" / "compare.md").read_text()
     assert len(json.loads((tmp_path / "compare" / "compare.json").read_text())) == 2
-    assert Image.open(tmp_path / "compare" / "pareto.png").size == (900, 650)
+    assert Image.open(tmp_path / "compare" / "pareto.png").size[0] >= 900
 
 
 def test_what_does_not_compare_is_refused(tmp_path: Path, extractor: Extractor, reference: Reference) -> None:
@@ -154,20 +156,33 @@ def test_a_drafters_passes_stand_apart(tmp_path: Path, extractor: Extractor, ref
     assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"]]
 
 
+@pytest.mark.parametrize(
+    ("values", "ticks"), [((1.26, 39.1), [1, 2, 5, 10, 20, 50]), ((7.2, 7.9), [7.2, 7.4, 7.6, 7.8])]
+)
+def test_ticks_are_round_numbers(values: tuple[float, float], ticks: list[float]) -> None:
+    axes = plot(x_name="cost", y_name="distance", log_x=True)
+    axes.plot(values, values)
+    low, high = axes.get_xlim()
+    shown = [tick for tick in axes.get_xticks() if low <= tick <= high]
+    assert set(np.round(ticks, 6)) <= set(np.round(shown, 6)) and len(shown) < 12
+
+
 def test_pareto_picture_marks_the_points(tmp_path: Path) -> None:
     points = [Point("slow", 256, 10.0), Point("fast", 8, 12.0), Point("bad", 64, 20.0), Point("worse", 300, 12.0)]
     assert [point.label for point in frontier(points)] == ["fast", "slow"]
-    path = draw_pareto(points, tmp_path / "p.png", cost_name="passes", distance_name="FD-Lite0")
-    pixels = np.asarray(Image.open(path))
+    names = {"cost_name": "passes", "distance_name": "FD-Lite0"}
+    path = draw_pareto(points, tmp_path / "p.png", **names)
+    pixels = np.asarray(Image.open(path))[:, :, :3]
     assert (pixels == (40, 90, 180)).all(axis=-1).sum() > 300  # the frontier
-    wordy = [Point("x" * 200, 1.0, 2.0), points[0]]
-    wide = np.asarray(Image.open(draw_pareto(wordy, tmp_path / "w.png", cost_name="passes", distance_name="FD-Lite0")))
-    assert wide.shape[1] > pixels.shape[1] and (wide[:, -10:] == 255).all()  # no line is cut off
-    single = draw_pareto(points[:1], tmp_path / "one.png", cost_name="passes", distance_name="FD-Lite0")
-    assert Image.open(single).size == (900, 630)
-    same = draw_pareto([points[0]] * 3, tmp_path / "same.png", cost_name="passes", distance_name="FD-Lite0")
-    ink = [(np.asarray(Image.open(picture))[:600] < 90).all(axis=-1).sum() for picture in (single, same)]
-    assert ink[1] > ink[0] + 30  # the numbers of runs at one place do not cover each other
+    assert path.read_bytes() == draw_pareto(points, tmp_path / "q.png", **names).read_bytes()
+    wordy = [Point("$x$" * 70, 1.0, 2.0), points[0]]
+    wide = np.asarray(Image.open(draw_pareto(wordy, tmp_path / "w.png", **names)))
+    assert wide.shape[1] > pixels.shape[1] and (wide[:, -5:, :3] == 255).all()  # no line is cut off
+    single = draw_pareto(points[:1], tmp_path / "one.png", **names)
+    same = draw_pareto([points[0]] * 3, tmp_path / "same.png", **names)
+    ink = [(np.asarray(Image.open(image))[20:550, 100:, :3] < 90).all(axis=-1).sum() for image in (single, same)]
+    assert ink[1] > ink[0] + 20  # the numbers of runs at one place do not cover each other
+    assert "matplotlib.pyplot" not in sys.modules  # the process's own plots are left alone
     for wrong in ([], [Point("x", 0.0, 1.0)], [Point("x", 1.0, float("nan"))]):
         with pytest.raises(ValueError, match="above 0"):
             draw_pareto(wrong, tmp_path / "x.png", cost_name="passes", distance_name="FD")

@@ -11,11 +11,11 @@ from visar.core.guidance import Guidance
 from visar.core.noise import Noise
 from visar.generators.hierarchical_masked import (
     HierarchicalMaskedTransformer,
-    next_scale_loss,
     random_mask,
     refinement_loss,
     scale_weights,
 )
+from visar.generators.training import token_loss
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.editing import box_mask, sample_edit
 from visar.samplers.masked_refinement import least_certain, refinement_schedule, sample_masked_refinement
@@ -100,8 +100,8 @@ def test_next_scale_parity(parity):
         noise = Noise([0] * condition.batch)
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
-        image = ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        image = ((tokenizer.decode_latents(out.latent) + 1) / 2).clamp(0, 1)
         torch.testing.assert_close(image, io[f"{name}/out/image"], atol=2e-4, rtol=0)
         if f"{name}/out/cfg_logits" in io:
             state, logits = model.start(condition, ramp(case["cfg"])), []
@@ -133,7 +133,7 @@ def test_refinement_parity(parity):
             greedy=True,
         )
         assert torch.equal(out.tokens, per_scale(io, f"{name}/out/tokens_s"))
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
         step: dict[int, int] = {}
         for scale, _, masked, logits in model.passes:
             step[scale] = step.get(scale, 0) + 1
@@ -221,7 +221,7 @@ def test_one_pass_a_scale_is_plain_sampling():
     single = [[1]] * 3
     out = sample_masked_refinement(model, condition, schedule=single, **settings)
     assert torch.equal(out.tokens, plain.tokens) and not model.passes
-    assert torch.equal(out.latent_BChw, sample_next_scale(model, condition, **settings).latent_BChw)
+    assert torch.equal(out.latent, sample_next_scale(model, condition, **settings).latent)
     assert out.statistics.forward_passes == {"generator": 3}
     refined = sample_masked_refinement(model, condition, **settings)
     assert not torch.equal(refined.tokens, plain.tokens)
@@ -331,7 +331,7 @@ def test_phases_train_their_own_parts(shared_adaln):
     condition = Condition(labels_BA=torch.tensor([[0], [3]]))
     refinement_parts = ("mask_blocks.", "mask_head.", "mask_head_nm.", "mask_embed.")
     model.set_phase("next_scale")
-    next_scale_loss(model(tokens, condition), tokens, scale_weights(model.block_sizes)).backward()
+    token_loss(model(tokens, condition), tokens, scale_weights(model.block_sizes)).backward()
     moved = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert moved == {
         name for name, _ in model.named_parameters() if not name.startswith((*refinement_parts, "pyramid."))

@@ -67,7 +67,7 @@ def labels(model, value, batch=2):
 
 
 def image_of(tokenizer, out):
-    return ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
+    return ((tokenizer.decode_latents(out.latent) + 1) / 2).clamp(0, 1)
 
 
 # -------------------------------------------------------------------------------------------------------- parity
@@ -97,7 +97,7 @@ def test_greedy_parity(parity, system):
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, expected)
         if f"{name}/out/fhat" in io:
-            torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+            torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
             torch.testing.assert_close(image_of(tokenizer, out), io[f"{name}/out/image"], atol=2e-4, rtol=0)
         plain = sample_ancestral(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(plain.tokens, expected)
@@ -136,7 +136,7 @@ def test_smoothed_parity(parity, system):
         top_p=case["top_p"],
         smooth=True,
     )
-    torch.testing.assert_close(out.latent_BChw, io["smooth/out/fhat"], atol=5e-3, rtol=0)
+    torch.testing.assert_close(out.latent, io["smooth/out/fhat"], atol=5e-3, rtol=0)
     torch.testing.assert_close(image_of(tokenizer, out), io["smooth/out/image"], atol=5e-3, rtol=0)
 
 
@@ -159,7 +159,7 @@ def test_editing_parity(parity, system):
             guidance=ramp(case["cfg"]),
             top_k=case["top_k"],
         )
-        torch.testing.assert_close(out.latent_BChw, io[f"edit/out/{name}_fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent, io[f"edit/out/{name}_fhat"], atol=2e-4, rtol=0)
         torch.testing.assert_close(image_of(tokenizer, out), io[f"edit/out/{name}_image"], atol=2e-4, rtol=0)
         predicted = torch.cat(per_scale(io, f"edit/out/{name}_predicted_tokens_s"), 1)
         assert ((out.tokens == predicted) | (out.tokens == given)).all()
@@ -229,7 +229,7 @@ def test_images_depend_on_their_own_seed_only():
             model, condition.rows(slice(row, row + 1)), noise=Noise([seed]), guidance=ramp(2), smooth=True
         )
         assert torch.equal(only.tokens[0], together.tokens[row])
-        torch.testing.assert_close(only.latent_BChw[0], together.latent_BChw[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(only.latent[0], together.latent[row], atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -239,7 +239,7 @@ def test_plain_settings_are_ancestral_sampling():
     settings = dict(noise=Noise([1, 2]), guidance=ramp(1.5), temperature=0.9, top_k=9, top_p=0.9)
     ours, plain = sample_next_scale(model, condition, **settings), sample_ancestral(model, condition, **settings)
     assert torch.equal(ours.tokens, plain.tokens)
-    torch.testing.assert_close(ours.latent_BChw, model.pyramid.running_maps(ours.tokens)[-1])
+    torch.testing.assert_close(ours.latent, model.pyramid.running_maps(ours.tokens)[-1])
     settings |= dict(temperature=[0.9] * 3, top_k=[9] * 3, top_p=[0.9] * 3)
     assert torch.equal(sample_next_scale(model, condition, **settings).tokens, ours.tokens)
     assert ours.statistics.forward_passes == {"generator": 3}
@@ -370,15 +370,15 @@ def test_strategies_keep_what_they_promise():
     assert torch.equal(last_codes[:, keep[0]], last_given[:, keep[0]])
     assert not torch.equal(last_codes[:, ~keep[0]], last_given[:, ~keep[0]])
     assert torch.equal(codes.tokens[:, :1], given[:, :1])
-    torch.testing.assert_close(codes.latent_BChw, model.pyramid.running_maps(codes.tokens)[-1])
+    torch.testing.assert_close(codes.latent, model.pyramid.running_maps(codes.tokens)[-1])
     maps = sample_edit(model, condition, keep=keep, strategy="map", **settings)
     given_map = model.pyramid.running_maps(given)[-1]
-    assert torch.equal(maps.latent_BChw[:, :, keep[0]], given_map[:, :, keep[0]])
-    assert not torch.equal(maps.latent_BChw[:, :, ~keep[0]], given_map[:, :, ~keep[0]])
+    assert torch.equal(maps.latent[:, :, keep[0]], given_map[:, :, keep[0]])
+    assert not torch.equal(maps.latent[:, :, ~keep[0]], given_map[:, :, ~keep[0]])
     everything = torch.ones_like(keep)
     for strategy in ("codes", "map"):
         out = sample_edit(model, condition, keep=everything, strategy=strategy, **settings)
-        torch.testing.assert_close(out.latent_BChw, given_map, atol=1e-5, rtol=0)
+        torch.testing.assert_close(out.latent, given_map, atol=1e-5, rtol=0)
     nothing = sample_edit(model, condition, keep=~everything, always_keep=0, **settings)
     assert torch.equal(nothing.tokens, sample_next_scale(model, condition, noise=Noise([1, 2])).tokens)
 

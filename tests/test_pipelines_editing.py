@@ -13,7 +13,7 @@ from visar.cli.edit import Edit
 from visar.cli.main import main
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
-from visar.pipelines.editing import edit_images, scale_previews
+from visar.pipelines.editing import edit_images, scale_previews, to_images
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.samplers.editing import Strategy
@@ -63,16 +63,16 @@ def test_settings_one_a_scale(pipeline):
     assert torch.equal(mixed[:, :21], pipeline(**greedy, top_k=1).tokens[:, :21])
     assert torch.equal(pipeline(**greedy, top_p=[0.7] * 4).tokens, pipeline(**greedy, top_p=0.7).tokens)
     for wrong, message in (
-        (dict(temperature="hot"), "temperature 'hot'; give a number, or a list with one a scale"),
-        (dict(top_p=[0.7, 0.7, 0.7, "a"]), "top_p a; it must be in"),
-        (dict(top_k=[1, 1, 1, 1.5]), "top_k 1.5; it must be a whole number"),
+        (dict(temperature="hot"), "temperature 'hot'; allowed: a number, or several as in 4,2,1"),
+        (dict(top_p=[0.7, 0.7, 0.7, "a"]), "'a'\\]; allowed: a number, or several"),
+        (dict(top_k=[1, 1, 1, 1.5]), "1.5\\]; allowed: a whole number, or several"),
         (dict(temperature=[1.0, 1.0, 0.0, 1.0]), "temperature 0.0"),
         (dict(top_p=[0.7, 0.5]), "top_p has 2 values; the model has 4 scales"),
     ):
         for refuses in (pipeline, lambda **given: pipeline.check_settings(sampler="next_scale", **given)):
             with pytest.raises(ValueError, match=message):
                 refuses(**(greedy if refuses is pipeline else {}), **wrong)
-    with pytest.raises(ValueError, match="sampler collaborative needs the options followers and takes_over"):
+    with pytest.raises(ValueError, match="sampler collaborative needs followers and takes_over"):
         pipeline(sampler="collaborative")
 
 
@@ -86,11 +86,34 @@ def test_a_mask_says_what_a_box_says(pipeline):
     assert torch.equal(by_mask.tokens, by_box.tokens)
 
 
-def test_transparency_is_white_and_sizes_are_fitted(pipeline):
+def test_transparency_is_white_and_the_middle_is_taken(pipeline):
     clear = PIL.Image.new("RGBA", (40, 30), (10, 200, 30, 0))
     white = PIL.Image.new("RGB", (16, 16), "white")
     first, second = (edit_images(pipeline, [each], box=(0, 0, 1, 0.5), class_labels=[1]) for each in (clear, white))
     assert torch.equal(first.tokens, second.tokens)
+    middle = pictures(1)[0]
+    wide = PIL.Image.new("RGB", (30, 16), "red")
+    wide.paste(middle, (7, 0))
+    assert torch.equal(to_images([wide], 16), to_images([middle], 16))
+
+
+@pytest.mark.parametrize("keep", ["outside", "inside"])
+def test_what_stays_keeps_its_pixels(pipeline, keep):
+    box = (0.25, 0.25, 0.8, 0.75)  # an edge that is none of the grid's
+    inside = torch.zeros(16, 16, dtype=torch.bool)
+    inside[4:13, 4:12] = True
+    stays = (inside if keep == "inside" else ~inside).numpy()
+    given = pictures(2)
+    settings = dict(class_labels=[0, 2], seed=3)
+    pasted, plain = (
+        edit_images(pipeline, given, box=box, keep=keep, paste=paste, **settings) for paste in (True, False)
+    )
+    masked = edit_images(pipeline, given, mask=torch.from_numpy(stays)[None], **settings)
+    assert torch.equal(pasted.tokens, plain.tokens)
+    for before, after, without, by_mask in zip(given, pasted.images, plain.images, masked.images, strict=True):
+        before, after, without, by_mask = (np.asarray(each) for each in (before, after, without, by_mask))
+        assert np.array_equal(after[stays], before[stays]) and np.array_equal(by_mask[stays], before[stays])
+        assert np.array_equal(after[~stays], without[~stays]) and not np.array_equal(without[stays], before[stays])
 
 
 def test_previews_end_with_the_picture(pipeline):
@@ -137,13 +160,19 @@ def test_the_command_edits_a_file(tmp_path, capsys):
     assert main([*common[:-1], str(tmp_path / "out.jpg"), *choices]) == 0
     with PIL.Image.open(tmp_path / "out.jpg") as sheet:
         assert sheet.format == "JPEG"
+    assert main([*common[:-1], str(tmp_path / "out"), *choices, "--no-paste"]) == 0
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == [
+        *("000000.png", "000001.png", "000002.png", "given.png"),
+    ]
+    with PIL.Image.open(tmp_path / "out" / "000001.png") as image:
+        assert image.size == (16, 16)
     assert main([*common[:-1], str(tmp_path / "out.txt"), *choices]) == 1
     assert "must end in one of .png, .jpg" in capsys.readouterr().err
     assert main(["edit", str(tmp_path / "model"), str(tmp_path), "--device", "cpu"]) == 1
-    assert "is not a picture" in capsys.readouterr().err
+    assert "is not a readable picture" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
     assert main(["edit", str(tmp_path / "model"), str(tmp_path / "text.png"), "--device", "cpu"]) == 1
-    assert "is not a picture" in capsys.readouterr().err
+    assert "is not a readable picture" in capsys.readouterr().err
     sampled = ["sample", str(tmp_path / "model"), "--num-images", "2", "--previews", "--device", "cpu"]
     assert main([*sampled, "--out", str(tmp_path / "made.png")]) == 0
     with PIL.Image.open(tmp_path / "made-scales.png") as sheet:

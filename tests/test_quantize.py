@@ -19,11 +19,11 @@ from visar.cli.main import main
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
+from visar.generators.tabular import TabularGenerator
 from visar.layers import quantize
 from visar.layers.quantize import QUANTIZATIONS, dequantize_, quantize_, quantized_layers, stored, weights_digest
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.pipelines.memory import any_condition
 from visar.samplers.ancestral import sample_ancestral
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def small(name: str, kind: str = "none", device: torch.device = CPU, dtype: torc
 def test_logits_stay_near(name, kind):
     subject, quantised = small(name), small(name, kind)
     tokens = torch.randint(128, (2, subject.num_tokens), generator=torch.Generator().manual_seed(0))
-    condition = any_condition(subject.generator, 2, CPU)
+    condition = subject.generator.example_condition(2)
     expected, got = (model(tokens, condition) for model in (subject.generator, quantised.generator))
     assert 1e-4 < float((got - expected).norm() / expected.norm()) < KINDS[kind]
     check_logits(quantised, CPU)  # decoding block by block is the teacher-forced pass
@@ -107,7 +107,7 @@ def test_steps_by_kernels_are_the_plain_path(device, monkeypatch):
 def test_gpu_logits_of_decoding(name, kind):
     subject = small(name, kind, torch.device("cuda"), torch.bfloat16)
     check_logits(subject, torch.device("cuda"))
-    noise, condition = Noise(image_seeds(0, 3), "cuda"), any_condition(subject.generator, 3, torch.device("cuda"))
+    noise, condition = Noise(image_seeds(0, 3), "cuda"), subject.generator.example_condition(3)
     tokens = sample_ancestral(subject.generator, condition, noise=noise, guidance=Guidance(2.0)).tokens
     assert tokens.shape == (3, subject.num_tokens)
 
@@ -150,8 +150,8 @@ def test_refusals():
     model = small("llamagen-b", "int8").generator
     with pytest.raises(ValueError, match="quantised already"):
         quantize_(model, "int8")
-    with pytest.raises(ValueError, match="LayerNorm has no linear layers in blocks"):
-        quantize_(nn.LayerNorm(4), "int8")
+    with pytest.raises(ValueError, match="TabularGenerator has no linear layers in blocks"):
+        quantize_(TabularGenerator(), "int8")
     with pytest.raises(ValueError, match="vq-16 has none"):
         bench(Bench(preset="vq-16", device="cpu", quantize="int8"), {}, print)
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
@@ -182,7 +182,7 @@ def test_without_torchao(monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match="pip install torchao"):
         load("emoji-raster", device="cpu", quantize="fp8")
-    quantize_(nn.LayerNorm(4), "none")
+    quantize_(TabularGenerator(), "none")
 
 
 def test_torchao_is_imported_only_when_asked_for():

@@ -62,7 +62,7 @@ def test_parity(parity):
     for name, model in (("plain_drafter", drafter), ("plain_refiner", refiner)):
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(cases["plain_*"]["cfg"]), top_k=1)
         assert torch.equal(out.tokens, io[f"{name}/out/tokens"])
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
     names = [key.split("/")[0] for key in io if key.startswith("greedy_N") and key.endswith("/out/tokens")]
     assert names
     for name in names:
@@ -70,11 +70,11 @@ def test_parity(parity):
         settings = dict(noise=noise, guidance=ramp(cases["greedy_N*"]["cfg"]), top_k=1)
         out = sample_collaborative(drafter, condition, followers=[refiner], takes_over=[takes_over], **settings)
         assert torch.equal(out.tokens, io[f"{name}/out/tokens"])
-        torch.testing.assert_close(out.latent_BChw, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
-        image = ((tokenizer.decode_latents(out.latent_BChw) + 1) / 2).clamp(0, 1)
+        torch.testing.assert_close(out.latent, io[f"{name}/out/fhat"], atol=2e-4, rtol=0)
+        image = ((tokenizer.decode_latents(out.latent) + 1) / 2).clamp(0, 1)
         torch.testing.assert_close(image, io[f"{name}/out/image"], atol=2e-4, rtol=0)
         draft = sample_next_scale(drafter, condition, num_scales=takes_over, **settings)
-        torch.testing.assert_close(draft.latent_BChw, io[f"{name}/out/draft_fhat"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(draft.latent, io[f"{name}/out/draft_fhat"], atol=2e-4, rtol=0)
         assert out.statistics.forward_passes == {
             "drafter": takes_over,
             "refiner": len(drafter.scales) - takes_over,
@@ -92,11 +92,11 @@ def test_the_same_model_is_plain_sampling(takes_over):
     settings = dict(noise=Noise([1, 2]), guidance=ramp(1.5), top_k=9, top_p=0.9)
     plain = sample_next_scale(model, condition, **settings)
     itself = sample_collaborative(model, condition, followers=[model], takes_over=[takes_over], **settings)
-    assert torch.equal(itself.tokens, plain.tokens) and torch.equal(itself.latent_BChw, plain.latent_BChw)
+    assert torch.equal(itself.tokens, plain.tokens) and torch.equal(itself.latent, plain.latent)
     assert itself.statistics.forward_passes == {"drafter": 4}
     twin = copy.deepcopy(model)  # takes over through a hand-over and reads the coarser scales in one pass
     handed = sample_collaborative(model, condition, followers=[twin], takes_over=[takes_over], **settings)
-    assert torch.equal(handed.tokens, plain.tokens) and torch.equal(handed.latent_BChw, plain.latent_BChw)
+    assert torch.equal(handed.tokens, plain.tokens) and torch.equal(handed.latent, plain.latent)
     assert handed.statistics.forward_passes == {"drafter": takes_over, "refiner": 4 - takes_over}
 
 
@@ -132,7 +132,7 @@ def test_any_number_of_models_of_any_family():
     settings = dict(noise=Noise([1, 2]), guidance=ramp(1.5))
     out = sample_collaborative(first, condition, followers=[second, markov, third], takes_over=[1, 2, 3], **settings)
     assert out.statistics.forward_passes == {"drafter": 1, "refiner": 1, "refiner 2": 1, "refiner 3": 1}
-    torch.testing.assert_close(out.latent_BChw, first.pyramid.running_maps(out.tokens)[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(out.latent, first.pyramid.running_maps(out.tokens)[-1], atol=1e-5, rtol=0)
     # The last model sees what the others drew as it would see a given prefix.
     alone = sample_next_scale(third, condition, prefix_tokens=out.tokens[:, :14], **settings)
     assert torch.equal(alone.tokens, out.tokens)

@@ -1,6 +1,8 @@
 """Settings of samplers given as text, on the command line and in lists of samplers."""
 
+import inspect
 import shlex
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +11,11 @@ import torch
 
 from visar.cli.compare import split_run
 from visar.cli.sampler_flags import take_sampler_options
-from visar.samplers.index import SAMPLERS
-from visar.samplers.settings import describe, parse_sampler, parse_sampling, take_setting
+from visar.core.guidance import OFF
+from visar.core.interface import Categorical
+from visar.pipelines.sampling import chosen_settings
+from visar.samplers.index import SAMPLERS, SamplerEntry
+from visar.samplers.settings import annotations, describe, parse_sampler, take_setting
 
 
 @pytest.mark.parametrize(
@@ -106,8 +111,10 @@ def test_other_texts_are_refused(sampler, name, text, message):
 
 
 def test_every_setting_says_what_it_takes():
-    for entry in SAMPLERS.values():
-        assert all(describe(setting.annotation) for setting in entry.settings().values())
+    for sampler in SAMPLERS:
+        assert all(describe(annotation) for annotation in annotations(sampler, general=True).values())
+    assert describe(annotations("next_scale", general=True)["top_k"]) == "a whole number, or several as in 4,2,1"
+    assert describe(annotations("collaborative")["followers"]) == "a model's name or folder, or several as in 4,2,1"
 
 
 def test_command_line():
@@ -134,16 +141,16 @@ def test_lists_of_samplers():
 
 
 def test_settings_of_all_samplers_in_a_text():
-    assert parse_sampling("ancestral") == ("ancestral", {}, {})
-    assert parse_sampling("static_tree:branches=4,2,top-p=0.8,guidance_scale=4,guidance-schedule=linear") == (
+    assert parse_sampler("ancestral", general=True) == ("ancestral", {})
+    line = "static_tree:branches=4,2,top-p=0.8,guidance_scale=4,guidance-schedule=linear"
+    assert parse_sampler(line, general=True) == (
         "static_tree",
-        {"branches": (4, 2)},
-        {"top_p": 0.8, "guidance_scale": 4.0, "guidance_schedule": "linear"},
+        {"branches": (4, 2), "top_p": 0.8, "guidance_scale": 4.0, "guidance_schedule": "linear"},
     )
-    assert parse_sampling("collaborative:followers=a/b,takes_over=5,top_k=600,temperature=1.1,1,1") == (
+    line = "collaborative:followers=a/b,takes_over=5,top_k=600,temperature=1.1,1,1"
+    assert parse_sampler(line, general=True) == (
         "collaborative",
-        {"followers": ("a/b",), "takes_over": (5,)},
-        {"top_k": 600, "temperature": (1.1, 1.0, 1.0)},
+        {"followers": ("a/b",), "takes_over": (5,), "top_k": 600, "temperature": (1.1, 1.0, 1.0)},
     )
 
 
@@ -152,27 +159,62 @@ def test_settings_of_all_samplers_in_a_text():
     [
         (
             "ancestral:topp=1",
-            "no setting 'topp'; its settings: none; those of every sampler: guidance_scale, guidance_",
+            "no setting 'topp'; its settings: temperature, top_k, top_p, guidance_scale, guidance_schedule$",
         ),
-        ("jacobi:windw=1", "its settings: window, initial, .*; those of every sampler: .*temperature, top_k, top_p"),
-        ("ancestral:top_p=0.9,0.8", "top_p '0.9,0.8'; allowed: a number$"),
-        ("next_scale:top_k=1.5", "top_k '1.5'; allowed: a whole number, or one a scale"),
+        ("jacobi:windw=1", "its settings: temperature, top_k, top_p, window, initial, .*, guidance_scale"),
+        ("ancestral:top_p=0.9,0.8", r"top_p '0.9,0.8'; allowed: a number \(one a scale: next_scale, masked_refine"),
+        ("next_scale:top_k=1.5", "top_k '1.5'; allowed: a whole number, or several as in 4,2,1$"),
         ("next_scale:guidance_scale=1,2", "guidance_scale '1,2'; allowed: a number$"),
         ("ancestral:top_p=1.5", "top_p 1.5"),
         ("next_scale:temperature=1,0", "temperature 0.0"),
         ("ancestral:guidance_scale=-1", "guidance scale -1.0"),
-        ("ancestral:guidance_schedule=steep", "'steep'; choose constant or linear"),
+        ("ancestral:guidance_schedule=steep", "'steep'; allowed: constant, linear"),
         ("collaborative:followers=emoji-var", "needs takes_over"),
     ],
 )
 def test_wrong_settings_of_all_samplers_are_refused(text, message):
     with pytest.raises(ValueError, match=message):
-        parse_sampling(text)
+        parse_sampler(text, general=True)
 
 
 def test_general_settings_are_no_settings_of_a_sampler_alone():
     with pytest.raises(ValueError, match="no setting 'top_p'"):
         parse_sampler("ancestral:top_p=0.9")
+
+
+def sample_narrow(model, condition, *, noise, guidance, top_p: float = 1.0, callback=None, runtime=None):
+    """A sampler of one general setting."""
+
+
+def check_narrow(model, guidance, top_p):
+    if top_p == 0.5:
+        raise ValueError("top_p 0.5 is refused")
+
+
+def test_a_sampler_has_the_general_settings_of_its_function(monkeypatch):
+    module = sys.modules[__name__]
+    monkeypatch.setitem(sys.modules, "visar.samplers.narrow", module)
+    monkeypatch.setitem(SAMPLERS, "narrow", SamplerEntry("narrow", "narrow", True, "no paper", Categorical))
+    assert list(annotations("narrow", general=True)) == ["top_p", "guidance_scale", "guidance_schedule"]
+    with pytest.raises(ValueError, match="sampler narrow has no setting 'top_k'; its settings: top_p, guidance_scale"):
+        parse_sampler("narrow:top_k=3", general=True)
+    defaults = {"top_k": 12, "top_p": 0.9}
+    given = {"temperature": None, "top_k": None, "top_p": None}
+    assert chosen_settings(defaults, "narrow", None, given) == {"sampler": "narrow", "top_p": 0.9, "guidance": OFF}
+    for name in ("temperature", "top_k"):
+        with pytest.raises(ValueError, match=f"sampler narrow has no {name}"):
+            chosen_settings(defaults, "narrow", None, given | {name: 1})
+    SAMPLERS["narrow"].check(None, {"guidance": OFF})
+    with pytest.raises(ValueError, match="top_p 0.5 is refused"):
+        SAMPLERS["narrow"].check(None, {"guidance": OFF, "top_p": 0.5})
+
+
+def test_every_check_reads_arguments_of_its_sampler():
+    for entry in SAMPLERS.values():
+        model, *names = inspect.signature(entry.load("check")).parameters
+        assert model == "model" and names[0] == "guidance"
+        assert set(names) <= {"guidance", *entry.parameters()}
+        assert {"temperature", "top_k", "top_p"} & set(entry.parameters()) <= set(names)
 
 
 def test_a_run_is_a_model_and_a_sampler():

@@ -95,7 +95,7 @@ def test_captured_steps_give_the_tokens_of_eager_ones():
         ):
             eager, captured = sample(labels, seeds, scale, EAGER), sample(labels, seeds, scale, runtime)
             assert torch.equal(eager.tokens, captured.tokens), name
-            torch.testing.assert_close(eager.latent_BChw, captured.latent_BChw, atol=1e-4, rtol=0)
+            torch.testing.assert_close(eager.latent, captured.latent, atol=1e-4, rtol=0)
 
 
 def test_replays_do_not_wait_for_the_device():
@@ -177,8 +177,8 @@ def test_bfloat16_keeps_the_quantiser_in_float32():
     model = make(NextScaleTransformer).to(torch.bfloat16)
     condition = Condition(labels_BA=torch.tensor([[0], [1]], device="cuda"))
     out = sample_next_scale(model, condition, noise=Noise([1, 2], "cuda"), guidance=Guidance(2.0), runtime=Runtime())
-    assert model.pyramid.codebook.dtype == out.latent_BChw.dtype == torch.float32
-    torch.testing.assert_close(out.latent_BChw, model.pyramid.running_maps(out.tokens)[-1], atol=1e-4, rtol=0)
+    assert model.pyramid.codebook.dtype == out.latent.dtype == torch.float32
+    torch.testing.assert_close(out.latent, model.pyramid.running_maps(out.tokens)[-1], atol=1e-4, rtol=0)
 
 
 def peak(run) -> int:

@@ -8,23 +8,25 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from visar.checkpoints.hub import OFFICIAL
+from visar.checkpoints.hub import official
 from visar.core.condition import Condition
 from visar.data.images import load_image_set
 from visar.data.vocabulary import Vocabulary
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
-from visar.generators.raster import RasterGPT
+from visar.generators.families import load_family
+from visar.generators.raster import CAPTION_LENGTH, RasterGPT
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.pipelines.text_encoder import align_right, encode_captions, load_text_encoder
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
-from visar.train.building import CAPTION_LENGTH, build_generator
+from visar.train.building import build_generator
 from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
 from visar.train.generator import train_generator
@@ -265,7 +267,7 @@ def test_conditions_that_a_caption_model_does_not_take(folder):
 
 
 def test_official_caption_models_name_their_encoder():
-    named = {name for name, entry in OFFICIAL.items() if entry.defaults.get("text_encoder") == "flan-t5-xl"}
+    named = {name for name, entry in official().items() if entry.defaults.get("text_encoder") == "flan-t5-xl"}
     assert named == {"llamagen-t2i-xl-256", "llamagen-t2i-xl-512"}
 
 
@@ -289,9 +291,17 @@ def sample_tokenizer() -> VQTokenizer:
 
 def test_weights_to_train_from_depend_on_the_seed_alone():
     images = load_image_set(SAMPLE, 64)
-    sizes = dict(width=16, num_layers=1, num_heads=2, hidden_width=16, dropout=0.0, class_condition=False)
-    settings = dict(words="none", caption_width=12, model_options={"caption_length": 6}, **sizes)
-    models = [build_generator(sample_tokenizer(), images.vocabulary, seed=seed, **settings) for seed in (1, 1, 2)]
+    settings = dict(words="none", model_options='{"caption_length": 6}', class_condition=False)
+    models: list[Any] = [
+        build_generator(
+            load_family("raster"),
+            sample_tokenizer(),
+            images.vocabulary,
+            TINY.generator_options(SAMPLE, "", "", seed=seed, **settings),
+            caption_width=12,
+        )
+        for seed in (1, 1, 2)
+    ]
     nulls = [model.get_buffer("cls_embedding.uncond_embedding") for model in models]
     assert nulls[0].shape == (6, 12) and torch.equal(nulls[0], nulls[1]) and not torch.equal(nulls[0], nulls[2])
 
@@ -341,10 +351,9 @@ def test_training_that_cannot_be(folder, tmp_path):
     with pytest.raises(ValueError, match="text encoder 'bert-9'"):
         train_generator(options(text_encoder="bert-9", words="none"))
     scales = MultiScaleVQTokenizer(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, scales=(1, 2))
-    sizes = dict(width=16, num_layers=1, num_heads=2, hidden_width=16, dropout=0.0, class_condition=False)
+    family, vocabulary = load_family("next_scale"), Vocabulary({"class": ("x",)})
     with pytest.raises(ValueError, match="text encoders are for raster generators"):
-        vocabulary = Vocabulary({"class": ("x",)})
-        build_generator(scales, vocabulary, words="none", caption_width=12, model_options={}, seed=0, **sizes)
+        build_generator(family, scales, vocabulary, options(words="none"), caption_width=12)
     with np.load(SAMPLE) as arrays:
         np.savez(tmp_path / "plain.npz", images=arrays["images"], labels=arrays["class_id"])
     with pytest.raises(ValueError, match="64 of the 64 images of plain.npz have no caption"):

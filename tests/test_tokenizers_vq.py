@@ -124,20 +124,20 @@ def test_presets(name):
         assert model.layout.num_tokens == (256 // model.factor) ** 2
     else:
         assert parameters * 2 < 12 * 2**20
-        assert model.layout.scales == ((16, 16),)
+        assert model.layout.shapes == ((16, 16),)
     assert tuple(model.codebook.shape) == (model.layout.vocab_size, model.layout.channels)
 
 
 @torch.no_grad()
 def test_other_sizes_than_the_configured_one():
     model = tiny().eval()
-    assert model.layout.scales == ((8, 8),) and model.layout.kind == "grid"
+    assert model.layout.shapes == ((8, 8),) and model.layout.arrangement == "grid"
     ids = model.encode(pictures(2, 8, 24))
     assert ids.shape == (2, 4 * 12)
     assert model.decode(ids, (4, 12)).shape == (2, 3, 8, 24)
     assert model.decode(ids[:, :16]).shape == (2, 3, 8, 8)
     wide = tiny(image_size=(8, 16)).eval()
-    assert wide.layout.scales == ((4, 8),)
+    assert wide.layout.shapes == ((4, 8),)
     assert wide.decode(ids[:, :32]).shape == (2, 3, 8, 16)
     # Raster order: the first row of ids is the top of the image.
     top = model.lookup(ids, "channels_first", (4, 12))[:, :, 0]

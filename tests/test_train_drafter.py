@@ -120,13 +120,12 @@ def test_names_of_drafters(place, trained, tmp_path, monkeypatch):
     another = load(place / "another" / "model", device="cpu").generator
     with pytest.raises(ValueError, match=r"was trained for .*generator/model"):
         load_drafter(trained["eagle"], another)
-    with pytest.raises(ValueError, match="did you mean .*eagle/model"):
-        load_drafter(place / "eagle", target)
+    assert load_drafter(place / "eagle", target).config == load_drafter(trained["eagle"], target).config
     with pytest.raises(ValueError, match="unknown drafter 'eagel'; allowed: ngram, eagle, heads"):
         load_drafter("eagel", target)
     with pytest.raises(ValueError, match="vocabulary and grid"):
         load_drafter("emoji-raster", target)
-    with pytest.raises(ValueError, match="holds a VQTokenizer"):
+    with pytest.raises(ValueError, match="VQTokenizer is no class that may be loaded here"):
         load_drafter(place / "tokenizer" / "model", target)
     # Embedded drafters are found by kind and target.
     embedded = tmp_path / "embedded"

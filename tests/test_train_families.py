@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
+from visar.generators.training import position_weights, token_loss
 from visar.pipelines.components import load_tokenizer
 from visar.pipelines.loading import load
+from visar.tokenizers.families import find_family
+from visar.tokenizers.multiscale_vq import pyramid_of
 from visar.train.building import select_layers
-from visar.train.generator import position_weights, token_loss, train_generator
+from visar.train.generator import train_generator
 from visar.train.self_correction import self_correction
-from visar.train.tokenizer import build_tokenizer, find_family, pyramid_of, train_tokenizer
+from visar.train.tokenizer import build_tokenizer, train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,7 +42,7 @@ def test_scales_are_trained_end_to_end(data, tmp_path):
     tokenizer_out, generator_out = tmp_path / "tokenizer", tmp_path / "generator"
     train_tokenizer(TINY.tokenizer_options(data, tokenizer_out, steps=12, **MULTISCALE))
     layout = load_tokenizer(tokenizer_out / "model", device="cpu", dtype="float32").layout
-    assert (layout.kind, layout.scales, layout.vocab_size) == ("scales", ((1, 1), (2, 2), (4, 4)), 32)
+    assert (layout.arrangement, layout.shapes, layout.vocab_size) == ("scales", ((1, 1), (2, 2), (4, 4)), 32)
     options = TINY.generator_options(
         data, tokenizer_out / "model", generator_out, steps=12, num_layers=2, scale_weights=(3.0, 2.0, 1.0)
     )
@@ -179,7 +182,7 @@ def test_a_decoder_alone_is_trained_and_ids_stay(data, tmp_path):
 
 def test_kinds_presets_and_pyramids():
     assert [find_family(kind, None)[1] for kind in (None, "vq", "multiscale")] == ["vq-4-64", "vq-4-64", "msvq-4-64"]
-    assert find_family(None, "var-vq16")[0].kind == "multiscale"
+    assert find_family(None, "var-vq16")[0] is find_family("multiscale", None)[0]
     with pytest.raises(ValueError, match="choose vq-"):
         find_family("vq", "msvq-4-64")
     assert pyramid_of(16) == (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
@@ -190,7 +193,7 @@ def test_kinds_presets_and_pyramids():
 
 def test_a_pyramid_fits_the_images(tmp_path):
     options = TINY.tokenizer_options(tmp_path, tmp_path, kind="multiscale", model_options='{"base_channels": 32}')
-    found = [tuple(side for side, _ in build_tokenizer(options, size).layout.scales) for size in (64, 32)]
+    found = [tuple(side for side, _ in build_tokenizer(options, size).layout.shapes) for size in (64, 32)]
     assert found == [(1, 2, 3, 4, 6, 8, 11, 16), (1, 2, 3, 4, 5, 6, 8)]
     with pytest.raises(ValueError, match="needs a multiple of 4"):
         build_tokenizer(options, 30)
@@ -214,14 +217,14 @@ def test_codebook_use_is_drawn_scale_by_scale(data, tmp_path):
 def test_losses_are_weighted_by_position():
     logits = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
     ids = torch.arange(10).view(2, 5) % 7
-    weights = position_weights(((1, 1), (2, 2)), (3.0, 0.5))
+    weights = position_weights((1, 4), (3.0, 0.5))
     assert weights is not None and weights.tolist() == [3.0, 0.5, 0.5, 0.5, 0.5]
     each = -functional.log_softmax(logits, -1).gather(-1, ids[..., None])[..., 0]
     expected = (each.mean(0) * weights).sum() / 5.0
     assert token_loss(logits, ids, weights).item() == pytest.approx(expected.item(), rel=1e-6)
     assert token_loss(logits, ids).item() == pytest.approx(each.mean().item(), rel=1e-6)
     with pytest.raises(ValueError, match="needed: 2 numbers"):
-        position_weights(((1, 1), (2, 2)), (1.0,))
+        position_weights((1, 4), (1.0,))
 
 
 def test_words_one_by_one_and_no_class(data, tmp_path):

@@ -25,9 +25,9 @@ CPU = torch.device("cpu")
 
 # A name here is part of commands that people have written down: add, do not rename.
 RUN_OPTIONS = """
-    out initial steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps final_fraction
-    clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every save_every
-    keep_checkpoints resume max_minutes tracker
+    out skip_unreadable initial steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps
+    final_fraction clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every
+    save_every keep_checkpoints resume max_minutes tracker
 """.split()
 TOKENIZER_OPTIONS = """
     data image_size kind preset model_options codebook_size codebook_update codebook_decay commitment_weight
@@ -77,7 +77,7 @@ def test_recipes_build_and_fit_their_files():
         if isinstance(options, TrainTokenizer):
             with torch.device("meta"):
                 model = build_tokenizer(options, 64)
-            assert model.layout.scales[-1] == (16, 16), name
+            assert model.layout.shapes[-1] == (16, 16), name
             assert sum(parameter.numel() for parameter in model.parameters()) * 2 < 16 * 2**20, name
 
 

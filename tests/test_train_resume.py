@@ -104,7 +104,7 @@ def test_losses_fall_and_results_load(tokenizer_run, generator_run):
         found = losses(out)
         assert sum(found[-4:]) < 0.8 * sum(found[:4])
     tokenizer = load_tokenizer(tokenizer_run / "model", device="cpu", dtype="float32")
-    assert (tokenizer.layout.scales, tokenizer.layout.vocab_size) == (((4, 4),), 32)
+    assert (tokenizer.layout.shapes, tokenizer.layout.vocab_size) == (((4, 4),), 32)
     pipeline = load(generator_run / "model", device="cpu", dtype="float32")
     images = pipeline(class_labels=["2", "0"], seed=0, output_type="pt").images
     assert images.shape == (2, 3, 8, 8)

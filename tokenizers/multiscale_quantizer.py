@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar import kernels
 from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage, Quantized, nearest_codes
 
 Scale = tuple[int, int]
@@ -63,6 +64,19 @@ def cubic_weights(size: int, larger: int) -> Tensor:
     unit = torch.eye(size, dtype=torch.float64, device="cpu")[None, :, :, None]
     weights = functional.interpolate(unit, size=(larger, 1), mode="bicubic")
     return weights[0, :, :, 0].t().float().contiguous()
+
+
+def _by_kernels(maps_BChw: Tensor) -> bool:
+    """Whether maps are computed by products of a fixed order: inference on a GPU."""
+    return kernels.usable(maps_BChw) and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+
+
+def _exact_product(x_ZMK: Tensor, weight_NK: Tensor) -> Tensor:
+    """float32 x W^T, [Z, M, N], by full float32 sums whose order does not depend on Z and M."""
+    from visar.kernels.fixed_order import product
+
+    with kernels.on(x_ZMK.device):
+        return product(x_ZMK, weight_NK)
 
 
 class ScalePyramid(nn.Module):
@@ -155,7 +169,26 @@ class ScalePyramid(nn.Module):
         if rows.device != maps_BChw.device:
             # A pyramid that was made on its device has not been moved. Kept there: a captured step must not copy.
             rows, columns = self._enlarging[scale] = (rows.to(maps_BChw.device), columns.to(maps_BChw.device))
-        return rows @ maps_BChw @ columns.t()
+        if not _by_kernels(maps_BChw):
+            return rows @ maps_BChw @ columns.t()
+        wide_BCwh = _exact_product(maps_BChw.flatten(0, 2)[None], columns)[0].unflatten(0, maps_BChw.shape[:3]).mT
+        large_BCwh = _exact_product(wide_BCwh.flatten(0, 2)[None], rows)[0].unflatten(0, wide_BCwh.shape[:3])
+        return large_BCwh.mT
+
+    def smoothed(self, codes_BChw: Tensor, scale: int) -> Tensor:
+        """The scale's phi convolution of a map.
+
+        On a GPU a product in full float32: torch lets convolutions round to TF32, and the library's algorithm, with
+        its rounding, depends on the batch. What a scale's tokens are then would depend on it too.
+        """
+        conv = cast(nn.Conv2d, self.phi[self.phi_of_scale[scale]])
+        if not codes_BChw.is_cuda or torch.is_grad_enabled():
+            return conv(codes_BChw)
+        patches_BPK = functional.unfold(codes_BChw, 3, padding=1).mT
+        weight_CK, bias_C = conv.weight.flatten(1), cast(Tensor, conv.bias)
+        by_kernels = _by_kernels(codes_BChw)
+        out_BPC = _exact_product(patches_BPK, weight_CK) if by_kernels else patches_BPK @ weight_CK.t()
+        return (out_BPC + bias_C).mT.unflatten(2, codes_BChw.shape[2:])
 
     def contribution(self, scale: int, codes_BLC: Tensor) -> Tensor:
         """What a scale adds to the map: phi of its codes, bicubically resized to the finest grid; [B, C, h, w].
@@ -164,12 +197,14 @@ class ScalePyramid(nn.Module):
             scale: index of the scale.
             codes_BLC: code vectors in raster order (means of several codes are fine too).
         """
+        on_cpu = codes_BLC.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if on_cpu and codes_BLC.shape[0] > 1:  # one by one: libraries round by the batch
+            return torch.cat([self.contribution(scale, one_1LC) for one_1LC in codes_BLC.split(1)])
         with torch.autocast(codes_BLC.device.type, enabled=False):
             codes = codes_BLC.float().transpose(1, 2).unflatten(2, self.scales[scale])
             if scale < len(self.scales) - 1:
                 codes = self.enlarge(codes, scale)
-            smoothed = self.phi[self.phi_of_scale[scale]](codes)
-            return (1 - self.phi_ratio) * codes + self.phi_ratio * smoothed
+            return (1 - self.phi_ratio) * codes + self.phi_ratio * self.smoothed(codes, scale)
 
     def accumulate(self, map_BChw: Tensor, scale: int, codes_BLC: Tensor) -> Tensor:
         """The map after adding a scale's codes."""

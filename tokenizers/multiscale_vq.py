@@ -6,6 +6,7 @@ has no training code for it; the training pass here follows the paper's loss.
 B images, S scales, N all positions, V codes, C code width, H W image pixels, h w the finest grid.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 from visar.core.interface import TokenLayout
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
-from visar.tokenizers.multiscale_quantizer import MultiScaleQuantizer
+from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, MultiScaleQuantizer
+from visar.tokenizers.training import Arguments, TokenizerFamily
 from visar.tokenizers.vq import VQOutput
+
+SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 
 # var-vq16: the released tokenizer, shared by VAR, HMAR and CoDe at every resolution (109 M parameters).
 # msvq-4-64: 64 x 64 images as 8 scales up to 16 x 16, 507 ids.
@@ -59,7 +63,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         self,
         codebook_size: int = 4096,
         codebook_dim: int = 32,
-        scales: tuple = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16),
+        scales: tuple = SCALES_256,
         image_channels: int = 3,
         base_channels: int = 160,
         channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4),
@@ -111,8 +115,15 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
     # -------------------------------------------------------------------------------------------------- properties
     @property
     def layout(self) -> TokenLayout:
-        """Token maps of all scales, coarse to fine."""
-        return TokenLayout("scales", self.quantizer.scales, self.quantizer.vocab_size, self.quantizer.channels)
+        """Token maps of all scales, coarse to fine; every leading number of scales decodes to an image."""
+        quantizer = self.quantizer
+        return TokenLayout(
+            quantizer.scales,
+            "scales",
+            quantizer.vocab_size,
+            quantizer.channels,
+            previews=tuple(itertools.accumulate(quantizer.sizes)),
+        )
 
     @property
     def codebook(self) -> Tensor:
@@ -202,3 +213,41 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             commitment_loss=quantized.commitment_loss,
             codebook_loss=quantized.codebook_loss,
         )
+
+
+# -------------------------------------------------------------------------------------------- training and benchmark
+def pyramid_of(side: int) -> tuple[int, ...]:
+    """Sides of the scales for a latent of a side, coarse to fine: VAR's ten for 16 x 16, in proportion for others."""
+    sizes = {1, 2, 3, *(round(size * side / 16) for size in SCALES_256)}
+    return tuple(sorted(size for size in sizes if 1 <= size <= side))
+
+
+def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
+    """The pyramid is the user's, or the preset's where that ends at the images' latent, or else made for it."""
+    arguments = {**preset, **given}
+    if "scales" in given:
+        return arguments
+    factor = 2 ** (len(arguments["channel_multipliers"]) - 1)
+    if image_size % factor:
+        raise ValueError(f"image size {image_size}; this tokenizer needs a multiple of {factor}")
+    if (side := image_size // factor) != arguments.get("scales", SCALES_256)[-1]:
+        arguments["scales"] = pyramid_of(side)
+    return arguments
+
+
+FAMILY = TokenizerFamily(
+    model=MultiScaleVQTokenizer,
+    presets=MULTISCALE_VQ_PRESETS,
+    default="msvq-4-64",
+    tiny=dict(
+        codebook_size=128,
+        codebook_dim=8,
+        scales=(1, 2, 4),
+        base_channels=32,
+        channel_multipliers=(1, 1),
+        num_res_blocks=1,
+    ),
+    quantizer="quantizer",
+    codebook_trainer=MultiScaleCodebookTrainer,
+    arguments=_arguments,
+)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from visar.core.interface import TokenLayout
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
-from visar.tokenizers.quantizer import VectorQuantizer
+from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
+from visar.tokenizers.training import Arguments, TokenizerFamily
 
 # vq-16, vq-8: released sizes, 71.9 M and 70.1 M parameters (rFID 2.19 and 0.59 at 256 x 256, arXiv 2406.06525).
 # vq-4-64*: 64 x 64 images as 16 x 16 ids, 5.6 M parameters.
@@ -126,7 +127,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     @property
     def layout(self) -> TokenLayout:
         """One grid of ids, for images of the configured size."""
-        return TokenLayout("grid", (self._grid,), self.config["codebook_size"], self.config["codebook_dim"])
+        return TokenLayout((self._grid,), "grid", self.config["codebook_size"], self.config["codebook_dim"])
 
     @property
     def codebook(self) -> Tensor:
@@ -233,3 +234,25 @@ class VQTokenizer(ModelMixin, ConfigMixin):
             commitment_loss=quantized.commitment_loss,
             codebook_loss=quantized.codebook_loss,
         )
+
+
+def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
+    return {**preset, **given, "image_size": image_size}
+
+
+FAMILY = TokenizerFamily(
+    model=VQTokenizer,
+    presets=VQ_PRESETS,
+    default="vq-4-64",
+    tiny=dict(
+        image_size=8,
+        base_channels=32,
+        channel_multipliers=(1, 1),
+        num_res_blocks=1,
+        latent_channels=16,
+        codebook_size=128,
+    ),
+    quantizer="quantize",
+    codebook_trainer=CodebookTrainer,
+    arguments=_arguments,
+)

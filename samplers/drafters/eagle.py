@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from visar import kernels
 from visar.core.guidance import repeat
-from visar.core.interface import Generator
+from visar.core.interface import Features
 from visar.core.runtime import Session
 from visar.core.tree import DraftTree
 from visar.layers.cache import KVCache, LayerCache, visible, visible_tree
@@ -116,7 +116,7 @@ class FeatureDrafter(ModelMixin, ConfigMixin):
 
 def feature_loss(
     drafter: Any,
-    model: Generator,
+    model: Features,
     hidden_BND: Tensor,
     tokens_BN: Tensor,
     uniform_BND: Tensor | None = None,

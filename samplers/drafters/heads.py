@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from visar.core.guidance import repeat
-from visar.core.interface import Generator
+from visar.core.interface import Features
 from visar.core.runtime import Session
 from visar.core.tree import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_features, law_or_uniform, weights_key
@@ -106,7 +106,7 @@ def heads_predictions(
 
 def heads_loss(
     heads: Any,
-    model: Generator,
+    model: Features,
     hidden_BND: Tensor,
     decay: float = 0.8,
     call: Callable[..., Tensor] | None = None,

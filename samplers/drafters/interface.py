@@ -11,14 +11,14 @@ B batch, J drafts so far, W nodes of a level, L slots of a pass, R rows (2B when
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
-from visar.core.interface import Generator
+from visar.core.interface import Features, Generator
 from visar.core.runtime import Session
 from visar.core.tree import DraftTree
 
@@ -35,7 +35,7 @@ class Target:
         chain: whether a pass's tokens all follow one another.
     """
 
-    model: Generator
+    model: Any
     state: Any
     condition: Condition
     guidance: Guidance
@@ -87,6 +87,7 @@ class Drafting(Protocol):
         ...
 
 
+@runtime_checkable
 class Drafter(Protocol):
     """Something that can start a drafting."""
 
@@ -116,12 +117,12 @@ def check_fit(drafter: Generator, model: Generator) -> None:
         raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
 
 
-def weights_key(module: nn.Module) -> tuple[int, int]:
+def weights_key(module: Any) -> tuple[int, int]:
     """Tells a module, and where its weights are, from others; see Drafter.key."""
     return id(module), hash(tuple(parameter.data_ptr() for parameter in module.parameters()))
 
 
-def target_digest(model: Generator) -> str:
+def target_digest(model: Features) -> str:
     """Tells a target from others: 16 hexadecimal digits of the sha256 of some rows of its output head.
 
     The rows are rounded to bfloat16 first, so that it does not matter whether they were loaded in that or in float32.
@@ -130,13 +131,13 @@ def target_digest(model: Generator) -> str:
     return hashlib.sha256(rows.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
-def check_features(drafter: Generator, model: Generator) -> None:
+def check_features(drafter: Any, model: Generator) -> None:
     """Checks that a drafter can read a target's hidden vectors, and was trained on this one's if it says so.
 
     Raises:
         ValueError: the target has none to show, or of another width, or it is not the drafter's.
     """
-    if not callable(getattr(model, "features", None)):
+    if not isinstance(model, Features):
         raise ValueError(f"this drafter reads hidden vectors, which {type(model).__name__} does not show")
     check_fit(drafter, model)
     if drafter.config["width"] != model.config["width"]:

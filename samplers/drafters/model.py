@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from visar.core.interface import Generator
+from visar.core.interface import Trees
 from visar.core.runtime import Session
 from visar.core.tree import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_fit, weights_key
@@ -23,7 +23,7 @@ class ModelDrafter:
         generator: of one token a step, with start and verify (and verify_tree for trees).
     """
 
-    def __init__(self, generator: Generator) -> None:
+    def __init__(self, generator: Trees) -> None:
         self.generator = generator
 
     def key(self) -> tuple:
@@ -46,7 +46,7 @@ class ModelDrafting:
 
     reads_features = False
 
-    def __init__(self, generator: Generator, own: Any, target: Target) -> None:
+    def __init__(self, generator: Trees, own: Any, target: Target) -> None:
         self.generator, self.own, self.target = generator, own, target
         self.reread = 1 if target.chain else target.depth + 1
 

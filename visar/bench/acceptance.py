@@ -20,13 +20,14 @@ from torch.nn import functional
 from visar.bench.options import Acceptance
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance, combine, double
+from visar.core.interface import Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.io.files import atomic_write
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.samplers.filtering import token_law
-from visar.samplers.index import find_sampler
+from visar.samplers.index import GENERAL, find_sampler
 from visar.samplers.settings import parse_sampler
 
 Echo = Callable[[list[tuple[str, ...]]], None]
@@ -182,7 +183,7 @@ def measure(
         ValueError: a sampler or setting that does not exist or fit.
     """
     name, options = parse_sampler(sampler)
-    chosen = {**pipeline.sampling_settings(**settings), "sampler": name, "sampler_options": options}
+    chosen = {**pipeline.sampling_settings(**settings, sampler=name), "sampler_options": options}
     device, model = pipeline.generator.device, pipeline.generator
     seconds: list[float] = []
     counts = SampleStatistics()
@@ -204,9 +205,9 @@ def measure(
     flat_BN = torch.cat(
         [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
     )
-    filters = (chosen["temperature"], chosen["top_k"], chosen["top_p"])
+    temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
     laws = [
-        law_statistics(model, out.tokens, condition, chosen["guidance"], filters)
+        law_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
         for out, condition in zip(made, conditions, strict=True)
     ]
     top_BN, entropy_BN = (torch.cat([law[i] for law in laws]) for i in range(2))
@@ -263,7 +264,7 @@ def measure_acceptance(
     Raises:
         ValueError: see `measure`; or a model that is not a raster one.
     """
-    if not callable(getattr(pipeline.generator, "verify", None)):
+    if not isinstance(pipeline.generator, Windowed):
         raise ValueError(f"a raster model is needed; this one is a {type(pipeline.generator).__name__}")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes {batch_sizes}; they must be >= 1")

@@ -11,7 +11,6 @@ from visar.core.guidance import OFF, Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
 from visar.layers.quantize import dequantize_
-from visar.pipelines.memory import any_condition
 from visar.samplers.ancestral import sample_ancestral
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -38,7 +37,7 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
         of one teacher-forced pass, both in the model's own dtype. The second is what the dtype alone costs.
     """
     generator = subject.generator
-    tokens_BN, condition = random_ids(subject, batch, device), any_condition(generator, batch, device)
+    tokens_BN, condition = random_ids(subject, batch, device), generator.example_condition(batch)
     reference_model = _in_float32(generator)
     reference_BNV = reference_model(tokens_BN, condition)
     del reference_model
@@ -105,7 +104,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
     """
     model = _in_float32(generator)
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
-    condition = any_condition(model, batch, device)
+    condition = model.example_condition(batch)
     runtime = Runtime()
     captured = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
     again = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
@@ -116,7 +115,7 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
 def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
     """Whether two images made together have the ids that each has alone, at float32."""
     model = _in_float32(generator)
-    condition, noise = any_condition(model, 2, device), Noise(image_seeds(7, 2), device)
+    condition, noise = model.example_condition(2), Noise(image_seeds(7, 2), device)
     guidance = Guidance(guidance_scale)
     together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens
     rows = (slice(0, 1), slice(1, 2))

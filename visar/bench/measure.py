@@ -11,20 +11,15 @@ from torch import Tensor
 from visar.bench.options import Bench
 from visar.bench.subjects import Subject, floor_seconds, random_ids
 from visar.bench.timing import Timing, seconds_of, timed
-from visar.core.guidance import Guidance
+from visar.core.interface import Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.memory import any_condition
 from visar.tokenizers.decoding import decode_tokens
 
 # Samplers whose loop never waits for the device: for them the host's own time can be told.
 WITHOUT_LOOK = ("ancestral", "next_scale")
-
-
-class _Stop(Exception):
-    """Ends a call after the steps that are timed."""
 
 
 @dataclass
@@ -51,32 +46,32 @@ class Caller:
     def __post_init__(self) -> None:
         self.pipeline = ImagePipeline(self.subject.tokenizer, self.subject.generator)
         self.pipeline.runtime = Runtime() if self.capture else EAGER
-        device = next(self.subject.generator.parameters()).device
-        self._condition = any_condition(self.subject.generator, self.batch, device)
+        self.pipeline.deterministic = self.options.deterministic
+        self._settings = self.pipeline.sampling_settings(
+            sampler=self.options.sampler,
+            guidance_scale=self.options.guidance_scale,
+            top_k=self.options.top_k or None,
+            top_p=None if self.options.top_p == 1.0 else self.options.top_p,
+        )
+        self._condition = self.subject.generator.example_condition(self.batch)
 
     @torch.no_grad()
     def tokens(self) -> SampleOutput | None:
         """One batch of tokens; None when it was stopped early."""
         begun = time.perf_counter()
 
-        def callback(done: int, _: Tensor) -> None:
+        def callback(done: int, _: Tensor) -> bool:
             self.host_s = time.perf_counter() - begun
-            if self.stop_after and done >= self.stop_after:
-                raise _Stop
+            return bool(self.stop_after) and done >= self.stop_after
 
-        try:
-            out = self.pipeline.sample_tokens(
-                self._condition,
-                image_seeds(0, self.batch),
-                sampler=self.options.sampler,
-                sampler_options=self.sampler_options,
-                guidance=Guidance(self.options.guidance_scale),
-                temperature=1.0,
-                top_k=self.options.top_k,
-                top_p=self.options.top_p,
-                callback=callback,
-            )
-        except _Stop:
+        out = self.pipeline.sample_tokens(
+            self._condition,
+            image_seeds(0, self.batch),
+            sampler_options=self.sampler_options,
+            callback=callback,
+            **self._settings,
+        )
+        if self.stop_after:
             return None
         self.statistics = out.statistics
         return out
@@ -86,7 +81,7 @@ class Caller:
         """One batch of images."""
         out = self.tokens()
         assert out is not None
-        return self.pipeline.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+        return self.pipeline.decode(out.tokens if out.latent is None else out.latent)
 
 
 def eager_stop(options: Bench, generator: Any, path: str) -> int:
@@ -159,7 +154,7 @@ def sampling_row(
         total = timed(caller.images, device, options.runs)
         row |= total.row("together")
     row |= {"ms_per_image": total.median / batch * 1e3, "images_per_s": batch / total.median}
-    raster = callable(getattr(generator, "verify", None))
+    raster = isinstance(generator, Windowed)
     if machine and (raster or options.sampler in WITHOUT_LOOK):
         rows = batch * (2 if options.guidance_scale != 1.0 else 1)
         row["floor_ms"] = floor_seconds(generator, rows, machine) / len(generator.block_sizes) * 1e3

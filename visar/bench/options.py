@@ -1,16 +1,17 @@
-"""Options of `visar bench`."""
+"""Options of `visar bench`, `visar acceptance` and `visar seeds`."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from visar.pipelines.options import Filters, Placement
+
 PathName = Literal["eager", "captured"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Bench:
     """Times decoding on this machine, after checking that it is right: tokens, images, windows, or against a peer.
 
@@ -40,6 +41,8 @@ class Bench:
     """Of the weights and the cache."""
     quantize: Literal["none", "int8", "fp8"] = "none"
     """8 bits for every weight of the generator's blocks and head instead; needs torchao."""
+    deterministic: Literal["auto", "batch", "off"] = "auto"
+    """batch: decoding that is the same bits in every batch size; auto: in float32 only. See docs/seeds.md."""
     paths: tuple[PathName, ...] = ("eager", "captured")
     """Ways to run a step; captured needs a GPU."""
     runs: int = 3
@@ -64,7 +67,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Acceptance:
+class Acceptance(Placement, Filters):
     """Measures speculative samplers of a raster model: tokens a pass, accepted drafts, speed against ancestral ones.
 
     Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
@@ -88,15 +91,35 @@ class Acceptance:
     """Of the first image."""
     background: Literal["white", "black"] = "white"
     """What the pictures are drawn on."""
-    guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
-    temperature: float | None = None
-    """> 0; 1.0 = off."""
-    top_k: int | None = None
-    """0 = off."""
-    top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Compares images of the same seeds made in other batches, orders and processes, resumed, with other threads.
+
+    A row a model and sampler; every cell is "equal" or the share of images that are, to the last bit of their pixels.
+    """
+
+    models: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Embedded models; all generators when not given."""
+    samplers: tuple[str, ...] = ()
+    """Only these rows' samplers, as they stand in the table, such as ancestral or jacobi:window=8."""
+    out: Path = Path("seeds.json")
+    """File for the rows; the table goes beside it, with the ending .md."""
+    settings: tuple[str, ...] = ("float32:auto",)
+    """Each as DTYPE:DETERMINISTIC, such as bfloat16:batch or bfloat16:off; the first is what the column dtype compares
+    with."""
+    batch: int = 64
+    """Images at a time of the reference run."""
+    other_batches: tuple[int, ...] = (1, 5, 16, 256)
+    """Batches that are compared with it; those larger than the number of images are left out."""
+    images: int = 256
+    """Images of ancestral and next_scale."""
+    slow_images: int = 64
+    """Images of the other samplers."""
+    calls: int = 16
+    """Most calls of a smaller batch: batch 1 is compared on so many images."""
+    processes: int = 2
+    """2 = also make each half of the images in a process of its own; 1 = do not."""
     device: str | None = None
     """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

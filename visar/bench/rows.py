@@ -24,6 +24,7 @@ IDENTITY = (
     "top_p",
     "dtype",
     "quantize",
+    "deterministic",
 )
 
 

@@ -19,6 +19,7 @@ from visar.bench.rows import Row, add_rows, compare_with_baseline, read_rows
 from visar.bench.subjects import Subject, build, find_preset, load_subject, tiny
 from visar.bench.timing import ceilings, machine_facts, seconds_of
 from visar.bench.windows import check_windows, window_rows
+from visar.kernels.invariance import batch_invariant
 from visar.layers.quantize import check_quantization
 from visar.pipelines.components import placement
 from visar.samplers.index import find_sampler
@@ -99,6 +100,8 @@ def _check(options: Bench) -> torch.device:
     check_quantization(options.quantize)
     if options.quantize != "none" and options.preset is not None and find_preset(options.preset).generator is None:
         raise ValueError(f"--quantize {options.quantize} is of generators; {options.preset} has none")
+    if options.quantize != "none" and options.deterministic == "batch":
+        raise ValueError(f"deterministic batch is for weights that are not quantised; quantize is {options.quantize}")
     find_sampler(options.sampler)
     return device
 
@@ -106,8 +109,8 @@ def _check(options: Bench) -> torch.device:
 def _report_head(options: Bench, facts: dict[str, Any], machine: dict[str, float], report: Report) -> None:
     report(", ".join(f"{key} {value}" for key, value in facts.items()))
     report(
-        f"{options.dtype}, quantize {options.quantize}, guidance {options.guidance_scale}, top_k {options.top_k}, "
-        f"top_p {options.top_p}, sampler {options.sampler}"
+        f"{options.dtype}, quantize {options.quantize}, deterministic {options.deterministic}, "
+        f"guidance {options.guidance_scale}, top_k {options.top_k}, top_p {options.top_p}, sampler {options.sampler}"
     )
     if machine:
         report(", ".join(f"{key} {value:.4g}" for key, value in machine.items()))
@@ -122,7 +125,8 @@ def _check_results(subject: Subject, options: Bench, device: torch.device, repor
     report(check_images(subject, device))
     if subject.generator is None:
         return
-    _, line = check_logits(subject, device)
+    with batch_invariant(options.deterministic == "batch"):
+        _, line = check_logits(subject, device)
     report(line)
     if device.type != "cuda":
         line = "an image's ids in a batch equal those of it alone (float32)"
@@ -177,6 +181,7 @@ def _rows(
                 "top_p": options.top_p,
                 "dtype": options.dtype,
                 "quantize": None if options.quantize == "none" else options.quantize,
+                "deterministic": None if options.deterministic == "auto" else options.deterministic,
                 "n": options.runs,
                 "build_s": subject.build_s,
                 **facts,

@@ -1,6 +1,7 @@
 """What is timed: released shapes with random weights, or a model of the user's own."""
 
 import dataclasses
+import inspect
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.generators.hierarchical_masked import HIERARCHICAL_MASKED_PRESETS, HierarchicalMaskedTransformer
-from visar.generators.next_scale import NEXT_SCALE_PRESETS, NextScaleTransformer
-from visar.generators.raster import RASTER_PRESETS, RasterGPT
-from visar.layers.quantize import quantize_, stored
+from visar.generators import families as generators
+from visar.generators.training import GeneratorFamily
+from visar.layers.quantize import linear_layers, quantize_, stored
 from visar.pipelines.loading import load
-from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
+from visar.tokenizers import families as tokenizers
+from visar.tokenizers.families import find_family as find_tokenizer
 from visar.tokenizers.vq import VQ_PRESETS, VQTokenizer
 
 
@@ -34,51 +35,20 @@ class Preset:
     tokenizer_config: dict[str, Any]
 
 
-def _scales(config: dict[str, Any]) -> dict[str, Any]:
-    return {"scales": config["scales"]} if "scales" in config else {}
+def _released(family: GeneratorFamily, config: dict[str, Any]) -> Preset:
+    """A family's preset with the tokenizer that it was released with; settings that both have are the generator's."""
+    tokenizer, name = find_tokenizer(None, family.tokenizer)
+    settings = inspect.signature(tokenizer.model).parameters
+    shared = {key: value for key, value in config.items() if key in settings}
+    return Preset(family.model, config, tokenizer.model, {**tokenizer.presets[name], **shared})
 
 
-_VQ, _MSVQ = VQ_PRESETS["vq-16"], MULTISCALE_VQ_PRESETS["var-vq16"]
+_GENERATORS = {family.model: family for family in map(generators.load_family, generators.FAMILIES)}
+_TOKENIZERS = {family.model: family for family in map(tokenizers.load_family, tokenizers.FAMILIES)}
 PRESETS: dict[str, Preset] = {
-    **{name: Preset(RasterGPT, config, VQTokenizer, _VQ) for name, config in RASTER_PRESETS.items()},
-    **{
-        name: Preset(NextScaleTransformer, config, MultiScaleVQTokenizer, {**_MSVQ, **_scales(config)})
-        for name, config in NEXT_SCALE_PRESETS.items()
-    },
-    **{
-        name: Preset(HierarchicalMaskedTransformer, config, MultiScaleVQTokenizer, _MSVQ)
-        for name, config in HIERARCHICAL_MASKED_PRESETS.items()
-    },
-    "vq-16": Preset(None, {}, VQTokenizer, _VQ),
+    **{name: _released(family, config) for family in _GENERATORS.values() for name, config in family.presets.items()},
+    "vq-16": Preset(None, {}, VQTokenizer, VQ_PRESETS["vq-16"]),
 }
-
-# What stands for a family where there is no GPU: correctness can be checked, speed cannot.
-_TINY_GENERATOR: dict[type, dict[str, Any]] = {
-    RasterGPT: dict(vocab_size=128, grid=(4, 4), width=64, num_layers=2, num_heads=2, hidden_width=96, num_classes=4),
-    NextScaleTransformer: dict(
-        vocab_size=128, codebook_width=8, scales=(1, 2, 4), width=64, num_layers=2, num_heads=2, num_classes=4
-    ),
-    HierarchicalMaskedTransformer: dict(
-        vocab_size=128,
-        codebook_width=8,
-        scales=(1, 2, 4),
-        width=64,
-        num_layers=3,
-        num_heads=2,
-        num_refinement_layers=1,
-        num_classes=4,
-    ),
-}
-_TINY_TOKENIZER: dict[type, dict[str, Any]] = {
-    VQTokenizer: dict(
-        image_size=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=16,
-        codebook_size=128,
-    ),
-    MultiScaleVQTokenizer: dict(
-        codebook_size=128, codebook_dim=8, scales=(1, 2, 4), base_channels=32, channel_multipliers=(1, 1),
-        num_res_blocks=1,
-    ),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -119,7 +89,7 @@ def find_preset(name: str, grid: int | None = None) -> Preset:
     preset = PRESETS[name]
     if grid is None:
         return preset
-    if preset.tokenizer is not VQTokenizer or grid < 1:
+    if "image_size" not in preset.tokenizer_config or grid < 1:
         raise ValueError(f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, vq-16), and >= 1")
     return dataclasses.replace(
         preset,
@@ -129,12 +99,12 @@ def find_preset(name: str, grid: int | None = None) -> Preset:
 
 
 def tiny(preset: Preset) -> Preset:
-    """The smallest model of the preset's family."""
+    """The smallest model of the preset's family: where there is no GPU, correctness can be checked, speed cannot."""
     return Preset(
         preset.generator,
-        {} if preset.generator is None else _TINY_GENERATOR[preset.generator],
+        {} if preset.generator is None else _GENERATORS[preset.generator].tiny,
         preset.tokenizer,
-        _TINY_TOKENIZER[preset.tokenizer],
+        _TOKENIZERS[preset.tokenizer].tiny,
     )
 
 
@@ -185,27 +155,9 @@ def random_ids(subject: Subject, batch: int, device: torch.device) -> torch.Tens
 
 
 # ------------------------------------------------------------------------------------------------------------ floor
-def read_once_per_block(generator: Any) -> list[nn.Linear]:
-    """Linear layers whose weights every block of an ancestral call reads: all but those of conditions, and, in models
-    with two ends, but those of the refinement."""
-    apart = ("ada_lin", "cls_embedding", "mask_")
-    return [
-        module
-        for name, module in generator.named_modules()
-        if isinstance(module, nn.Linear) and not any(part in name for part in apart)
-    ]
-
-
 def dtype_of(generator: Any) -> torch.dtype:
     """Of its products; some models keep other parts in float32."""
-    return read_once_per_block(generator)[0].weight.dtype
-
-
-def cache_bytes_per_token(generator: Any) -> int:
-    """Keys and values of one token of one row; 0 for a model that keeps none."""
-    if isinstance(generator, HierarchicalMaskedTransformer):
-        return 0
-    return 2 * generator.config["num_layers"] * generator.config["width"] * dtype_of(generator).itemsize
+    return next(iter(linear_layers(generator, generator.read_once_per_block).values())).weight.dtype
 
 
 def floor_seconds(generator: Any, rows: int, machine: dict[str, float]) -> float:
@@ -215,16 +167,16 @@ def floor_seconds(generator: Any, rows: int, machine: dict[str, float]) -> float
     Bytes: weights once, and keys and values of what came before, of every row. Products: 2 operations a weight and
     position, and those of attention.
     """
-    weights = read_once_per_block(generator)
+    weights = linear_layers(generator, generator.read_once_per_block).values()
     weight_bytes = sum(part.nbytes for module in weights for part in stored(module) if part is not None)
     parameters = sum(module.weight.numel() for module in weights)
     layers, width = generator.config["num_layers"], generator.config["width"]
-    per_token, markov = cache_bytes_per_token(generator), cache_bytes_per_token(generator) == 0
+    cached = generator.cache_bytes(1) > 0
     seen = getattr(generator, "prefix_length", 0)
     total = 0.0
     for size in generator.block_sizes:
-        keys = size if markov else seen + size
-        moved = weight_bytes + rows * keys * per_token
+        keys = seen + size if cached else size
+        moved = weight_bytes + generator.cache_bytes(rows, keys)
         operations = rows * size * (2 * parameters + 4 * layers * width * keys)
         total += max(moved / (machine["copy_gb_s"] * 1e9), operations / (machine["matmul_tflop_s"] * 1e12))
         seen += size

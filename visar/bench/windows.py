@@ -9,8 +9,8 @@ from visar.bench.options import Bench
 from visar.bench.subjects import Subject
 from visar.bench.timing import Timing, seconds_of
 from visar.core.guidance import Guidance
+from visar.core.interface import Windowed
 from visar.core.runtime import Session
-from visar.pipelines.memory import any_condition
 from visar.samplers.filtering import draw, sample_logits, token_law
 
 REPLAYS = 20
@@ -22,7 +22,7 @@ def check_windows(subject: Subject, windows: tuple[int, ...]) -> None:
     Raises:
         ValueError: a model that judges no windows, or one that does not fit behind half of the sequence.
     """
-    if not callable(getattr(subject.generator, "verify", None)):
+    if not isinstance(subject.generator, Windowed):
         raise ValueError(f"{subject.name} judges no windows: --window is for raster models")
     most = subject.generator.num_tokens - subject.generator.num_tokens // 2
     wrong = [window for window in windows if not 1 <= window <= most]
@@ -38,7 +38,7 @@ def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> C
     model, device = subject.generator, next(subject.generator.parameters()).device
     half, slots = model.num_tokens // 2, max(window, 1)
     ragged: dict[str, Any] = dict(ragged=True, window=window - 1) if window else {}
-    state = model.start(any_condition(model, batch, device), Guidance(options.guidance_scale), **ragged)
+    state = model.start(model.example_condition(batch), Guidance(options.guidance_scale), **ragged)
     state.length.fill_(half)
     state.block = half
     draft_BK = torch.zeros(batch, slots - 1, dtype=torch.int64, device=device)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from visar.cli.evaluate import Echo
 from visar.core.guidance import Guidance
 from visar.evaluate.comparison import write_comparison
-from visar.evaluate.options import Compare
-from visar.evaluate.pipeline import RunOptions, Sampling, ScoreOptions
+from visar.evaluate.options import Compare, RunOptions
+from visar.evaluate.pipeline import Sampling
 from visar.evaluate.report import Report, distinct_names, load_report, table
 from visar.evaluate.run import evaluate_pipeline
 from visar.evaluate.speed import check_batches
@@ -14,7 +14,8 @@ from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
 from visar.pipelines.components import placement
 from visar.pipelines.loading import load
-from visar.samplers.settings import parse_sampling
+from visar.samplers.index import GENERAL
+from visar.samplers.settings import GUIDANCE, parse_sampler
 
 
 def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> None:
@@ -60,19 +61,15 @@ def _runs(options: Compare) -> list[_Run]:
     runs = []
     for model, sampler in pairs:
         folder = "".join(letter if letter.isalnum() or letter in "-._" else "_" for letter in f"{model} {sampler}")
-        run = RunOptions(
-            out=options.out / folder,
-            num_samples=options.num_samples,
-            batch_size=options.batch_size,
-            seed=options.seed,
-        )
+        run = replace(options, out=options.out / folder)
         label = f"{model} {sampler}" if several else sampler
         runs.append(_Run(model, _sampling(sampler, options.guidance_scale), run, label))
     return runs
 
 
 def _sampling(text: str, guidance_scale: float | None) -> Sampling:
-    name, settings, general = parse_sampling(text)
+    name, settings = parse_sampler(text, general=True)
+    general = {key: settings.pop(key) for key in (*GUIDANCE, *GENERAL) if key in settings}
     scale: float | None = general.pop("guidance_scale", guidance_scale)
     schedule = general.pop("guidance_schedule", None)
     if schedule is not None and scale is None:
@@ -93,16 +90,10 @@ def _compared(
     pipeline = load(run.model, device=world.device, dtype=options.dtype)
     for other in later:
         other.sampling.check(pipeline)
-    score = ScoreOptions(
-        reference=options.reference,
-        extractor=options.extractor,
-        extractor_weights=options.extractor_weights,
-        train=options.train,
-    )
     report = evaluate_pipeline(
         pipeline,
         run.sampling,
-        score,
+        options,
         run.options,
         name=run.model,
         speed_batches=options.speed_batches,

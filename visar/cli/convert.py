@@ -1,6 +1,7 @@
 """Visar convert: what was read, written as a folder."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,12 @@ from diffusers import ModelMixin
 from torch import nn
 
 from visar.checkpoints import hub
-from visar.checkpoints.code import takes_over_of
-from visar.checkpoints.convert import Models, read_models
+from visar.checkpoints.convert import read_models
 from visar.checkpoints.options import Convert
-from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.checkpoints.rows import Models
 from visar.io.files import _new_folder
 from visar.pipelines.components import DTYPES
 from visar.pipelines.image import ImagePipeline
-
-
-def _defaults(models: Models) -> dict[str, Any]:
-    """Sampling settings for models of a source, where no official name says more."""
-    if models.source == "llamagen":
-        return {}
-    if isinstance(models.generator, HierarchicalMaskedTransformer):
-        depth = models.generator.config["num_layers"]
-        return hub.HMAR_DEFAULTS.get(depth, hub.HMAR_DEFAULTS[16])
-    return hub.CODE_DEFAULTS if models.source == "code" else hub.VAR_DEFAULTS
 
 
 def _official(options: Convert) -> hub.Official | None:
@@ -35,30 +25,32 @@ def _official(options: Convert) -> hub.Official | None:
     """
     if options.like is None:
         return None
-    if options.like not in hub.OFFICIAL:
-        raise ValueError(f"like {options.like!r}; the official names are {', '.join(hub.OFFICIAL)}")
-    entry = hub.OFFICIAL[options.like]
+    official = hub.official()
+    if options.like not in official:
+        raise ValueError(f"like {options.like!r}; the official names are {', '.join(official)}")
+    entry = official[options.like]
     if options.source not in (None, entry.source):
         raise ValueError(f"like {options.like!r} is of {entry.source}, not of source {options.source!r}")
     return entry
 
 
 def save(models: Models, folder: Path, defaults: dict[str, Any]) -> str:
-    """Writes models and says what is where: a pipeline's folder, that of one model, or drafter/ and refiner/ (CoDe).
+    """Writes models and says what is where: a pipeline's folder, that of one model, or a folder each of a pair.
 
     Args:
         models: from `read_models`.
         folder: empty.
         defaults: sampling settings of the pipeline.
     """
-    tokenizer, generator, refiner = models.tokenizer, models.generator, models.refiner
-    if refiner is not None and tokenizer is not None and generator is not None:
-        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder / "drafter")
-        refiner.save_pretrained(folder / "refiner")
-        return f"drafter/ (pipeline: {_named(tokenizer)}, {_named(generator)}) and refiner/ ({_named(refiner)})"
+    tokenizer, generator, second = models.tokenizer, models.generator, models.second
     if tokenizer is not None and generator is not None:
-        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder)
-        return f"{_named(tokenizer)}, {_named(generator)}"
+        first_folder, second_folder = models.folders
+        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder / first_folder)
+        if second is None:
+            return f"{_named(tokenizer)}, {_named(generator)}"
+        second.save_pretrained(folder / second_folder)
+        pipeline = f"{first_folder}/ (pipeline: {_named(tokenizer)}, {_named(generator)})"
+        return f"{pipeline} and {second_folder}/ ({_named(second)})"
     alone = generator if tokenizer is None else tokenizer
     assert alone is not None
     alone.save_pretrained(folder)
@@ -69,8 +61,23 @@ def _named(model: ModelMixin) -> str:
     return f"{type(model).__name__} of {sum(value.numel() for value in model.parameters()) / 1e6:.1f} M parameters"
 
 
+def _next(models: Models, out: Path) -> str:
+    """What to do with the folder: a command that can be pasted."""
+    if models.generator is None:
+        return f"Next: visar.load_tokenizer({str(out)!r}), or give it as --tokenizer to visar train generator."
+    if models.tokenizer is None:
+        return "Next: convert it again with --tokenizer FILE, for a folder that makes images."
+    config = models.generator.config
+    condition = '--prompt "..."' if config.get("caption_width") else f"--class {min(3, config['num_classes'] - 1)}"
+    words = ["visar sample", shlex.quote(str(out / models.folders[0])), condition]
+    if models.second is not None:
+        words.append(models.options.format(second=shlex.quote(str(out / models.folders[1]))))
+    return f"Next: {' '.join(words)}"
+
+
 def convert(options: Convert) -> str:
-    """Runs `visar convert`: reads another project's files, writes a folder, and returns one line about it.
+    """Runs `visar convert`: reads another project's files, writes a folder, and returns a line about it and a line
+    that says what to do next.
 
     Raises:
         ValueError: see `read_models`; also an `out` that holds something, an unknown dtype or official name.
@@ -82,14 +89,11 @@ def convert(options: Convert) -> str:
         options = dataclasses.replace(options, source=entry.source, grid=options.grid or entry.grid)
     with _new_folder(options.out) as folder:
         models = read_models(options)
-        for model in (models.tokenizer, models.generator, models.refiner):
+        for model in (models.tokenizer, models.generator, models.second):
             if model is not None:
                 # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
                 nn.Module.to(model, DTYPES[options.dtype])
-        written = save(models, folder, _defaults(models) if entry is None else entry.defaults)
-    return f"{options.out}: {written}, {options.dtype}, from {models.source}'s {options.file.name}{_hint(options)}"
-
-
-def _hint(options: Convert) -> str:
-    named = {takes_over_of(path) for path in (options.file, options.second) if path is not None} - {None}
-    return f"; by their names the refiner takes over at scale {named.pop()}" if len(named) == 1 else ""
+        written = save(models, folder, models.defaults if entry is None else entry.defaults)
+    origin = f"from {models.source}'s {options.file.name}"
+    line = "; ".join([f"{options.out}: {written}, {options.dtype}, {origin}", *models.notes])
+    return f"{line}\n{_next(models, options.out)}"

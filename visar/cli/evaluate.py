@@ -12,12 +12,13 @@ from visar.core.guidance import Guidance
 from visar.data.images import SPLITS
 from visar.evaluate.extractors import load_extractor
 from visar.evaluate.images import open_images
+from visar.evaluate.metrics import null_estimable
 from visar.evaluate.options import Eval, EvalTokenizer, Stats
-from visar.evaluate.pipeline import RunOptions, ScoreOptions
+from visar.evaluate.pipeline import Sampling, load_extractors, load_references
 from visar.evaluate.reconstruction import evaluate_reconstruction
-from visar.evaluate.references import load_reference, make_statistics
+from visar.evaluate.references import make_statistics
 from visar.evaluate.report import Report, table
-from visar.evaluate.run import evaluate_images, stacked
+from visar.evaluate.run import evaluate_images, evaluate_pipeline, stacked
 from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
 from visar.pipelines.components import load_tokenizer, placement
@@ -44,23 +45,12 @@ def evaluate(
 
     Returns: the report in the first process, None in the others.
     """
-    score = ScoreOptions(
-        reference=options.reference,
-        extractor=options.extractor,
-        extractor_weights=options.extractor_weights,
-        layer=options.layer,
-        spatial=options.spatial,
-        resize=options.resize,
-        image_size=options.image_size,
-        train=options.train,
-        held_out=options.held_out,
-    )
     joined = world or join_world(placement(options.device)[0])
     report: Report | None = None
     if not _is_pictures(options.model):
-        report = _score_model(options, sampler_options, score, joined, progress)
+        report = _score_model(options, sampler_options, joined, progress)
     elif joined.rank == 0:
-        report = _score_pictures(options, score, joined.device, progress)
+        report = _score_pictures(options, joined.device, progress)
     if world is None:
         leave_world(joined)
     if report is not None:
@@ -75,71 +65,40 @@ def _is_pictures(model: str) -> bool:
     return path.suffix in (".npz", ".zip", ".parquet") or (path.is_dir() and not (path / "model_index.json").exists())
 
 
-def _score_pictures(options: Eval, score: ScoreOptions, device: torch.device, progress: Progress | None) -> Report:
-    extractor = score.load_extractor(device)
+def _score_pictures(options: Eval, device: torch.device, progress: Progress | None) -> Report:
+    extractor, other = load_extractors(options, device)
     images = open_images(options.model, options.resize, options.image_size)
     batch_size = 64 if isinstance(options.batch_size, str) else options.batch_size
-    reference = load_reference(
-        score.reference,
-        extractor,
-        batch_size=batch_size,
-        resize=options.resize,
-        image_size=options.image_size,
-    )
+    reference, second = load_references(options, extractor, other, batch_size=batch_size)
     return evaluate_images(
         images,
         reference,
         extractor,
         options.out,
         batch_size=batch_size,
-        train_NHWC=None if score.train is None else stacked(open_images(score.train)),
-        held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
+        train_NHWC=None if options.train is None else stacked(open_images(options.train)),
+        held_out_NHWC=None if options.held_out is None else stacked(open_images(options.held_out)),
+        second=second,
         progress=progress,
     )
 
 
 def _score_model(
-    options: Eval,
-    sampler_options: dict[str, Any],
-    score: ScoreOptions,
-    world: World,
-    progress: Progress | None,
+    options: Eval, sampler_options: dict[str, Any], world: World, progress: Progress | None
 ) -> Report | None:
-    from visar.evaluate.pipeline import Sampling
-    from visar.evaluate.run import evaluate_pipeline
-
     guidance = None
     if options.guidance_scale is not None:
         guidance = Guidance(options.guidance_scale, schedule=options.guidance_schedule)
     elif options.guidance_schedule != "constant":
         raise ValueError("--guidance-schedule linear needs --guidance-scale")
-    prompts = () if options.prompts is None else read_prompts(options.prompts)
-    pipeline = load(options.model, device=world.device, dtype=options.dtype, quantize=options.quantize)
-    batch_size = options.batch_size
-    if isinstance(batch_size, str):
-        batch_size = pipeline.find_batch_size(
-            options.num_samples,
-            sampler=options.sampler,
-            sampler_options=sampler_options,
-            guidance_scale=guidance,
-            top_k=options.top_k,
-            top_p=options.top_p,
-        )
     return evaluate_pipeline(
-        pipeline,
+        load(options.model, device=world.device, dtype=options.dtype, quantize=options.quantize),
         Sampling(options.sampler, sampler_options, guidance, options.temperature, options.top_k, options.top_p),
-        score,
-        RunOptions(
-            out=options.out,
-            num_samples=options.num_samples,
-            batch_size=batch_size,
-            seed=options.seed,
-            labels=options.labels,
-            keep_images=options.keep_images,
-        ),
+        options,
+        options,
         name=options.model,
         uint8_rule=options.uint8_rule,
-        prompts=prompts,
+        prompts=() if options.prompts is None else read_prompts(options.prompts),
         world=world,
         progress=progress,
     )
@@ -171,7 +130,7 @@ def stats(options: Stats, echo: Echo, progress: Progress | None = None) -> None:
             layer,
             str(found.count),
             str(found.width),
-            "-" if found.null_constant is None else f"{found.null_constant:.6g}",
+            "-" if not null_estimable(found) else f"{found.null_constant:.6g}",
         )
         for layer, found in made.statistics.items()
     ]

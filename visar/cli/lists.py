@@ -26,12 +26,12 @@ def models(options: Models, report: Report, echo: Echo) -> None:
     Raises:
         ValueError: no such model, or its classes have no names.
     """
-    from visar.checkpoints.hub import OFFICIAL, about, embedded_names
+    from visar.checkpoints.hub import about, embedded_names, official
 
     if options.classes is not None:
         from visar import load
 
-        vocabulary = None if options.classes in OFFICIAL else load(options.classes, device="cpu").vocabulary
+        vocabulary = None if options.classes in official() else load(options.classes, device="cpu").vocabulary
         if vocabulary is None:
             raise ValueError(f"the classes of {options.classes} have numbers only")
         for name, values in vocabulary.attributes.items():
@@ -41,7 +41,7 @@ def models(options: Models, report: Report, echo: Echo) -> None:
     for name in embedded_names():
         facts = about(name)
         rows.append((name, facts["kind"], f"{facts['parameters'] / 1e6:.1f} M", facts["summary"]))
-    rows += [(name, "official", "fetched", entry.note) for name, entry in OFFICIAL.items()]
+    rows += [(name, "official", "fetched", entry.note) for name, entry in official().items()]
     echo(rows)
 
 
@@ -64,5 +64,5 @@ def samplers(options: Samplers, echo: Echo) -> None:
         )
         if any(value.annotation is Tensor for value in entry.settings().values()):
             settings = f"tensors, see visar edit: {settings}"
-        rows.append((name, "exact" if entry.exact else "lossy", entry.paper, " ".join(entry.needs), settings or "-"))
+        rows.append((name, "exact" if entry.exact else "lossy", entry.paper, entry.needs.__name__, settings or "-"))
     echo(rows)

@@ -157,6 +157,17 @@ def _bench() -> Command:
     return Bench, run
 
 
+def _seeds() -> Command:
+    from visar.bench.options import Seeds
+
+    def run(options: Seeds) -> None:
+        from visar.bench.seeds import seeds_matrix
+
+        seeds_matrix(options, lambda line: print(line, flush=True))
+
+    return Seeds, run
+
+
 def _train_tokenizer() -> Command:
     from visar.train.options import TrainTokenizer
 
@@ -243,6 +254,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
     "convert": ("make a folder that loads without a network from another project's weights", _convert),
     "bench": ("time decoding on this machine, or against another program", _bench),
+    "seeds": ("whether a seed gives the same image in every batch, order and process", _seeds),
     "train tokenizer": ("train a tokenizer on images (--recipe NAME: as an embedded model)", _train_tokenizer),
     "train generator": (
         "train a generator on a tokenizer's ids (--recipe NAME: as an embedded model)",
@@ -331,6 +343,14 @@ def _silence_imports() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _show_readers() -> None:
+    """Shows what the readers of data say through logging: how many pictures there are, and what was left out."""
+    if _first_process():
+        logging.getLogger("visar.data").setLevel(logging.INFO)
+        if logging.lastResort is not None:
+            logging.lastResort.setLevel(logging.INFO)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -343,6 +363,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(version("torch-visar"))
         return 0
     _silence_imports()
+    _show_readers()
     status = 2
     try:
         run = parse(arguments)

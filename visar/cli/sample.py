@@ -69,7 +69,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     from visar import load
     from visar.io.files import atomic_write
     from visar.io.pictures import WRITTEN_AS, grid
-    from visar.pipelines.editing import check_over_scales, scale_previews
+    from visar.pipelines.editing import check_previews, scale_previews
     from visar.pipelines.memory import OutOfMemory
     from visar.pipelines.requests import named_values, number_or_name
 
@@ -81,11 +81,13 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
     if options.previews:
-        check_over_scales(pipeline)
+        check_previews(pipeline)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(
-            class_labels=None if options.class_name is None else number_or_name(options.class_name),
+            class_labels=(
+                None if options.class_name is None else number_or_name(options.class_name, pipeline.vocabulary)
+            ),
             prompt=options.prompt,
             num_images=options.num_images,
             attributes=attributes,

@@ -1,22 +1,59 @@
-"""What samplers need of a generator, as types; see docs/design.md for what the calls mean."""
+"""What samplers, drafters and pipelines need of models: one protocol a capability.
 
-from collections.abc import Mapping
+A model has a capability if it has the calls, whatever its class: `isinstance(model, Windowed)` asks for that. See
+docs/design.md for what the calls mean. Submodules are named for type checkers only: isinstance does not see them.
+
+B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D width, V codes, C code width.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
+from visar.core.tree import DraftTree
+
+Callback = Callable[[int, Tensor], bool | None]
+"""Called by a sampler's loop with the number of tokens that all images have, and the tokens [B, N] (later ones are 0).
+
+If it returns True the sampling ends, and the sampler returns the tokens that all images have by then.
+"""
 
 
-class BlockGenerator(Protocol):
-    """A model that predicts block after block.
+@runtime_checkable
+class Generator(Protocol):
+    """A model that decodes tokens from a state that it is given.
+
+    Attributes:
+        config: constructor arguments.
+        num_tokens: N, tokens of an image.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    def null_condition(self, condition: Condition) -> Condition: ...
+
+    def example_condition(self, batch: int) -> Condition: ...
+
+    def start(self, condition: Condition, guidance: Guidance = ..., *, state: Any = None) -> Any: ...
+
+
+@runtime_checkable
+class Categorical(Generator, Protocol):
+    """A generator that predicts the codes of block after block.
 
     Attributes:
         block_sizes: tokens of every block.
         block_kinds: blocks of one kind do the same work (visar/core/runtime.py).
-        config: constructor arguments.
     """
 
     @property
@@ -25,26 +62,14 @@ class BlockGenerator(Protocol):
     @property
     def block_kinds(self) -> tuple[Any, ...]: ...
 
-    @property
-    def config(self) -> Mapping[str, Any]: ...
-
-    def __call__(self, tokens_BN: Tensor, condition: Condition) -> Tensor: ...
-
-    def parameters(self) -> Any: ...
-
-    def null_condition(self, condition: Condition) -> Condition: ...
-
-    def start(self, condition: Condition, guidance: Guidance = ..., *, state: Any = None) -> Any: ...
-
     def predict(self, state: Any) -> Tensor: ...
 
-    def append(self, state: Any, tokens_BK: Tensor) -> None: ...
+    def append(self, state: Any, tokens_BL: Tensor) -> None: ...
 
 
-class CausalGenerator(BlockGenerator, Protocol):
-    """A model of one token a block that also judges drafted windows, with a length of its own for every row."""
-
-    num_tokens: int
+@runtime_checkable
+class Windowed(Generator, Protocol):
+    """A generator of one token a step that also verifies drafted windows, with a length of its own for every row."""
 
     def start(
         self,
@@ -61,11 +86,106 @@ class CausalGenerator(BlockGenerator, Protocol):
     def commit(self, state: Any, tokens_BK: Tensor, count_B: Tensor) -> None: ...
 
 
-Generator = Any
-"""An nn.Module that predicts one token a step: config, num_tokens, start, verify and commit (see RasterGPT).
+@runtime_checkable
+class Trees(Windowed, Protocol):
+    """A generator that also verifies drafted trees."""
 
-Samplers say what else they call. Not a protocol, so that one's own subclass of nn.Module is not forced to repeat it.
-"""
+    def verify_tree(self, state: Any, tree: DraftTree) -> Tensor: ...
+
+    def commit_path(self, state: Any, slots_BK: Tensor, tokens_BL: Tensor, count_B: Tensor) -> None: ...
+
+
+@runtime_checkable
+class OneStep(Protocol):
+    """A student that predicts all tokens from noise in one pass.
+
+    Attributes:
+        config: constructor arguments; starts, sharpness, output and late are read.
+        num_tokens: N.
+        codes: code vectors [V, C] in the scale of the noise.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def codes(self) -> Tensor: ...
+
+    def check_condition(self, condition: Condition) -> None: ...
+
+    def first_token(self, block: int) -> int: ...
+
+    def latents(self, vectors_BNC: Tensor) -> Tensor: ...
+
+    def __call__(self, vectors_BNC: Tensor, known: Tensor, condition: Condition) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
+class Features(Generator, Protocol):
+    """A generator that shows its last hidden vectors, for the drafters that are trained on them."""
+
+    def embed(self, tokens_BL: Tensor) -> Tensor: ...
+
+    def hidden(self, tokens_BN: Tensor, condition: Condition) -> Tensor: ...
+
+    def features(self, state: Any, draft_BK: Tensor | None = None, tree: DraftTree | None = None) -> Tensor: ...
+
+    def guided_logits(self, state: Any, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor: ...
+
+    if TYPE_CHECKING:
+
+        @property
+        def output(self) -> Any:
+            """The linear layer from hidden vectors to logits."""
+
+
+@runtime_checkable
+class Scales(Categorical, Protocol):
+    """A generator whose blocks are the scales of a pyramid, coarse to fine.
+
+    Attributes:
+        scales: (height, width) of every scale.
+        ends: number of tokens up to the end of every scale.
+    """
+
+    @property
+    def scales(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def ends(self) -> tuple[int, ...]: ...
+
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = ...,
+        *,
+        state: Any = None,
+        first_scale: int = 0,
+        last_scale: int | None = None,
+        history: Any = None,
+    ) -> Any: ...
+
+    def begin_of(self, scale: int) -> int: ...
+
+    def append(self, state: Any, tokens_BL: Tensor, codes_BLC: Tensor | None = None) -> None: ...
+
+    def commit_map(self, state: Any, tokens_BL: Tensor, map_BChw: Tensor) -> None: ...
+
+    if TYPE_CHECKING:
+
+        @property
+        def pyramid(self) -> Any:
+            """Codebook and convolutions of its tokenizer (`ScalePyramid`)."""
+
+
+@runtime_checkable
+class Refining(Scales, Protocol):
+    """A generator over scales that also predicts a scale's hidden tokens from those that are shown."""
+
+    def refine(self, state: Any, tokens_BL: Tensor, masked_BL: Tensor, guidance_scale: float = 1.0) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -73,19 +193,66 @@ class TokenLayout:
     """How a tokenizer arranges an image's tokens.
 
     Attributes:
-        kind: "grid" (ids of one grid, raster order), "scales" (ids of several grids, coarse to fine) or "continuous"
-            (float vectors of one grid).
-        scales: (height, width) of every grid, coarse to fine; one entry unless kind is "scales".
-        vocab_size: number of codes; 0 for continuous tokens.
-        channels: width of a code or of a continuous token.
+        shapes: of every map of tokens, coarse to fine: (height, width), with the number of frames before it for a box,
+            or (length,) for a sequence.
+        arrangement: "grid" (one map, in raster order), "scales" (several maps, coarse to fine), "sequence" (tokens
+            without places in the image) or "box" (one map of several frames).
+        vocab_size: number of codes; 0 for tokens that are vectors of floats.
+        channels: width of a code or of such a vector.
+        previews: numbers of leading tokens that decode to an image of their own, ascending; empty where only all
+            tokens do.
     """
 
-    kind: Literal["grid", "scales", "continuous"]
-    scales: tuple[tuple[int, int], ...]
+    shapes: tuple[tuple[int, ...], ...]
+    arrangement: Literal["grid", "scales", "sequence", "box"]
     vocab_size: int
     channels: int
+    previews: tuple[int, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Tokens of every map."""
+        return tuple(math.prod(shape) for shape in self.shapes)
 
     @property
     def num_tokens(self) -> int:
         """Tokens of one image."""
-        return sum(height * width for height, width in self.scales)
+        return sum(self.sizes)
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Images to tokens and back.
+
+    Attributes:
+        config: constructor arguments.
+        layout: how tokens are arranged.
+        codebook: code vectors [V, C] as looked up.
+        downsampling: pixels a side of a position of the finest grid.
+        dtype, training, parameters: as every module has them.
+    """
+
+    training: bool
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def layout(self) -> TokenLayout: ...
+
+    @property
+    def codebook(self) -> Tensor: ...
+
+    @property
+    def downsampling(self) -> int: ...
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def encode(self, image_BCHW: Tensor) -> Tensor: ...
+
+    def latents(self, tokens_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor: ...
+
+    def decode_latents(self, latent_BChw: Tensor) -> Tensor: ...

@@ -1,5 +1,6 @@
 """What tokenizers and samplers hand back: the token layout, and tokens with the counts that a speed claim needs."""
 
+import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -51,13 +52,19 @@ class SampleStatistics:
 class SampleOutput:
     """Tokens of a batch (int64 [B, N], or float [B, N, C] for continuous ones) and the counts of the call.
 
-    latent_BChw: what the tokenizer's `decode_latents` makes the pictures of, from samplers that have it anyway or
-    whose pictures are not those of their tokens (smoothing, editing of maps); None: decode the tokens.
+    latent: float [B, C, h, w] for images, what the tokenizer's `decode_latents` makes them of, from samplers that have
+    it anyway or whose images are not those of their tokens (smoothing, editing of maps); None: decode the tokens.
     outcome_BN: int8, how every token came about, from speculative samplers: 2 an accepted draft, 1 drawn where drafts
     were rejected, 0 drawn where none was judged.
     """
 
     tokens: Tensor
     statistics: SampleStatistics = field(default_factory=SampleStatistics)
-    latent_BChw: Tensor | None = None
+    latent: Tensor | None = None
     outcome_BN: Tensor | None = None
+
+    @property
+    def latent_BChw(self) -> Tensor | None:
+        """The former name of `latent`."""
+        warnings.warn("SampleOutput.latent_BChw is now SampleOutput.latent", DeprecationWarning, stacklevel=2)
+        return self.latent

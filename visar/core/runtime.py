@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.kernels.invariance import active
+
 
 def places(model: Any) -> int:
     """Where a model's weights are: another number once one of them was moved or cast."""
@@ -96,7 +98,7 @@ class Runtime:
         """
         if not (self.capture and device.type == "cuda"):
             return Session(capture=False)
-        full_key = (id(model), str(device), key)
+        full_key = (id(model), str(device), active(), key)
         session = self._sessions.pop(full_key, None)
         if session is None or not session.serves(model):
             session = Session(capture=True, model=model)

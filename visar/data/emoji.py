@@ -8,6 +8,7 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,7 @@ def read_emoji(path: str | Path) -> tuple[np.ndarray, dict]:
         with zipfile.ZipFile(path) as archive:
             meta = json.loads(archive.read("meta.json"))
             images = unpack_pixels(archive.read("pixels.npy.xz"))
-    except (zipfile.BadZipFile, KeyError, lzma.LZMAError, EOFError, OSError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not an emoji set ({error}); build it with: visar data emoji"
         ) from error

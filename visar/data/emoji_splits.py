@@ -33,7 +33,10 @@ def concept_key(code: str) -> str:
 
 def unit_hash(text: str) -> float:
     """Stable hash in [0, 1)."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2.0**64
+    return (
+        int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big")
+        / 2.0**64
+    )
 
 
 def _variants(image_BCHW: Tensor) -> Tensor:

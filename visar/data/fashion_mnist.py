@@ -155,7 +155,7 @@ def read_fashion(path: str | Path) -> tuple[np.ndarray, dict]:
         with zipfile.ZipFile(path) as archive:
             meta = json.loads(archive.read("meta.json"))
             grey = np.load(io.BytesIO(lzma.decompress(archive.read("pixels.npy.xz"))), allow_pickle=False)
-    except (zipfile.BadZipFile, KeyError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, lzma.LZMAError, EOFError, OSError, ValueError) as error:
         raise ValueError(
             f"{path} is damaged or not Fashion-MNIST ({error}); build it with: visar data fashion-mnist"
         ) from error
@@ -171,5 +171,5 @@ def is_fashion(path: str | Path) -> bool:
     try:
         with zipfile.ZipFile(path) as archive:
             return json.loads(archive.read("meta.json")).get("kind") == KIND
-    except (zipfile.BadZipFile, KeyError, OSError, ValueError, AttributeError):
+    except (zipfile.BadZipFile, zlib.error, KeyError, OSError, ValueError, AttributeError):
         return False

@@ -1,14 +1,8 @@
 """Image sets: pictures of one size with labels, captions and splits, from any of the usual places."""
 
-import contextlib
 import hashlib
-import io
-import itertools
-import os
+import logging
 import re
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,16 +11,32 @@ import PIL.Image
 import torch
 
 from visar.data.crops import center_crop
+from visar.data.decoding import DecodedPictures, EncodedBytes, EncodedFiles, Pictures
 from visar.data.emoji import FILE as EMOJI_FILE
 from visar.data.emoji import captions as emoji_captions
 from visar.data.emoji import read_emoji
-from visar.data.emoji_splits import shipped_splits, unit_hash
+from visar.data.emoji_splits import shipped_splits
 from visar.data.fashion_mnist import is_fashion, read_fashion
+from visar.data.folders import (
+    OUTSIDE,
+    SPLITS,
+    below_data,
+    find_pictures,
+    hold_out,
+    sort_names,
+    split_folders,
+)
+from visar.data.parquet import parquet_files, read_tables
+from visar.data.pictures import EXTENSIONS, read_picture
 from visar.data.vocabulary import Vocabulary, build_vocabulary, split_words
-from visar.io.files import atomic_write
+from visar.io.arrays import read_arrays
+from visar.io.files import shown
 
-SPLITS = ("train", "val", "test")
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+__all__ = ["ImageSet", "as_float", "load_image_set", "make_image_set", "read_picture"]
+
+logger = logging.getLogger(__name__)
+
+MOST_UNNAMED = 1_000_000  # classes of an .npz that have numbers only
 # What carries writing, dials, boards, or a direction; a mirrored one would be another thing.
 _NO_MIRROR_CLASSES = (
     "symbols/",
@@ -47,7 +57,7 @@ class ImageSet:
 
     Attributes:
         name: what it is called in cards and logs.
-        images: uint8 [N, H, W, 3].
+        images: uint8 [N, H, W, 3]; those of folders and parquet files are decoded when they are asked for.
         labels_NA: int64 [N, columns], as in `vocabulary.attributes`.
         words_NT: int64 [N, num_words] word ids of the captions, padded with 0; None without captions.
         captions: of all pictures, "" for one that has none; None without.
@@ -57,7 +67,7 @@ class ImageSet:
     """
 
     name: str
-    images: np.ndarray
+    images: Pictures
     labels_NA: torch.Tensor
     words_NT: torch.Tensor | None
     captions: list[str] | None
@@ -95,9 +105,10 @@ class ImageSet:
 
     def picture_digest(self) -> str:
         """Hexadecimal sha256 over what token ids depend on: pixels and what may be mirrored."""
-        value = hashlib.sha256()
-        for first in range(0, len(self), 4096):
-            value.update(np.ascontiguousarray(self.images[first : first + 4096]).tobytes())
+        value = self.images.hash() if isinstance(self.images, DecodedPictures) else hashlib.sha256()
+        if isinstance(self.images, np.ndarray):
+            for first in range(0, len(self), 4096):
+                value.update(np.ascontiguousarray(self.images[first : first + 4096]).tobytes())
         value.update(self.mirror_allowed_N.numpy().tobytes())
         return value.hexdigest()
 
@@ -107,36 +118,38 @@ def as_float(images_NHWC: torch.Tensor) -> torch.Tensor:
     return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
-def load_image_set(source: str | Path, image_size: int | None = None, cache: str | Path | None = None) -> ImageSet:
+def load_image_set(source: str | Path, image_size: int | None = None, skip_unreadable: bool = False) -> ImageSet:
     """Pictures from a place.
 
     Args:
         source: an emoji set (emoji64.zip, or the folder that holds it); Fashion-MNIST (fashion.zip); a folder with a
-            subfolder a class, below train, val and test if there are such folders; a parquet file or a folder of them,
-            with columns image, label, caption; or an .npz with images (or arr_0) and perhaps labels.
+            subfolder a class, perhaps below train, val and test (or validation, ...), or in its folder data; a parquet
+            file or a folder of them, with columns image, label, caption (or img, labels, text) and perhaps a split in
+            the files' names; or an .npz with images (or arr_0) and perhaps labels.
         image_size: side in pixels: pictures are cropped to their centre square and resized; None keeps the size of
             sets that have one, and is an error for folders and parquet files.
-        cache: folder to keep the decoded pictures of folders and parquet files in, as one .npy file a set and size;
-            they are then mapped into memory rather than held there. None decodes them again every time.
+        skip_unreadable: leave unreadable pictures of folders and parquet files out, with a warning that names them.
 
     Raises:
-        ValueError: no such place, no picture in it, an unreadable picture (named), columns missing.
+        ValueError: no such place, no picture in it, unreadable pictures (each named), columns missing.
         ImportError: a parquet file, and pyarrow is missing.
     """
     path = Path(source)
     if not path.exists():
-        raise ValueError(f"no image set at {path}: neither a file nor a folder (visar data emoji builds one)")
+        raise ValueError(f"no image set at {shown(path)}: neither a file nor a folder (visar data emoji builds one)")
     if path.is_dir() and (path / EMOJI_FILE).is_file():
         path = path / EMOJI_FILE
     if path.suffix == ".zip":
         return _fashion_set(path, image_size) if is_fashion(path) else _emoji_set(path, image_size)
     if path.suffix == ".npz":
         return _npz_set(path, image_size)
-    if path.suffix == ".parquet" or (path.is_dir() and any(path.glob("*.parquet"))):
-        return _parquet_set(path, _required(image_size, path), cache)
+    if parquet_files(path):
+        return _parquet_set(path, _required(image_size, path), skip_unreadable)
     if path.is_dir():
-        return _folder_set(path, _required(image_size, path), cache)
-    raise ValueError(f"{path} is not an image set: a .zip, .npz or .parquet file or a folder of pictures is needed")
+        return _folder_set(path, _required(image_size, path), skip_unreadable)
+    raise ValueError(
+        f"{shown(path)} is not an image set: a .zip, .npz or .parquet file or a folder of pictures is needed"
+    )
 
 
 def _required(image_size: int | None, path: Path) -> int:
@@ -182,7 +195,7 @@ def _fashion_set(path: Path, image_size: int | None) -> ImageSet:
 
 def make_image_set(
     name: str,
-    images: np.ndarray,
+    images: Pictures,
     labels_NA: np.ndarray,
     attributes: dict[str, tuple[str, ...]],
     split_N: np.ndarray,
@@ -221,158 +234,108 @@ def _square(image: PIL.Image.Image, size: int) -> np.ndarray:
     return np.asarray(center_crop(image.convert("RGB"), size))
 
 
-def read_picture(source: Path | bytes, size: int, name: str) -> np.ndarray:
-    """One picture, cropped to its centre square and resized: uint8 [size, size, 3].
-
-    Raises:
-        ValueError: it cannot be read; names it.
-    """
-    try:
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _square(image, size)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{name} is not a readable picture ({error})") from error
+def _decoded(encoded: EncodedFiles | EncodedBytes, size: int, skip_unreadable: bool) -> DecodedPictures:
+    """The pictures, with a warning for each that is left out."""
+    images = DecodedPictures(encoded, size, skip_unreadable)
+    for line in images.unreadable:
+        logger.warning("left out: %s", line)
+    return images
 
 
-def _split_by_name(names: Sequence[str]) -> np.ndarray:
-    """A twentieth for validation, by a hash of the name, and at least one picture if there are two."""
-    share = np.array([unit_hash(name) for name in names])
-    split = (share < 0.05).astype(np.int8)
-    if len(names) > 1 and not split.any():
-        split[share.argmin()] = 1
-    return split
-
-
-def _decode(
-    pictures: Iterable[tuple[str, Path | bytes]], count: int, size: int, cache: str | Path | None, facts: Iterable[str]
-) -> np.ndarray:
-    """uint8 [count, size, size, 3] of named pictures, a few at a time; from the cache if they are there already.
-
-    `facts` is what the pictures depend on besides the size; it names the cached file.
-    """
-    kept = None
-    if cache is not None:
-        digest = hashlib.sha256("\n".join([str(size), *facts]).encode()).hexdigest()
-        kept = Path(cache) / f"images-{size}-{digest[:16]}.npy"
-        if kept.is_file():
-            return np.load(kept, mmap_mode="r", allow_pickle=False)
-    shape = (count, size, size, 3)
-    with contextlib.ExitStack() as stack:
-        if kept is None:
-            images = np.empty(shape, np.uint8)
-        else:
-            temporary = stack.enter_context(atomic_write(kept))
-            images = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.uint8, shape=shape)
-        pool = stack.enter_context(ThreadPoolExecutor(min(16, os.cpu_count() or 1)))
-        rest = iter(pictures)
-        for first in range(0, count, 256):
-            part = list(itertools.islice(rest, 256))
-            decoded = pool.map(lambda named: read_picture(named[1], size, named[0]), part)
-            for row, image in enumerate(decoded):
-                images[first + row] = image
-        if isinstance(images, np.memmap):
-            images.flush()
-    return images if kept is None else np.load(kept, mmap_mode="r", allow_pickle=False)
-
-
-def _folder_set(path: Path, size: int, cache: str | Path | None) -> ImageSet:
-    parts = [split for split in SPLITS if (path / split).is_dir()]
-    if "train" not in parts:
-        parts = []
-    found = (file for file in sorted(path.rglob("*")) if file.suffix.lower() in EXTENSIONS)
-    inner = [(file, file.relative_to(path).parts) for file in found if not file.name.startswith(".")]
-    inner = [(file, names) for file, names in inner if not parts or names[0] in parts]
-    if not inner:
-        raise ValueError(f"{path} has no pictures ({', '.join(EXTENSIONS)})")
+def _folder_set(path: Path, size: int, skip_unreadable: bool) -> ImageSet:
+    found = below_data(find_pictures(path))
+    if skip_unreadable:
+        for name in found.broken:
+            logger.warning("left out: %s is a link to nothing, or a pipe", shown(found.root / name))
+    else:
+        found.refuse_broken()
+    parts = split_folders(found.names)
+    names = [name for name in found.names if not parts or ("/" in name and name.partition("/")[0] in parts)]
+    if not names:
+        raise ValueError(f"{shown(path)} has no pictures ({', '.join(EXTENSIONS)})")
+    if len(names) < len(found.names):
+        found.left_out[OUTSIDE] = sorted({*found.names} - {*names})
+    images = _decoded(EncodedFiles(found.root, names), size, skip_unreadable)
+    names = [names[row] for row in images.rows]
     depth = 1 if parts else 0
-    class_of = [names[depth] if len(names) > depth + 1 else "all" for _, names in inner]
-    classes = tuple(sorted(set(class_of)))
+    inner = [name.split("/") for name in names]
+    class_of = [shown(each[depth]) if len(each) > depth + 1 else "all" for each in inner]
+    classes = sort_names(class_of)
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([[number[name]] for name in class_of])
-    names_of = ["/".join(names) for _, names in inner]
-    split = np.array([SPLITS.index(names[0]) for _, names in inner]) if parts else _split_by_name(names_of)
-    stats = (file.stat() for file, _ in inner)
-    facts = [f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in zip(names_of, stats, strict=True)]
-    pictures = ((str(file), file) for file, _ in inner)
-    images = _decode(pictures, len(inner), size, cache, [str(path.resolve()), *facts])
-    return make_image_set(path.name, images, labels, {"class": classes}, split)
+    known = np.array([SPLITS.index(parts[each[0]]) for each in inner]) if parts else None
+    made = make_image_set(shown(path.name), images, labels, {"class": classes}, hold_out(names, known))
+    found.log(_facts(made))
+    return made
 
 
-def _parquet_set(path: Path, size: int, cache: str | Path | None) -> ImageSet:
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise ImportError("parquet files need pyarrow: pip install 'torch-visar[train]'") from error
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    try:
-        tables = [parquet.ParquetFile(file) for file in files]
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is damaged or not parquet ({error})") from error
-    columns = set.intersection(*(set(table.schema_arrow.names) for table in tables))
-    if "image" not in columns:
-        raise ValueError(f"{path} has columns {', '.join(sorted(columns))}; a column image is needed")
-    count = sum(table.metadata.num_rows for table in tables)
-    if not count:
-        raise ValueError(f"{path} has no rows")
+def _facts(images: ImageSet) -> str:
+    """How many pictures, classes and pictures of each split there are."""
+    counts = np.bincount(images.split_N, minlength=len(SPLITS)).tolist()
+    classes = len(images.vocabulary.attributes["class"])
+    return f"{len(images)} pictures of {images.image_size} pixels, {classes} classes; {counts[1]} for validation" + (
+        f", {counts[2]} for tests" if counts[2] else ""
+    )
 
-    def column(name: str) -> list:
-        return [value for table in tables for value in table.read([name]).column(name).to_pylist()]
 
-    def pictures() -> Iterator[tuple[str, bytes]]:
-        for file, table in zip(files, tables, strict=True):
-            row = 0
-            for batch in table.iter_batches(256, columns=["image"]):
-                for cell in batch.column(0).to_pylist():
-                    blob = cell["bytes"] if isinstance(cell, dict) else cell
-                    if not isinstance(blob, bytes):
-                        raise ValueError(
-                            f"{file} row {row}: the image is {type(blob).__name__}; encoded bytes are needed"
-                        )
-                    yield f"{file} row {row}", blob
-                    row += 1
-
-    labels, captions = np.zeros((count, 1), np.int64), None
-    classes: tuple[str, ...] = ("all",)
-    if "label" in columns:
-        values = column("label")
-        if None in values:
-            raise ValueError(f"{path}: row {values.index(None)} has no label")
-        distinct = sorted(set(values))
-        number = {value: i for i, value in enumerate(distinct)}
-        labels = np.array([[number[value]] for value in values])
-        classes = tuple(str(value) for value in distinct)
-    if "caption" in columns:
-        captions = [str(text or "") for text in column("caption")]
-    facts = [f"{file.resolve()} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
-    images = _decode(pictures(), count, size, cache, facts)
-    split = _split_by_name([f"{path.name}/{row}" for row in range(count)])
-    return make_image_set(path.name, images, labels, {"class": classes}, split, captions)
+def _parquet_set(path: Path, size: int, skip_unreadable: bool) -> ImageSet:
+    files = parquet_files(path)
+    tables = read_tables(path, files)
+    images = _decoded(tables.encoded, size, skip_unreadable)
+    rows = images.rows
+    split = hold_out([f"{path.name}/{row}" for row in rows], None if tables.split_N is None else tables.split_N[rows])
+    captions = None if tables.captions is None else [tables.captions[row] for row in rows]
+    attributes = {"class": tables.classes}
+    made = make_image_set(shown(path.name), images, tables.labels_N[rows, None], attributes, split, captions)
+    columns = f"; columns not read: {', '.join(tables.left_out)}" if tables.left_out else ""
+    logger.info("%s: %s%s", shown(path), _facts(made), columns)
+    return made
 
 
 def _npz_set(path: Path, image_size: int | None) -> ImageSet:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file}
-    except (zipfile.BadZipFile, OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or not an .npz of arrays ({error})") from error
+    arrays = read_arrays(path)
     key = next((name for name in ("images", "arr_0") if name in arrays), None)
     if key is None:
-        raise ValueError(f"{path} has arrays {', '.join(arrays)}; images or arr_0 is needed")
+        raise ValueError(f"{shown(path)} has arrays {', '.join(arrays)}; images or arr_0 is needed")
     images = arrays[key]
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
-        raise ValueError(f"{path}: images are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed, N >= 1")
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
+        raise ValueError(
+            f"{shown(path)}: {key} are {images.dtype} {images.shape}; uint8 [N, H, W, 3] is needed, N >= 1"
+        )
     label_key = next((name for name in ("labels", "class_id", "arr_1") if name in arrays), None)
     labels = arrays[label_key] if label_key else np.zeros(len(images), np.int64)
     if labels.ndim != 1 or labels.dtype.kind not in "iu" or (len(labels) and labels.min() < 0):
-        raise ValueError(f"{path}: {label_key} is {labels.dtype} {labels.shape}; whole numbers [N] >= 0 are needed")
-    names = arrays.get("classes", np.arange(labels.max() + 1))
+        raise ValueError(
+            f"{shown(path)}: {label_key} is {labels.dtype} {labels.shape}; whole numbers [N] >= 0 are needed"
+        )
+    if len(labels) != len(images):
+        raise ValueError(f"{shown(path)}: {label_key} has {len(labels)} labels for {len(images)} pictures")
+    if "classes" in arrays:
+        names = _texts(path, "classes", arrays["classes"])
+    elif labels.max() < MOST_UNNAMED:
+        names = [str(number) for number in range(labels.max() + 1)]
+    else:
+        raise ValueError(f"{shown(path)}: {label_key} has the label {labels.max()}; allowed: below {MOST_UNNAMED}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{shown(path)}: classes has the same name twice")
     if labels.max() >= len(names):
-        raise ValueError(f"{path}: label {labels.max()} with {len(names)} classes")
-    captions = [str(text) for text in arrays["captions"]] if "captions" in arrays else None
+        raise ValueError(f"{shown(path)}: label {labels.max()} with {len(names)} classes")
+    captions = _texts(path, "captions", arrays["captions"]) if "captions" in arrays else None
     if image_size not in (None, images.shape[1]) or images.shape[1] != images.shape[2]:
         side = image_size or min(images.shape[1:3])
         images = np.stack([_square(PIL.Image.fromarray(image), side) for image in images])
-    split = _split_by_name([f"{path.name}/{row}" for row in range(len(images))])
-    classes = tuple(str(name) for name in names)
-    return make_image_set(path.name, images, labels[:, None], {"class": classes}, split, captions)
+    split = hold_out([f"{path.name}/{row}" for row in range(len(images))])
+    return make_image_set(shown(path.name), images, labels[:, None], {"class": tuple(names)}, split, captions)
+
+
+def _texts(path: Path, key: str, array: np.ndarray) -> list[str]:
+    """The texts of a member of an .npz; whole numbers may name classes.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if array.ndim != 1 or array.dtype.kind not in ("USiu" if key == "classes" else "US"):
+        raise ValueError(f"{shown(path)}: {key} is {array.dtype} {array.shape}; texts [N] are needed")
+    return [
+        text.decode("utf-8", "backslashreplace") if isinstance(text, bytes) else str(text) for text in array.tolist()
+    ]

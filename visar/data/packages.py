@@ -76,6 +76,7 @@ def fetch_package(package: Package, folder: Path) -> Path:
     Raises:
         ValueError: no npm client, a failed download, or a tarball that is not the recorded one.
     """
+    folder = folder.resolve()  # npm runs in another folder
     path = folder / package.file_name
     if path.is_file():
         _check(path, package, f"remove {path} to download it again")

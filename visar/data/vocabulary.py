@@ -10,7 +10,7 @@ import itertools
 import operator
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,8 @@ from torch import Tensor
 from visar.core.condition import Condition
 
 PADDING, NULL = "", "<null>"
+# Rows of a training set: more would not fit into memory, and come from a damaged file.
+_MOST_NUMBERS = 10**8
 IGNORED_WORDS = frozenset({"style", "a", "an", "the", "of", "with", "and", "in"})
 
 
@@ -54,8 +56,11 @@ def unpack_numbers(text: str) -> np.ndarray:
     runs = [part.partition("x") for part in text.split()]
     try:
         values = np.array([int(value) for value, _, _ in runs], np.int64)
-        return np.repeat(values, [int(count or 1) for _, _, count in runs]).cumsum()
-    except ValueError as error:
+        counts = [int(count or 1) for _, _, count in runs]
+        if sum(counts) > _MOST_NUMBERS:
+            raise ValueError(f"{sum(counts)} numbers; at most {_MOST_NUMBERS}")
+        return np.repeat(values, counts).cumsum()
+    except (OverflowError, ValueError) as error:
         raise ValueError(f"not packed numbers: {text[:40]!r} ({error})") from error
 
 
@@ -83,6 +88,27 @@ def _nearest(name: str, names: Sequence[str]) -> str:
     names = list(dict.fromkeys(names))
     near = difflib.get_close_matches(name, names, n=4, cutoff=0.5) or [other for other in names if name in other][:4]
     return f"; nearest: {', '.join(near)}" if near else ""
+
+
+def match_names(name: str, names: Sequence[str]) -> list[int]:
+    """Numbers of the names that a text means: exactly, else in another Unicode form, else in another case."""
+    forms: tuple[Callable[[str], str], ...] = (
+        str,
+        lambda text: unicodedata.normalize("NFC", text),
+        lambda text: unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold()),
+    )
+    for form in forms:
+        wanted = form(name)
+        found = [i for i, value in enumerate(names) if form(value) == wanted]
+        if found:
+            return found
+    return []
+
+
+def match_name(name: str, names: Sequence[str]) -> int | None:
+    """Number of the one name that a text means, see `match_names`; None where it means none or several."""
+    found = match_names(name, names)
+    return found[0] if len(found) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -153,7 +179,7 @@ class Vocabulary:
         return tuple(len(values) for values in self.attributes.values())
 
     def label_id(self, column: str, name: int | str) -> int:
-        """Number of a label given by name, by what follows the slash of its name, or by number.
+        """Number of a label given by name (see `match_names`), by what follows the slash of its name, or by number.
 
         Raises:
             ValueError: unknown column or name (with the nearest names), a name that fits several, a number out of
@@ -170,14 +196,13 @@ class Vocabulary:
             if not 0 <= name < len(values):
                 raise ValueError(f"{column} {name}; the numbers are 0 ... {len(values) - 1}")
             return name
-        wanted = name.strip().lower()
-        found = [i for i, value in enumerate(values) if value.lower() == wanted]
-        found = found or [i for i, value in enumerate(values) if value.lower().rpartition("/")[2] == wanted]
+        wanted = name.strip()
+        found = match_names(wanted, values) or match_names(wanted, [value.rpartition("/")[2] for value in values])
         if len(found) > 1:
             raise ValueError(f"{column} {name!r} fits several: {', '.join(values[i] for i in found)}")
         if not found:
             short = [value.rpartition("/")[2] for value in values]
-            near = _nearest(wanted, [*values, *short])
+            near = _nearest(wanted.lower(), [*values, *short])
             raise ValueError(f"unknown {column} {name!r}{near} ({len(values)} in all: visar models --classes MODEL)")
         return found[0]
 

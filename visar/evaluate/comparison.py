@@ -8,7 +8,7 @@ from pathlib import Path
 
 from visar.evaluate.report import Report, markdown_table, table
 from visar.io.files import atomic_write
-from visar.io.plots import BLUE, INK, Axes
+from visar.io.plots import BLUE, INK, label_points, plot, save_plot
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def draw_pareto(
         points: of the runs.
         path: of the picture.
         cost_name, distance_name: written beside the axes.
-        size: of the plot without the lines below it, in pixels.
+        size: about that of the plot without the lines below it, in pixels.
 
     Raises:
         ValueError: no point, a cost that is not above 0, a distance that is not finite, or a path that is not .png.
@@ -63,24 +63,24 @@ def draw_pareto(
     if not points or wrong:
         raise ValueError(f"{wrong[0] if wrong else 'no point'}: costs must be above 0 and distances finite")
     distances = [point.distance for point in points]
-    axes = Axes(
-        [point.cost for point in points],
-        distances,
+    axes = plot(
         x_name=cost_name,
         y_name=f"{distance_name} (lower is better)",
         log_x=True,
         log_y=min(distances) > 0 and max(distances) > 2 * min(distances),
-        size=size,
+        size=(size[0], size[1] + 20 * len(points)),
     )
     best = frontier(points)
-    axes.line([(point.cost, point.distance) for point in best])
-    names = []
-    for number, point in enumerate(points, start=1):
-        axes.point(point.cost, point.distance, str(number), BLUE if point in best else INK)
-        names.append(f"{number}  {point.label}  ({point.cost:.3g}, {point.distance:.4g})")
-    axes.legend(names)
-    with atomic_write(path) as temporary:
-        axes.image.save(temporary, format="PNG")
+    axes.plot([point.cost for point in best], [point.distance for point in best], color=BLUE)
+    drawn = [axes.scatter(point.cost, point.distance, color=BLUE if point in best else INK) for point in points]
+    names = [
+        f"{number}  {point.label}  ({point.cost:.3g}, {point.distance:.4g})" for number, point in enumerate(points, 1)
+    ]
+    legend = axes.figure.legend(drawn, names, loc="outside lower left", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a dollar sign in a name is one
+    label_points(axes, [(point.cost, point.distance, str(number)) for number, point in enumerate(points, 1)])
+    save_plot(axes, path)
     return path
 
 

@@ -16,6 +16,7 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, re
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
+from visar.evaluate.craft import craft_weights_path, load_craft
 from visar.evaluate.efficientnet_lite import lite0_weights_path, load_efficientnet_lite0
 from visar.evaluate.images import ImageSource
 from visar.io.files import load_weights, sha256
@@ -23,11 +24,24 @@ from visar.io.files import load_weights, sha256
 INCEPTION_URL_SHA_PREFIX = "6726825d"
 
 
-class FeatureExtractorLite0(FeatureExtractorBase):
-    """EfficientNet-Lite0: '320' and '1280' pooled features, 'logits'. Pictures go to 128 x 128 by bilinear resampling.
+def check_images(image_BCHW: Tensor) -> None:
+    """Checks what an extractor of single images is given.
 
-    Enlarging is plain bilinear (pixel centres aligned); shrinking is antialiased.
+    Raises:
+        ValueError: not uint8 [B, 3, H, W].
     """
+    if image_BCHW.dtype != torch.uint8 or image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3:
+        raise ValueError(f"pictures are {image_BCHW.dtype} {tuple(image_BCHW.shape)}; uint8 [B, 3, H, W] is needed")
+
+
+def resampled(image_BCHW: Tensor, side: int) -> Tensor:
+    """Images as squares of a side, bilinear: plain where they grow (pixel centres aligned), antialiased where not."""
+    antialias = max(image_BCHW.shape[-2:]) > side
+    return F.interpolate(image_BCHW, size=(side, side), mode="bilinear", antialias=antialias)
+
+
+class FeatureExtractorLite0(FeatureExtractorBase):
+    """EfficientNet-Lite0: '320' and '1280' pooled features, 'logits'. Images go to 128 x 128, see `resampled`."""
 
     INPUT_IMAGE_SIZE = 128
 
@@ -49,22 +63,17 @@ class FeatureExtractorLite0(FeatureExtractorBase):
     @property
     def feature_extractor_internal_dtype(self) -> torch.dtype:
         """dtype of the arithmetic inside."""
-        return self.network._fc.weight.dtype
+        return self.network.dtype
 
     def all_features(self, image_BCHW: Tensor) -> dict[str, Tensor]:
         """Every feature of uint8 [B, 3, H, W] pictures, float32 [B, D]."""
         image = image_BCHW.to(self.feature_extractor_internal_dtype) / 127.5 - 1.0
-        size = (self.INPUT_IMAGE_SIZE, self.INPUT_IMAGE_SIZE)
-        image = F.interpolate(image, size=size, mode="bilinear", antialias=max(image_BCHW.shape[-2:]) > size[0])
-        last_BD, head_BD, logits_BD = self.network.pooled(image)
+        last_BD, head_BD, logits_BD = self.network.pooled(resampled(image, self.INPUT_IMAGE_SIZE))
         return {"320": last_BD.float(), "1280": head_BD.float(), "logits": logits_BD.float()}
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B, 3, H, W] to the requested features, in the order requested."""
-        if image_BCHW.dtype != torch.uint8 or image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3:
-            raise ValueError(
-                f"pictures are {image_BCHW.dtype} {tuple(image_BCHW.shape)}; uint8 [B, 3, H, W] is needed"
-            )
+        check_images(image_BCHW)
         features = self.all_features(image_BCHW)
         return tuple(features[name] for name in self.features_list)
 
@@ -116,6 +125,48 @@ class FeatureExtractorLite0Clip(FeatureExtractorLite0):
         return torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8)
 
 
+class FeatureExtractorCraft(FeatureExtractorBase):
+    """CRAFT's VGG-16: 'conv4_3', 512 features, means over positions, times 100 so that distances are not tiny numbers.
+
+    Images go to 96 x 96, see `resampled`.
+    """
+
+    INPUT_IMAGE_SIZE = 96
+    SCALE = 100.0
+
+    def __init__(
+        self,
+        name: str,
+        features_list: list[str],
+        feature_extractor_weights_path: str | None = None,
+        **kwargs: object,
+    ) -> None:
+        super().__init__(name, features_list)
+        self.network = load_craft(feature_extractor_weights_path)
+
+    def forward(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """uint8 [B, 3, H, W] to ([B, 512],)."""
+        check_images(image_BCHW)
+        image = resampled(image_BCHW.to(self.network.mean.dtype) / 255.0, self.INPUT_IMAGE_SIZE)
+        return (self.SCALE * self.network(image).mean(dim=(2, 3)).float(),)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        return ("conv4_3",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        return {"fid": "conv4_3", "kid": "conv4_3", "prc": "conv4_3"}[metric]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+
 class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
     """torch-fidelity's Inception with one feature more: 'spatial', the input of sFID.
 
@@ -158,6 +209,7 @@ class ExtractorKind:
         logits: features of the inception score; None if it has no classes.
         spatial: features of sFID; None if it has none.
         resize: how a picture of any size reaches the network's size.
+        weights: finds the weights of the installed package; None where torch-fidelity downloads them.
     """
 
     network: type[FeatureExtractorBase]
@@ -166,14 +218,36 @@ class ExtractorKind:
     logits: str | None
     spatial: str | None
     resize: str
+    weights: Callable[[], Path] | None = None
 
 
 EXTRACTORS: dict[str, ExtractorKind] = {
     "efficientnet-lite0": ExtractorKind(
-        FeatureExtractorLite0, "FD-Lite0", "320", "logits", None, "bilinear to 128 x 128, antialiased if shrinking"
+        FeatureExtractorLite0,
+        "FD-Lite0",
+        "320",
+        "logits",
+        None,
+        "bilinear to 128 x 128, antialiased if shrinking",
+        lite0_weights_path,
     ),
     "efficientnet-lite0-clip": ExtractorKind(
-        FeatureExtractorLite0Clip, "FD-Lite0-clip", "clip", None, None, "frames bilinear to 128 x 128"
+        FeatureExtractorLite0Clip,
+        "FD-Lite0-clip",
+        "clip",
+        None,
+        None,
+        "frames bilinear to 128 x 128",
+        lite0_weights_path,
+    ),
+    "craft": ExtractorKind(
+        FeatureExtractorCraft,
+        "FD-CRAFT",
+        "conv4_3",
+        None,
+        None,
+        "bilinear to 96 x 96, antialiased if shrinking",
+        craft_weights_path,
     ),
     "inception-v3": ExtractorKind(
         FeatureExtractorInceptionSpatial,
@@ -234,7 +308,7 @@ def load_extractor(
         name: key of `EXTRACTORS`.
         device: where it runs.
         dtype: "float32", or "float64" (torch-fidelity 0.4 takes the word but computes in float32; here it is meant).
-        weights: file of weights; None takes the installed package's (Lite0) or lets torch-fidelity download
+        weights: file of weights; None takes the installed package's (Lite0, CRAFT) or lets torch-fidelity download
             them (Inception). A PyTorch file must hold tensors only.
         layer: features of the Frechet distance; None is the kind's own.
         spatial: also compute sFID's features.
@@ -283,7 +357,7 @@ def _weights_digest(kind: ExtractorKind, weights: str | Path | None) -> str | No
     if weights is not None:
         load_weights(weights)
         return sha256(weights)
-    return sha256(lite0_weights_path()) if issubclass(kind.network, FeatureExtractorLite0) else None
+    return None if kind.weights is None else sha256(kind.weights())
 
 
 def extract(

@@ -29,6 +29,7 @@ from visar.evaluate.parts import Part, image_digests, parts_in_order, save_part
 from visar.io.files import atomic_write
 from visar.io.shards import World, finished, missing_ranges, remove_unfinished
 
+SECOND = "second."  # before the names of a second extractor's layers: both may call one "logits"
 KEEP_IMAGES: tuple[KeepImages, ...] = ("none", "png", "npz")
 
 
@@ -47,6 +48,7 @@ class Generated:
     Attributes:
         num_samples: N.
         features: float32 [N, D] by layer, in the order of the images.
+        second_features: of a second extractor.
         thumbnails_ND: float32 [N, 768], or None.
         images_sha256: sha256 over the images' own sha256, in order: equal for equal pictures.
         duplicates: pictures that have the same bytes as an earlier one.
@@ -59,6 +61,7 @@ class Generated:
 
     num_samples: int
     features: dict[str, Tensor]
+    second_features: dict[str, Tensor]
     thumbnails_ND: Tensor | None
     images_sha256: str
     duplicates: int
@@ -92,6 +95,27 @@ def _check_identity(folder: Path, identity: dict[str, object]) -> None:
         temporary.write_text(json.dumps(wanted, indent=2, sort_keys=True) + "\n")
 
 
+def all_features(images: Tensor, extractor: Extractor, second: Extractor | None) -> dict[str, Tensor]:
+    """Features by layer; the names of a second extractor's layers begin with `SECOND`."""
+    others = {} if second is None else second(images)
+    return extractor(images) | {SECOND + layer: value for layer, value in others.items()}
+
+
+def split_features(blocks: dict[str, list[Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Blocks of `all_features` put together and told apart, as two arguments of `Generated`."""
+    whole = {layer: torch.cat(values) for layer, values in blocks.items()}
+    return {
+        "features": {layer: value for layer, value in whole.items() if not layer.startswith(SECOND)},
+        "second_features": {
+            layer.removeprefix(SECOND): value for layer, value in whole.items() if layer.startswith(SECOND)
+        },
+    }
+
+
+def _digest(extractor: Extractor) -> list[str | None]:
+    return [extractor.name, *extractor.layers, extractor.dtype, extractor.weights]
+
+
 def generate_images(
     generate: ImageGenerator,
     extractor: Extractor,
@@ -105,6 +129,7 @@ def generate_images(
     identity: dict[str, object],
     keep_images: KeepImages = "none",
     keep_thumbnails: bool = False,
+    second: Extractor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Makes the pictures that a run's folder lacks, and their features. Every process of the run calls it.
@@ -125,6 +150,7 @@ def generate_images(
             be the stored one.
         keep_images: "none", "png" (one file an image) or "npz" (one file, arr_0, as ADM's evaluator reads it).
         keep_thumbnails: store what the copy rate needs.
+        second: whose features are stored too.
         progress: told the pictures done by this process.
 
     Raises:
@@ -145,10 +171,12 @@ def generate_images(
         settings: dict[str, object] = {
             "seed": seed,
             "labels": plan.digest(),
-            "extractor": [extractor.name, *extractor.layers, extractor.dtype, extractor.weights],
+            "extractor": _digest(extractor),
             "keep_images": keep_images,
             "keep_thumbnails": keep_thumbnails,
         }
+        if second is not None:
+            settings["second_extractor"] = _digest(second)
         _check_identity(folder, {**identity, **settings})
         remove_unfinished(folder)
         todo = missing_ranges(finished(parts), num_samples, batch_size)
@@ -166,7 +194,7 @@ def generate_images(
             _save_pngs(images, first, folder / "images")
         part = Part(
             first=first,
-            features=extractor(images),
+            features=all_features(images, extractor, second),
             digests_B32=image_digests(images),
             thumbnails_BD=thumbnails(images) if keep_thumbnails else None,
             images=images.movedim(-3, -1).contiguous() if keep_images == "npz" else None,
@@ -186,6 +214,7 @@ def read_pictures(
     extractor: Extractor,
     batch_size: int,
     keep_thumbnails: bool = False,
+    second: Extractor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generated:
     """Pictures made elsewhere, as features: so that they can be scored like a run's.
@@ -193,12 +222,12 @@ def read_pictures(
     Raises:
         ValueError: a picture that cannot be read.
     """
-    features: dict[str, list[Tensor]] = {layer: [] for layer in extractor.layers}
+    features: dict[str, list[Tensor]] = {}
     small: list[Tensor] = []
     digests: list[Tensor] = []
     for images in source.batches(batch_size):
-        for layer, value in extractor(images).items():
-            features[layer].append(value)
+        for layer, value in all_features(images, extractor, second).items():
+            features.setdefault(layer, []).append(value)
         digests.append(image_digests(images))
         if keep_thumbnails:
             small.append(thumbnails(images))
@@ -207,7 +236,7 @@ def read_pictures(
     digest_N32 = torch.cat(digests)
     return Generated(
         num_samples=len(digest_N32),
-        features={layer: torch.cat(blocks) for layer, blocks in features.items()},
+        **split_features(features),
         thumbnails_ND=torch.cat(small) if small else None,
         images_sha256=hashlib.sha256(digest_N32.numpy().tobytes()).hexdigest(),
         duplicates=len(digest_N32) - len(digest_N32.unique(dim=0)),
@@ -266,7 +295,7 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
     made, seconds = rates[True] if rates[True][0] else rates[False]
     return Generated(
         num_samples=num_samples,
-        features={layer: torch.cat(blocks) for layer, blocks in features.items()},
+        **split_features(features),
         thumbnails_ND=torch.cat(small) if small else None,
         images_sha256=hashlib.sha256(digest_N32.numpy().tobytes()).hexdigest(),
         duplicates=num_samples - len(digest_N32.unique(dim=0)),

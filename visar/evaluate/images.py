@@ -1,21 +1,28 @@
 """Sets of pictures to be scored: a folder, an .npz of images, an array; read batch by batch as uint8 [B, 3, H, W]."""
 
 import hashlib
-import zipfile
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms import functional as transforms
 
 from visar.data.crops import center_crop
-from visar.data.images import EXTENSIONS, SPLITS, load_image_set
+from visar.data.decoding import DecodedPictures, in_batches
+from visar.data.folders import SPLITS, find_pictures
+from visar.data.images import ImageSet, load_image_set
+from visar.data.pictures import EXTENSIONS, read_picture
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.options import ResizeChain
-from visar.io.files import sha256
+from visar.io.arrays import npz_arrays, open_array
+from visar.io.files import sha256, shown
 from visar.io.pictures import to_uint8
 
 IMAGE_ARRAYS = ("arr_0", "images")
@@ -109,10 +116,12 @@ class NpzImages:
                 f"{path} holds {', '.join(npz_arrays(self.path)) or 'nothing'}; "
                 f"an array of images named {' or '.join(IMAGE_ARRAYS)} is needed"
             )
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
-            shape, fortran, dtype = _npy_header(file)
-        if dtype != np.uint8 or fortran or len(shape) not in (4, 5) or shape[-1] != 3 or shape[0] == 0:
+        with open_array(self.path, self.key) as (_, shape, fortran, dtype):
+            pass
+        if dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{path}: {self.key} is {dtype} {shape}; uint8 [N, H, W, 3] with N > 0 is needed")
+        if fortran:
+            raise ValueError(f"{path}: {self.key} is in Fortran order; save it with numpy.ascontiguousarray")
         self.shape = shape
         self.size = (shape[-3], shape[-2])
 
@@ -125,15 +134,49 @@ class NpzImages:
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
         item = int(np.prod(self.shape[1:]))
-        with zipfile.ZipFile(self.path) as archive, archive.open(f"{self.key}.npy") as file:
-            _npy_header(file)
+        with open_array(self.path, self.key) as (file, *_):
             for start in range(0, len(self), batch_size):
                 count = min(batch_size, len(self) - start)
                 block = file.read(count * item)
                 if len(block) != count * item:
-                    raise ValueError(f"{self.path} is truncated: {self.key} ends in picture {start} of {len(self)}")
+                    raise EOFError(f"truncated: it ends in picture {start} of {len(self)}")
                 images = torch.frombuffer(bytearray(block), dtype=torch.uint8).view(count, *self.shape[1:])
                 yield images.movedim(-1, -3).contiguous()
+            if file.read(1):
+                raise EOFError(f"longer than {len(self)} pictures")
+
+
+class SplitImages:
+    """A split of an image set whose pictures are decoded when they are asked for, in the set's order.
+
+    Args:
+        images: the whole set.
+        split: train, val or test.
+    """
+
+    def __init__(self, images: ImageSet, split: str) -> None:
+        self.images, self.index = images.images, images.indices(split)
+        self.name = f"{images.name}@{split}"
+        self.labels = named_labels(images, self.index)
+        self.size = (images.image_size, images.image_size)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def digest(self) -> str:
+        """sha256 of the pixels in order."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        digest = hashlib.sha256()
+        for images in in_batches(self.images, 256, self.index):
+            digest.update(images.tobytes())
+        return digest.hexdigest()
+
+    def batches(self, batch_size: int) -> Iterator[Tensor]:
+        for images in in_batches(self.images, batch_size, self.index):
+            yield torch.from_numpy(images).movedim(-1, -3).contiguous()
 
 
 class FolderImages:
@@ -143,8 +186,9 @@ class FolderImages:
         path: the folder.
         resize: how a picture becomes `image_size` pixels square. "none": all must have one size already; "adm": box
             halvings, bicubic, centre crop (openai/guided-diffusion, image_datasets.py center_crop_arr: the chain
-            behind ImageNet statistics); "torchvision": antialiased bilinear to the short side, centre crop. Alpha is
-            dropped.
+            behind ImageNet statistics, which takes pictures as they are stored); "torchvision": its Resize (bilinear,
+            antialiased) and CenterCrop. Other chains than "adm" turn pictures as their EXIF orientation says.
+            Transparent parts are white.
         image_size: side in pixels; None for "none".
 
     Raises:
@@ -154,21 +198,21 @@ class FolderImages:
     def __init__(self, path: str | Path, resize: ResizeChain = "none", image_size: int | None = None) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
-            raise ValueError(f"{path} is not a folder")
+            raise ValueError(f"{shown(path)} is not a folder")
         if (resize == "none") != (image_size is None):
             raise ValueError(
                 f"resize={resize!r} with image_size={image_size}: none takes no size, the others need one"
             )
         if resize not in ("none", "adm", "torchvision"):
             raise ValueError(f"resize={resize!r}; choose none, adm or torchvision")
-        self.name = self.path.name
+        self.name = shown(self.path.name)
         self.resize, self.image_size = resize, image_size
-        self.files = sorted(
-            (file for file in self.path.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file()),
-            key=lambda file: file.relative_to(self.path).as_posix(),
-        )
-        if not self.files:
-            raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) in {path} or below it")
+        found = find_pictures(self.path)
+        found.refuse_broken()
+        if not found.names:
+            raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) in {shown(path)} or below it")
+        found.log(f"{len(found.names)} pictures")
+        self.files = [self.path / name for name in sorted(found.names)]
         first = self.read(self.files[0])
         self.size = (first.shape[0], first.shape[1])
 
@@ -179,32 +223,37 @@ class FolderImages:
         """sha256 over every file's relative name and bytes."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(f"{file.relative_to(self.path).as_posix()} {sha256(file)}\n".encode())
+            digest.update(os.fsencode(f"{file.relative_to(self.path).as_posix()} {sha256(file)}\n"))
         return digest.hexdigest()
 
     def read(self, file: Path) -> Tensor:
         """One picture, uint8 [H, W, 3]."""
-        try:
-            with Image.open(file) as opened:
-                image = opened.convert("RGB")
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"cannot read the picture {file} ({error}); replace or remove it") from error
-        if self.image_size is not None:
-            image = resized(image, self.resize, self.image_size)
-        return torch.from_numpy(np.array(image))
+        pixels = read_picture(
+            file,
+            self.image_size,
+            str(file),
+            upright=self.resize != "adm",
+            resize=lambda image, size: resized(image, self.resize, size),
+        )
+        return torch.from_numpy(np.array(pixels))
 
     def batches(self, batch_size: int) -> Iterator[Tensor]:
-        for start in range(0, len(self), batch_size):
-            images = []
-            for file in self.files[start : start + batch_size]:
-                image = self.read(file)
-                if tuple(image.shape[:2]) != self.size:
-                    raise ValueError(
-                        f"{file} has {image.shape[1]}x{image.shape[0]} pixels, the pictures before it "
-                        f"{self.size[1]}x{self.size[0]}; choose resize='adm' or 'torchvision'"
-                    )
-                images.append(image)
-            yield torch.stack(images).movedim(-1, -3).contiguous()
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            following = self._read_part(0, batch_size, pool)
+            for start in range(0, len(self), batch_size):
+                waiting, following = following, self._read_part(start + batch_size, batch_size, pool)
+                images = [each.result() for each in waiting]
+                for file, image in zip(self.files[start:], images, strict=False):
+                    if tuple(image.shape[:2]) != self.size:
+                        raise ValueError(
+                            f"{shown(file)} has {image.shape[1]}x{image.shape[0]} pixels, the pictures before it "
+                            f"{self.size[1]}x{self.size[0]}; choose resize='adm' or 'torchvision'"
+                        )
+                yield torch.stack(images).movedim(-1, -3).contiguous()
+
+    def _read_part(self, start: int, count: int, pool: ThreadPoolExecutor) -> list[Future[Tensor]]:
+        """Begins to read some pictures."""
+        return [pool.submit(self.read, file) for file in self.files[start : start + count]]
 
 
 def open_images(
@@ -238,43 +287,22 @@ def open_images(
     raise ValueError(f"no pictures at {path}: a folder, an .npz of images or an image set (PLACE@train) is needed")
 
 
-def _split_images(place: str | Path, split: str, image_size: int | None) -> ArrayImages:
+def _split_images(place: str | Path, split: str, image_size: int | None) -> ImageSource:
     whole = load_image_set(place, image_size)
+    if isinstance(whole.images, DecodedPictures):
+        return SplitImages(whole, split)
     index = whole.indices(split)
-    labels = LabelTable.of(whole.labels_NA[torch.from_numpy(index)].tolist())
-    return ArrayImages(whole.images[index], f"{whole.name}@{split}", labels)
+    return ArrayImages(whole.images[index], f"{whole.name}@{split}", named_labels(whole, index))
+
+
+def named_labels(images: ImageSet, index: np.ndarray) -> LabelTable:
+    """Labels of some pictures of a set, with the names of their classes."""
+    labels = images.labels_NA[torch.from_numpy(index)].tolist()
+    return LabelTable.of(labels, images.vocabulary.attributes["class"])
 
 
 def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
     """One picture through a resize chain of `FolderImages` to size x size."""
     if chain == "adm":
         return center_crop(image, size)
-    scale = size / min(image.size)
-    enlarged = (round(image.width * scale), round(image.height * scale))
-    image = image.resize(enlarged, Image.Resampling.BILINEAR)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
-
-
-def npz_arrays(path: str | Path) -> list[str]:
-    """Names of an .npz file's arrays.
-
-    Raises:
-        ValueError: no such file, or not an .npz.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"no file {path}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is truncated or not an .npz file ({error})") from error
-
-
-def _npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """(shape, Fortran order, dtype) of an .npy stream, read up to its data."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        return np.lib.format.read_array_header_1_0(file)
-    return np.lib.format.read_array_header_2_0(file)
+    return transforms.center_crop(transforms.resize(image, [size]), [size, size])

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 
 from visar.core.noise import Noise, Use
+from visar.data.vocabulary import match_name
 from visar.evaluate.options import LabelPolicy
 
 LABEL_POLICIES: tuple[LabelPolicy, ...] = ("balanced", "random", "histogram", "prompts", "none")
@@ -22,25 +23,27 @@ class LabelTable:
     Attributes:
         rows: sorted; column 0 is the class, further columns attributes.
         counts: as many, each above 0.
+        classes: names of the numbers in column 0, where they are known; no part of what a table is compared by.
 
     Raises:
-        ValueError: rows that are not sorted and distinct, or counts that do not fit.
+        ValueError: rows that are not sorted, distinct and of one length, or counts that do not fit.
     """
 
     rows: tuple[tuple[int, ...], ...]
     counts: tuple[int, ...]
+    classes: tuple[str, ...] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.rows) != len(self.counts) or not self.rows or min(self.counts) < 1:
             raise ValueError(f"{len(self.rows)} label rows with {len(self.counts)} counts; one count above 0 a row")
-        if list(self.rows) != sorted(set(self.rows)):
-            raise ValueError("label rows must be sorted and distinct")
+        if list(self.rows) != sorted(set(self.rows)) or len({len(row) for row in self.rows}) != 1:
+            raise ValueError("label rows must be sorted, distinct and of one length")
 
     @classmethod
-    def of(cls, labels_NA: Sequence[Sequence[int]]) -> "LabelTable":
+    def of(cls, labels_NA: Sequence[Sequence[int]], classes: tuple[str, ...] | None = None) -> "LabelTable":
         """The table of the labels of N pictures."""
         found = sorted(Counter(tuple(int(value) for value in row) for row in labels_NA).items())
-        return cls(tuple(row for row, _ in found), tuple(count for _, count in found))
+        return cls(tuple(row for row, _ in found), tuple(count for _, count in found), classes)
 
     def leading(self, columns: int) -> "LabelTable":
         """The table of the first columns only: what a model with fewer attributes reads.
@@ -52,11 +55,41 @@ class LabelTable:
             raise ValueError(
                 f"the model reads {columns} label columns, the reference's pictures have {len(self.rows[0])}"
             )
+        return self._renamed(lambda row: row[:columns], self.classes)
+
+    def in_classes(self, num_classes: int, names: Sequence[str] | None) -> "LabelTable":
+        """The table in a model's class numbers.
+
+        Classes are matched by name where both sides have names, whatever their Unicode form and, where that is
+        unambiguous, their case. A side that has numbers only must have as many classes as the other.
+
+        Args:
+            num_classes: of the model.
+            names: of its classes; None where they have numbers only.
+
+        Raises:
+            ValueError: the classes cannot be matched.
+        """
+        if self.classes is None or names is None:
+            theirs = len(self.classes) if self.classes is not None else 1 + max(row[0] for row in self.rows)
+            if theirs != num_classes:
+                raise ValueError(f"the reference has {theirs} classes, the model {num_classes}, and no names to match")
+            return self
+        number = {theirs: match_name(name, names) for theirs, name in enumerate(self.classes)}
+        missing = sorted({row[0] for row in self.rows if number[row[0]] is None})
+        if missing:
+            unknown = ", ".join(self.classes[label] for label in missing[:4])
+            raise ValueError(f"{len(missing)} classes of the reference are none of the model's: {unknown}")
+        return self._renamed(lambda row: (number[row[0]] or 0, *row[1:]), tuple(names))
+
+    def _renamed(
+        self, new: Callable[[tuple[int, ...]], tuple[int, ...]], classes: tuple[str, ...] | None
+    ) -> "LabelTable":
         merged: Counter[tuple[int, ...]] = Counter()
         for row, count in zip(self.rows, self.counts, strict=True):
-            merged[row[:columns]] += count
+            merged[new(row)] += count
         found = sorted(merged.items())
-        return LabelTable(tuple(row for row, _ in found), tuple(count for _, count in found))
+        return LabelTable(tuple(row for row, _ in found), tuple(count for _, count in found), classes)
 
     @property
     def total(self) -> int:
@@ -78,6 +111,7 @@ class LabelPlan:
         num_classes: for "balanced" and "random".
         table: for "histogram".
         prompts: for "prompts".
+        pictures: whose labels the table holds, in words.
 
     Raises:
         ValueError: an unknown policy, or what it needs is missing.
@@ -87,6 +121,7 @@ class LabelPlan:
     num_classes: int | None = None
     table: LabelTable | None = None
     prompts: tuple[str, ...] = ()
+    pictures: str = "training pictures"
 
     def __post_init__(self) -> None:
         if self.policy not in LABEL_POLICIES:
@@ -137,7 +172,7 @@ class LabelPlan:
             return f"random: uniform over {self.num_classes} classes, drawn from the image's seed"
         if self.table is not None and self.policy == "histogram":
             return (
-                f"histogram: labels of the {self.table.total} training pictures in a fixed shuffled order "
+                f"histogram: labels of the {self.table.total} {self.pictures} in a fixed shuffled order "
                 f"({len(self.table.rows)} distinct label rows)"
             )
         if self.policy == "prompts":

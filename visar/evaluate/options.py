@@ -1,10 +1,13 @@
-"""Options of `visar eval`, its modes, `visar acceptance` and `visar stats`; flags are made from the fields."""
+"""Options of `visar eval`, its modes and `visar stats`; flags are made from the fields. What several commands take
+stands in a class of its own, and the functions behind the commands take these classes."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+
+from visar.pipelines.options import Filters, Placement
 
 LabelPolicy = Literal["balanced", "random", "histogram", "prompts", "none"]
 KeepImages = Literal["none", "png", "npz"]
@@ -12,7 +15,122 @@ ResizeChain = Literal["none", "adm", "torchvision"]
 
 
 @dataclass(frozen=True)
-class Eval:
+class MetricOptions:
+    """Settings of the scores; the defaults are torch-fidelity's and the papers'.
+
+    Attributes:
+        inception_splits: parts of the inception score; pictures are shuffled first, so class order cannot skew them.
+        kid_subsets: subsets of KID.
+        kid_subset_size: pictures in one; at most as many as a set has.
+        neighbours: k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991: 3).
+    """
+
+    inception_splits: int = 10
+    kid_subsets: int = 100
+    kid_subset_size: int = 1000
+    neighbours: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("inception_splits", "kid_subsets", "neighbours"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}; it must be >= 1")
+        if self.kid_subset_size < 2:
+            raise ValueError(f"kid_subset_size {self.kid_subset_size}; it must be >= 2")
+
+
+# ------------------------------------------------------------------------------------- what several commands take
+@dataclass(frozen=True, kw_only=True)
+class ExtractorOptions:
+    """The network whose features are compared."""
+
+    extractor: str = "efficientnet-lite0"
+    """efficientnet-lite0 (FD-Lite0), craft (FD-CRAFT) or inception-v3 (FID)."""
+    extractor_weights: Path | None = None
+    """Weights file of the extractor; needed for inception-v3 without a network."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions(ExtractorOptions):
+    """Which of its features."""
+
+    layer: str | None = None
+    """Features of the distance; the extractor's own choice when not given."""
+    spatial: bool = False
+    """Also sFID; inception-v3 only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResizeOptions:
+    """How the images of a folder get one size."""
+
+    resize: ResizeChain = "none"
+    """How images of a folder get their size: adm is the chain of ImageNet statistics."""
+    image_size: int | None = None
+    """That size in pixels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(FeatureOptions, ResizeOptions):
+    """What images are scored with and against.
+
+    Attributes:
+        extractor_dtype: of the extractor's arithmetic; no flag.
+    """
+
+    reference: str
+    """A shipped statistics file's name, a file of `visar stats`, an ADM batch, an .npz of images, a folder, or
+    PLACE@train, a split of an image set."""
+    second_extractor: str | None = None
+    """A second network that scores the same images, such as craft: runs are ranked by both."""
+    second_reference: str | None = None
+    """The second extractor's reference; --reference when not given, which must then hold images."""
+    train: str | None = None
+    """Training images (folder, .npz, PLACE@train): also print the copy rate and draw the nearest ones."""
+    held_out: str | None = None
+    """Real images that were not trained on (PLACE@val): the copy rate's null."""
+    extractor_dtype: tyro.conf.Suppress[tyro.conf.Fixed[Literal["float32", "float64"]]] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """One evaluation run, whatever makes the images.
+
+    Attributes:
+        metrics: settings of the scores; no flag.
+
+    Raises:
+        ValueError: fewer images than precision and recall need.
+    """
+
+    out: Path
+    """Folder for metrics.json, card.md and the state of the run."""
+    num_samples: int = 10_000
+    """Images; published ImageNet figures use 50,000."""
+    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
+    """Images at a time; auto finds how many fit into memory."""
+    seed: int = 0
+    """Image i has seed + i."""
+    labels: LabelPolicy | Literal["auto"] = "auto"
+    """auto is the training histogram where the model or the reference knows it, else balanced classes."""
+    captions: str | None = None
+    """PLACE@val, a split of an image set: its labels and captions are asked for instead of the training images'."""
+    keep_images: KeepImages = "none"
+    """png: one file an image; npz: one file that ADM's evaluator reads."""
+    metrics: tyro.conf.Suppress[tyro.conf.Fixed[MetricOptions]] = field(default_factory=MetricOptions)
+
+    def __post_init__(self) -> None:
+        if self.num_samples <= self.metrics.neighbours:
+            raise ValueError(
+                f"num_samples {self.num_samples}: precision and recall with {self.metrics.neighbours} neighbours need "
+                f"{self.metrics.neighbours + 1} images or more"
+            )
+        if self.captions is not None and self.labels not in ("auto", "histogram"):
+            raise ValueError(f"labels {self.labels!r}: captions bring their own; leave labels out")
+
+
+# ---------------------------------------------------------------------------------------------------- the commands
+@dataclass(frozen=True)
+class Eval(Placement, Filters, ScoreOptions, RunOptions):
     """Generates images, scores them against a reference and writes the figure with its whole protocol.
 
     Under torchrun or accelerate launch the images are shared among the processes. A run that was stopped goes on where
@@ -21,63 +139,23 @@ class Eval:
 
     model: tyro.conf.Positional[str]
     """A model's name or folder (`visar models`); or pictures: a folder of them, an .npz, or PLACE@val."""
-    reference: str
-    """A shipped statistics file's name, a file of `visar stats`, an ADM batch, an .npz of images, a folder, or
-    PLACE@train, a split of an image set."""
+    _: KW_ONLY
     out: Path = Path("evaluation")
     """Folder for metrics.json, card.md and the state of the run."""
-    num_samples: int = 10_000
-    """Pictures; published ImageNet figures use 50,000."""
-    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
-    """Pictures at a time; auto finds how many fit into memory."""
-    seed: int = 0
-    """Image i has seed + i."""
-    labels: LabelPolicy | Literal["auto"] = "auto"
-    """auto is the training histogram where the model or the reference knows it, else balanced classes."""
     prompts: Path | None = None
     """Text file, one prompt a line, for models conditioned on words."""
     sampler: str | None = None
     """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given."""
-    guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
     guidance_schedule: Literal["constant", "linear"] = "constant"
     """linear rises from 1.0 at the first block to the scale at the last."""
-    temperature: float | None = None
-    """> 0; 1.0 = off."""
-    top_k: int | None = None
-    """0 = off."""
-    top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0) or inception-v3 (FID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor; needed for inception-v3 without a network."""
-    layer: str | None = None
-    """Features of the distance; the extractor's own choice when not given."""
-    spatial: bool = False
-    """Also sFID; inception-v3 only."""
-    resize: ResizeChain = "none"
-    """How pictures of a reference folder get their size: adm is the chain of ImageNet statistics."""
-    image_size: int | None = None
-    """That size in pixels."""
-    train: str | None = None
-    """Training pictures (folder, .npz, PLACE@train): also print the copy rate and draw the nearest ones."""
-    held_out: str | None = None
-    """Real pictures that were not trained on (PLACE@val): the copy rate's null."""
-    keep_images: KeepImages = "none"
-    """png: one file an image; npz: one file that ADM's evaluator reads."""
     uint8_rule: Literal["round", "truncate"] = "round"
     """How pixels are rounded; truncate only to reproduce figures that were made so."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
     quantize: Literal["none", "int8", "fp8"] = "none"
     """8 bits for every weight of the generator's blocks and head; needs torchao."""
 
 
 @dataclass(frozen=True)
-class Stats:
+class Stats(FeatureOptions, ResizeOptions):
     """Writes a statistics file of real pictures, to evaluate against without the pictures."""
 
     source: tyro.conf.Positional[str]
@@ -86,18 +164,6 @@ class Stats:
     """File to write, .npz."""
     protocol: Literal["generation", "reconstruction"] = "generation"
     """What it is a reference for: generation (training pictures) or reconstruction (a tokenizer's originals)."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0) or inception-v3 (FID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor."""
-    layer: str | None = None
-    """Features of the distance; the extractor's own choice when not given."""
-    spatial: bool = False
-    """Also sFID's features; inception-v3 only."""
-    resize: ResizeChain = "none"
-    """How pictures of a folder get their size: adm is the chain of ImageNet statistics."""
-    image_size: int | None = None
-    """That size in pixels."""
     keep_features: bool = False
     """Store every picture's features too: KID, precision and recall need them."""
     batch_size: int = 64
@@ -107,7 +173,7 @@ class Stats:
 
 
 @dataclass(frozen=True)
-class EvalTokenizer:
+class EvalTokenizer(Placement, ExtractorOptions, ResizeOptions):
     """Encodes and decodes pictures and prints PSNR, SSIM, the reconstructions' distance and use of the codebook."""
 
     tokenizer: tyro.conf.Positional[str]
@@ -116,24 +182,12 @@ class EvalTokenizer:
     """Pictures that were not trained on: a folder, an .npz, or PLACE@val, a split of an image set."""
     out: Path = Path("reconstruction")
     """Folder for metrics.json."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (rFD-Lite0) or inception-v3 (rFID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor."""
-    resize: ResizeChain = "none"
-    """How pictures of a folder get their size."""
-    image_size: int | None = None
-    """That size in pixels."""
     batch_size: int = 64
     """Pictures at a time."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
 
 
 @dataclass(frozen=True)
-class Compare:
+class Compare(Placement, ScoreOptions, RunOptions):
     """The same seeds through several samplers or models: one table, relative to the first, and a picture of the trade.
 
     Without --samplers and --runs, the names are folders that `visar eval` wrote.
@@ -141,6 +195,7 @@ class Compare:
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """Models (each goes through every sampler), or folders written by `visar eval`."""
+    _: KW_ONLY
     out: Path = Path("comparison")
     """Folder for compare.md, compare.json, pareto.png, and a folder a run."""
     samplers: tuple[str, ...] = ()
@@ -150,25 +205,9 @@ class Compare:
     """Instead of names and --samplers, each as MODEL/SAMPLER, such as emoji-raster/ancestral
     runs/var/model/next_scale:top_k=900: the last slash before the first colon divides model and sampler."""
     reference: str = ""
-    """As of `visar eval`; its other flags have their defaults but for these:"""
-    num_samples: int = 10_000
-    """Pictures a run."""
-    batch_size: int = 64
-    """Pictures at a time."""
+    """As of `visar eval`; not needed where finished folders are compared."""
     speed_batches: tuple[int, ...] = ()
     """Also time whole calls of these batch sizes, tokens and decoding, and say the peak of GPU memory."""
-    seed: int = 0
-    """Image i has seed + i in every run."""
     guidance_scale: float | None = None
     """1.0 = off, of runs that do not say their own; each model's own default when not given. Where that default rises
     from block to block, so does this."""
-    extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0) or inception-v3 (FID)."""
-    extractor_weights: Path | None = None
-    """Weights file of the extractor."""
-    train: str | None = None
-    """Training pictures, for the copy rate."""
-    device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
-    dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""

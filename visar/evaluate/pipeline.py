@@ -1,9 +1,10 @@
 """Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
 
+import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,13 +12,18 @@ from torch import Tensor
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.output import SampleStatistics
+from visar.data.images import SPLITS, load_image_set
 from visar.evaluate.extractors import Extractor, load_extractor
-from visar.evaluate.generation import KeepImages
-from visar.evaluate.images import UINT8_RULES, ResizeChain
-from visar.evaluate.labels import Label, LabelPolicy, LabelTable
-from visar.evaluate.metrics import MetricOptions
+from visar.evaluate.images import UINT8_RULES
+from visar.evaluate.labels import Label, LabelTable
+from visar.evaluate.metrics import Scorer
+from visar.evaluate.options import ScoreOptions
+from visar.evaluate.references import Reference, load_reference
+from visar.io.progress import Progress, counted
 from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class PipelineGenerator:
         if uint8_rule not in UINT8_RULES:
             raise ValueError(f"uint8_rule {uint8_rule!r}; choose {', '.join(UINT8_RULES)}")
         self.pipeline, self.sampling, self.uint8_rule = pipeline, sampling, uint8_rule
+        self.asked: dict[str, str] = {}
+        self.texts = () if pipeline.vocabulary is None else pipeline.vocabulary.texts
 
     def __call__(self, seeds: list[int], labels: list[Label]) -> tuple[Tensor, SampleStatistics]:
         """uint8 [B, 3, H, W], one image a seed."""
@@ -96,7 +104,7 @@ class PipelineGenerator:
         if vocabulary is None:
             return {"condition": Condition(labels_BA=rows_BA)}
         takes_words = bool(self.pipeline.generator.config.get("word_vocab_size", 0))
-        texts = [vocabulary.texts[number] if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
+        texts = [self.texts[number] if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
         if self.pipeline.generator.config.get("caption_width", 0):
             return {"prompt": texts}
         return {
@@ -107,11 +115,50 @@ class PipelineGenerator:
         }
 
     def training_table(self, reference: LabelTable | None) -> LabelTable | None:
-        """Training labels: the rows (caption, labels) of the model's vocabulary, else the reference's labels."""
+        """Training labels: the rows (caption, labels) of the model's vocabulary, else the reference's labels.
+
+        None, with a warning, where the reference's classes or columns are not the model's: labels are balanced then.
+        """
         vocabulary = self.pipeline.vocabulary
         if vocabulary is not None and len(vocabulary.rows):
             return LabelTable.of(vocabulary.rows.tolist())
-        return reference.leading(self.label_columns) if reference is not None and self.label_columns else None
+        if reference is None or not self.label_columns:
+            return None
+        try:
+            names = None if vocabulary is None else vocabulary.attributes.get("class")
+            table = reference.leading(self.label_columns)
+            return table.in_classes(self.num_classes, names) if self.num_classes else table
+        except ValueError as error:
+            logger.warning("labels of the reference are not used, but every class alike: %s", error)
+            return None
+
+    def ask_for(self, source: str, image_size: int | None = None) -> LabelTable:
+        """Labels and captions of a split of an image set; the rows' captions are asked for from now on.
+
+        Args:
+            source: PLACE@val.
+            image_size: for sets whose images may be of any size, see `load_image_set`.
+
+        Raises:
+            ValueError: no such split, labels of other names than the model's, or words that the model does not know.
+        """
+        place, at, split = source.rpartition("@")
+        if not at or split not in SPLITS:
+            raise ValueError(f"captions {source!r}; write PLACE@{' or PLACE@'.join(SPLITS)}, a split of an image set")
+        found, vocabulary = load_image_set(place, image_size), self.pipeline.vocabulary
+        chosen = found.indices(split)
+        rows = found.labels_NA[torch.from_numpy(chosen)].tolist()
+        if vocabulary is None:
+            return LabelTable.of(rows).leading(self.label_columns)
+        if vocabulary.attributes != found.vocabulary.attributes:
+            raise ValueError(f"{place} and the model do not have the same label columns and names")
+        captions = [found.captions[i] if found.captions is not None else "" for i in chosen.tolist()]
+        self.texts = tuple(sorted(set(captions)))
+        self.asked = {"captions": source, "captions_sha256": hashlib.sha256(repr(self.texts).encode()).hexdigest()}
+        if self.pipeline.generator.config.get("word_vocab_size", 0):
+            vocabulary.encode_texts(self.texts)
+        number = {text: i for i, text in enumerate(self.texts)}
+        return LabelTable.of([(number[text], *row) for text, row in zip(captions, rows, strict=True)])
 
     @property
     def num_classes(self) -> int:
@@ -135,74 +182,47 @@ class PipelineGenerator:
             "dtype": str(self.pipeline.generator.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "device_type": self.pipeline.device.type,
+            **self.asked,
         }
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """One evaluation run, whatever makes the pictures.
-
-    Attributes:
-        out: folder of the run: state, metrics.json, card.md, pictures.
-        num_samples: pictures; 50,000 for ImageNet's published figures, 10,000 for the emoji set.
-        batch_size: pictures at a time.
-        seed: image i has seed + i.
-        labels: "auto" (the training histogram where the model or the reference knows it, else balanced classes, else
-            none) or a policy of LabelPlan.
-        keep_images: "none", "png" or "npz".
-        metrics: settings of the scores.
+def load_extractors(score: ScoreOptions, device: torch.device) -> tuple[Extractor, Extractor | None]:
+    """The extractor on a device, and the second one where there is one.
 
     Raises:
-        ValueError: fewer pictures than precision and recall need.
+        ValueError: see `load_extractor`; a reference of a second extractor that there is not.
     """
-
-    out: Path
-    num_samples: int = 10_000
-    batch_size: int = 64
-    seed: int = 0
-    labels: LabelPolicy | Literal["auto"] = "auto"
-    keep_images: KeepImages = "none"
-    metrics: MetricOptions = field(default_factory=MetricOptions)
-
-    def __post_init__(self) -> None:
-        if self.num_samples <= self.metrics.neighbours:
-            raise ValueError(
-                f"num_samples {self.num_samples}: precision and recall with {self.metrics.neighbours} neighbours need "
-                f"{self.metrics.neighbours + 1} pictures or more"
-            )
+    if score.second_extractor is None and score.second_reference is not None:
+        raise ValueError(f"second_reference {score.second_reference!r} needs a second_extractor")
+    first = load_extractor(
+        score.extractor,
+        device=device,
+        dtype=score.extractor_dtype,
+        weights=score.extractor_weights,
+        layer=score.layer,
+        spatial=score.spatial,
+    )
+    if score.second_extractor is None:
+        return first, None
+    return first, load_extractor(score.second_extractor, device=device, dtype=score.extractor_dtype)
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """What pictures are scored with and against; shared by the commands.
+def load_references(
+    score: ScoreOptions,
+    extractor: Extractor,
+    second: Extractor | None,
+    *,
+    batch_size: int,
+    progress: Progress | None = None,
+) -> tuple[Reference, Scorer | None]:
+    """What the samples are compared with, by each extractor.
 
-    Attributes:
-        reference: name of a shipped file, statistics file, ADM batch, .npz of images, or folder.
-        extractor, extractor_weights, layer, spatial, extractor_dtype: see load_extractor.
-        protocol: "generation" or "reconstruction".
-        resize, image_size: how a folder's pictures get their size.
-        train, held_out: folder or .npz of pictures for the copy rate and its null.
+    Raises:
+        ValueError: see `load_reference`.
     """
-
-    reference: str
-    extractor: str = "efficientnet-lite0"
-    extractor_weights: Path | None = None
-    extractor_dtype: Literal["float32", "float64"] = "float32"
-    layer: str | None = None
-    spatial: bool = False
-    protocol: Literal["generation", "reconstruction"] = "generation"
-    resize: ResizeChain = "none"
-    image_size: int | None = None
-    train: str | None = None
-    held_out: str | None = None
-
-    def load_extractor(self, device: torch.device) -> Extractor:
-        """The extractor on a device."""
-        return load_extractor(
-            self.extractor,
-            device=device,
-            dtype=self.extractor_dtype,
-            weights=self.extractor_weights,
-            layer=self.layer,
-            spatial=self.spatial,
-        )
+    settings: dict[str, Any] = {"batch_size": batch_size, "resize": score.resize, "image_size": score.image_size}
+    settings["progress"] = counted(progress, "reference", 0)
+    reference = load_reference(score.reference, extractor, **settings)
+    if second is None:
+        return reference, None
+    return reference, Scorer(second, load_reference(score.second_reference or score.reference, second, **settings))

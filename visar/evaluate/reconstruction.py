@@ -135,7 +135,7 @@ def evaluate_reconstruction(
         image = image_BCHW.to(device)
         tokens = tokenizer.encode(image.float() / 127.5 - 1.0)
         result = to_uint8(tokenizer.decode(tokens))
-        if layout.kind != "continuous":
+        if layout.vocab_size:
             counts_V += torch.bincount(tokens.flatten().cpu(), minlength=layout.vocab_size)
         ratios.append(psnr(image, result).cpu())
         similarities.append(ssim(image, result).cpu())
@@ -145,7 +145,7 @@ def evaluate_reconstruction(
         if progress is not None:
             progress(decoded.count)
     target: FeatureStatistics = original.finish() if reference is None else reference.statistics[layer]
-    usage, perplexity, top = codebook_usage(counts_V) if layout.kind != "continuous" else (None, None, None)
+    usage, perplexity, top = codebook_usage(counts_V) if layout.vocab_size else (None, None, None)
     note = singular_note(decoded.count, target.width, "reconstructions")
     return ReconstructionMetrics(
         protocol="reconstruction",

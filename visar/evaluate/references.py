@@ -2,12 +2,11 @@
 
 A statistics file is an .npz without pickles: `visar` (JSON: extractor, its weights, protocol, source and its sha256,
 ...), and for each layer L `mu_L` float64 [D], `sigma_upper_L` float64 [D (D + 1) / 2] (upper triangle, row by row),
-optionally `features_L` float32 [N, D], and `label_rows` [R, A] with `label_counts` [R].
+optionally `features_L` float32 [N, D], and `label_rows` [R, A] with `label_counts` [R] and perhaps `label_classes`,
+the names of the numbers in their first column.
 """
 
 import json
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,12 @@ from visar.evaluate.images import (
     ImageSource,
     NpzImages,
     ResizeChain,
-    npz_arrays,
+    SplitImages,
     open_images,
 )
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
+from visar.io.arrays import npz_arrays, read_arrays
 from visar.io.files import atomic_write, sha256
 from visar.io.progress import Progress, counted
 
@@ -123,7 +123,7 @@ def measure(
         resize=resize,
         statistics={layer: sums.finish() for layer, sums in running.items()},
         features={layer: torch.cat(blocks) for layer, blocks in gathered.items() if blocks},
-        labels=source.labels if labels is None and isinstance(source, ArrayImages) else labels,
+        labels=source.labels if labels is None and isinstance(source, ArrayImages | SplitImages) else labels,
     )
 
 
@@ -234,9 +234,9 @@ def _adm_batch(
             raise ValueError(f"{path} holds {', '.join(arrays)}; sFID needs mu_s and sigma_s")
         pairs.append((spatial, "mu_s", "sigma_s"))
     statistics = {}
-    with np.load(path, allow_pickle=False) as file:
-        for name, mu, sigma in pairs:
-            statistics[name] = _statistics(file[mu], file[sigma], path, mu, extractor, name)
+    for name, mu, sigma in pairs:
+        stored = read_arrays(path, [mu, sigma])
+        statistics[name] = _statistics(stored[mu], stored[sigma], path, mu, sigma, extractor, name)
     notes = ["the reference file does not record its protocol or its extractor"]
     features: dict[str, Tensor] = {}
     if set(IMAGE_ARRAYS) & set(arrays):
@@ -259,15 +259,31 @@ def _adm_batch(
 
 
 def _statistics(
-    mu: np.ndarray, sigma: np.ndarray, path: Path, name: str, extractor: Extractor, layer: str
+    mu: np.ndarray, sigma: np.ndarray, path: Path, mu_name: str, sigma_name: str, extractor: Extractor, layer: str
 ) -> FeatureStatistics:
     width = extractor.width(layer)
     if mu.shape != (width,) or sigma.shape != (width, width):
         raise ValueError(
-            f"{path}: {name} has shape {mu.shape} and its covariance {sigma.shape}; {extractor.name} layer {layer} "
+            f"{path}: {mu_name} has shape {mu.shape} and its covariance {sigma.shape}; {extractor.name} layer {layer} "
             f"needs ({width},) and ({width}, {width})"
         )
-    return FeatureStatistics(mu.astype(np.float64), sigma.astype(np.float64), None)
+    mean, covariance = _numbers(mu, path, mu_name), _numbers(sigma, path, sigma_name)
+    if not np.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6 * np.abs(covariance).max()):
+        raise ValueError(f"{path}: {sigma_name} is not symmetric, so it is no covariance")
+    return FeatureStatistics(mean, covariance, None)
+
+
+def _numbers(array: np.ndarray, path: Path, name: str) -> np.ndarray:
+    """The array in float64.
+
+    Raises:
+        ValueError: it holds something else than finite numbers.
+    """
+    if array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {name} is {array.dtype}; real numbers are needed")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{path}: {name} has values that are not finite")
+    return array.astype(np.float64)
 
 
 def save_statistics(reference: Reference, path: str | Path) -> Path:
@@ -306,6 +322,8 @@ def save_statistics(reference: Reference, path: str | Path) -> Path:
     if reference.labels is not None:
         arrays["label_rows"] = np.array(reference.labels.rows, dtype=np.int32)
         arrays["label_counts"] = np.array(reference.labels.counts, dtype=np.int32)
+        if reference.labels.classes is not None:
+            arrays["label_classes"] = np.array(reference.labels.classes)
     with atomic_write(path) as temporary:
         np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     return path
@@ -320,44 +338,71 @@ def load_statistics(path: str | Path) -> Reference:
     path = Path(path)
     if "visar" not in npz_arrays(path):
         raise ValueError(f"{path} is not a statistics file: it holds {', '.join(npz_arrays(path))}")
+    arrays = read_arrays(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         meta = json.loads(str(arrays["visar"]))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is truncated or broken ({error})") from error
-    if meta.get("format") != FORMAT:
-        raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")
-    needed = [name for layer in meta["layers"] for name in (f"mu_{layer}", f"sigma_upper_{layer}")]
-    missing = [name for name in needed if name not in arrays]
-    if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)}")
-    statistics = {}
-    for layer, row in meta["layers"].items():
-        mu = arrays[f"mu_{layer}"].astype(np.float64)
-        upper = np.zeros((len(mu), len(mu)))
-        upper[np.triu_indices(len(mu))] = arrays[f"sigma_upper_{layer}"]
-        sigma = upper + np.triu(upper, 1).T
-        statistics[layer] = FeatureStatistics(mu, sigma, row["count"], row["null_constant"])
-    labels = None
-    if "label_rows" in arrays:
-        rows = tuple(tuple(row) for row in arrays["label_rows"].tolist())
-        labels = LabelTable(rows, tuple(arrays["label_counts"].tolist()))
-    return Reference(
-        name=path.name,
-        kind="statistics file",
-        sha256=sha256(path),
-        protocol=check_protocol(meta["protocol"]),
-        extractor=meta["extractor"],
-        weights=meta["extractor_weights_sha256"],
-        resize=meta["resize"],
-        statistics=statistics,
-        features={
-            layer: torch.from_numpy(arrays[key]) for layer in statistics if (key := f"features_{layer}") in arrays
-        },
-        labels=labels,
-        notes=(f"made of {meta['name']} ({meta['kind']}), sha256 {meta['source_sha256']}", *meta["notes"]),
-    )
+        if meta.get("format") != FORMAT:
+            raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")
+        missing = [
+            name for layer in meta["layers"] for name in (f"mu_{layer}", f"sigma_upper_{layer}") if name not in arrays
+        ]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        statistics = {layer: _stored_statistics(arrays, layer, row, path) for layer, row in meta["layers"].items()}
+        return Reference(
+            name=path.name,
+            kind="statistics file",
+            sha256=sha256(path),
+            protocol=check_protocol(meta["protocol"]),
+            extractor=meta["extractor"],
+            weights=meta["extractor_weights_sha256"],
+            resize=meta["resize"],
+            statistics=statistics,
+            features={
+                layer: _stored_features(arrays[key], path, key, found)
+                for layer, found in statistics.items()
+                if (key := f"features_{layer}") in arrays
+            },
+            labels=_stored_labels(arrays, path) if "label_rows" in arrays else None,
+            notes=(f"made of {meta['name']} ({meta['kind']}), sha256 {meta['source_sha256']}", *meta["notes"]),
+        )
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is damaged: its array visar does not describe it ({error!r})") from error
+
+
+def _stored_statistics(arrays: dict[str, np.ndarray], layer: str, row: dict, path: Path) -> FeatureStatistics:
+    mu, packed = (_numbers(arrays[name], path, name) for name in (f"mu_{layer}", f"sigma_upper_{layer}"))
+    if mu.ndim != 1 or packed.shape != (len(mu) * (len(mu) + 1) // 2,):
+        raise ValueError(f"{path}: mu_{layer} has shape {mu.shape} and sigma_upper_{layer} {packed.shape}")
+    upper = np.zeros((len(mu), len(mu)))
+    upper[np.triu_indices(len(mu))] = packed
+    count, constant = row["count"], row["null_constant"]
+    if not (isinstance(count, int) and count >= 2 and isinstance(constant, float | int | None)):
+        raise ValueError(f"{path}: layer {layer} has count {count} and null constant {constant}")
+    return FeatureStatistics(mu, upper + np.triu(upper, 1).T, count, constant)
+
+
+def _stored_features(array: np.ndarray, path: Path, name: str, statistics: FeatureStatistics) -> Tensor:
+    if array.shape != (statistics.count, statistics.width):
+        raise ValueError(f"{path}: {name} has shape {array.shape}; {statistics.count} x {statistics.width} is needed")
+    return torch.from_numpy(_numbers(array, path, name).astype(np.float32))
+
+
+def _stored_labels(arrays: dict[str, np.ndarray], path: Path) -> LabelTable:
+    rows, counts = arrays["label_rows"], arrays.get("label_counts", np.zeros(0))
+    classes = arrays.get("label_classes")
+    whole = rows.dtype.kind in "iu" and counts.dtype.kind in "iu" and rows.ndim == 2 and counts.shape == rows.shape[:1]
+    if not whole or (rows.size and rows.min() < 0) or (classes is not None and classes.dtype.kind != "U"):
+        raise ValueError(
+            f"{path}: label_rows is {rows.dtype} {rows.shape}, label_counts {counts.dtype} {counts.shape}"
+        )
+    names = None if classes is None else tuple(classes.tolist())
+    if names is not None and rows.size and rows[:, 0].max() >= len(names):
+        raise ValueError(f"{path}: label_rows has the class {rows[:, 0].max()}, label_classes {len(names)} names")
+    try:
+        return LabelTable(tuple(tuple(row) for row in rows.tolist()), tuple(counts.tolist()), names)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def make_statistics(

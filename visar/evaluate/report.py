@@ -14,7 +14,7 @@ import torch
 from visar.evaluate.copies import Copies
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.generation import Generated
-from visar.evaluate.metrics import Metrics
+from visar.evaluate.metrics import Metrics, Scorer
 from visar.evaluate.references import Reference
 from visar.evaluate.speed import Speed
 from visar.io.files import atomic_write
@@ -30,6 +30,10 @@ COMPARABLE = (
     "num_samples",
     "labels",
     "uint8_rule",
+    "second_reference_sha256",
+    "second_extractor",
+    "second_extractor_layer",
+    "second_extractor_weights_sha256",
 )
 
 
@@ -41,6 +45,7 @@ class Report:
         name: row of a table.
         protocol: what was done, in the order in which the card prints it.
         metrics: the scores.
+        second: scores by a second extractor; None without one.
         cost: images_per_second, forward_passes_per_image by model, mean_tokens_per_pass, acceptance_rate.
         images_sha256: of all pictures; equal for equal pictures.
         duplicates: pictures with the bytes of an earlier one.
@@ -57,6 +62,7 @@ class Report:
     copies: dict[str, float | None] | None = None
     notes: tuple[str, ...] = field(default_factory=tuple)
     speed: tuple[Speed, ...] = ()
+    second: Metrics | None = None
 
     @property
     def passes(self) -> float:
@@ -100,12 +106,14 @@ def make_report(
     batch_size: int,
     device: torch.device,
     copies: Copies | None = None,
+    second: tuple[Scorer, Metrics] | None = None,
 ) -> Report:
     """Puts a run's figures and protocol together.
 
     Args:
         settings: what only the caller knows: model, sampler and its options, guidance, temperature, top_k, top_p,
             labels, seeds, uint8_rule, dtype, image_size.
+        second: what a second extractor measured, and its scores.
     """
     layer = extractor.layers[0]
     statistics = reference.statistics[layer]
@@ -121,6 +129,7 @@ def make_report(
         "extractor_weights_sha256": extractor.weights,
         "extractor_resize": extractor.kind.resize,
         "extractor_dtype": extractor.dtype,
+        **({} if second is None else _second_protocol(second[0])),
         "num_samples": generated.num_samples,
         **settings,
         "processes": processes,
@@ -129,6 +138,8 @@ def make_report(
     }
     counts = generated.statistics
     notes = [*metrics.notes, *reference.notes]
+    if second is not None:
+        notes += [f"{second[1].distance_name}: {note}" for note in second[1].notes]
     if generated.duplicates:
         notes.append(f"{generated.duplicates} of {generated.num_samples} pictures have the bytes of an earlier one")
     rates = None
@@ -152,7 +163,20 @@ def make_report(
         duplicates=generated.duplicates,
         copies=rates,
         notes=tuple(notes),
+        second=None if second is None else second[1],
     )
+
+
+def _second_protocol(scorer: Scorer) -> dict[str, Any]:
+    assert scorer.reference is not None
+    return {
+        "second_reference": scorer.reference.name,
+        "second_reference_sha256": scorer.reference.sha256,
+        "second_extractor": scorer.extractor.name,
+        "second_extractor_layer": scorer.extractor.layers[0],
+        "second_extractor_weights_sha256": scorer.extractor.weights,
+        "second_extractor_resize": scorer.extractor.kind.resize,
+    }
 
 
 def save_report(report: Report, folder: str | Path) -> None:
@@ -173,13 +197,18 @@ def load_report(folder: str | Path) -> Report:
     path = Path(folder) / "metrics.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        metrics = Metrics(**{**content["metrics"], "notes": tuple(content["metrics"]["notes"])})
-        speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none
-        return Report(**{**content, "metrics": metrics, "notes": tuple(content["notes"]), "speed": speed})
+        speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none, nor a second score
+        read = {"metrics": _metrics(content["metrics"]), "notes": tuple(content["notes"]), "speed": speed}
+        second = content.get("second")
+        return Report(**{**content, **read, "second": None if second is None else _metrics(second)})
     except FileNotFoundError as error:
         raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
     except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not a report of visar eval ({error})") from error
+
+
+def _metrics(content: dict[str, Any]) -> Metrics:
+    return Metrics(**{**content, "notes": tuple(content["notes"])})
 
 
 def _sampling(report: Report, varying: Sequence[str]) -> str:
@@ -235,6 +264,7 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
         ("run", [report.name for report in reports]),
         (metrics[0].distance_name, [f"{row.distance:.2f}" for row in metrics]),
         ("real null", [_number(row.null_distance, ".2f") for row in metrics]),
+        *_second_columns(reports),
         ("s" + metrics[0].distance_name, [_number(row.spatial_distance, ".2f") for row in metrics]),
         ("KID", [_pair(row.kid, row.kid_std) for row in metrics]),
         ("IS", [_pair(row.inception_score, row.inception_score_std, 2) for row in metrics]),
@@ -255,6 +285,23 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     if len(reports) == 1:
         shown = [(name, cells) for name, cells in shown if " ratio" not in name]
     return [tuple(name for name, _ in shown), *zip(*(cells for _, cells in shown), strict=True)]
+
+
+def _second_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    """The distance by a second extractor, and the runs' ranks by both."""
+    found = [report.second for report in reports if report.second is not None]
+    if len(found) < len(reports):
+        return []
+    name = found[0].distance_name
+    columns = [
+        (name, [f"{row.distance:.2f}" for row in found]),
+        (f"real null of {name}", [_number(row.null_distance, ".2f") for row in found]),
+    ]
+    if len(reports) > 1:
+        sides = [[report.metrics.distance for report in reports], [row.distance for row in found]]
+        ranks = [[1 + sum(other < value for other in side) for value in side] for side in sides]
+        columns.append(("ranks", [f"{one} / {other}" for one, other in zip(*ranks, strict=True)]))
+    return columns
 
 
 def _speed_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
@@ -310,7 +357,8 @@ def card(report: Report) -> str:
         "",
         markdown_table(table([report])),
         f"Figures compare only where the protocol below agrees.{warning}",
-        '"real null" is what as many real pictures, not in the reference, would score.',
+        '"real null" is what as many real images, not in the reference, would score, extrapolated from the distance '
+        'of two halves of the reference; "-" where there are not more images than features, so that it is not known.',
         "",
     ]
     if held_out is not None:

@@ -21,9 +21,10 @@ from visar.evaluate.generation import (
 )
 from visar.evaluate.images import ImageSource, open_images
 from visar.evaluate.labels import LABEL_POLICIES, LabelPlan, LabelPolicy, LabelTable
-from visar.evaluate.metrics import MetricOptions, compute_metrics
-from visar.evaluate.pipeline import PipelineGenerator, RunOptions, Sampling, ScoreOptions
-from visar.evaluate.references import Reference, load_reference
+from visar.evaluate.metrics import Metrics, Scorer, compute_metrics
+from visar.evaluate.options import MetricOptions, RunOptions, ScoreOptions
+from visar.evaluate.pipeline import PipelineGenerator, Sampling, load_extractors, load_references
+from visar.evaluate.references import Reference
 from visar.evaluate.report import Report, environment, load_report, make_report, save_report
 from visar.evaluate.speed import Speed, check_batches, measure_speed
 from visar.io.progress import Progress, counted
@@ -37,8 +38,9 @@ def label_plan(
     num_classes: int,
     table: LabelTable | None,
     prompts: tuple[str, ...] = (),
+    pictures: str = "training pictures",
 ) -> LabelPlan:
-    """The plan of a policy; "auto" as RunOptions says.
+    """The plan of a policy; "auto" as RunOptions says. `pictures` says in words whose labels the table holds.
 
     Raises:
         ValueError: an unknown policy, or what it needs is missing.
@@ -52,6 +54,7 @@ def label_plan(
         num_classes=num_classes or None,
         table=table if policy == "histogram" else None,
         prompts=prompts if policy == "prompts" else (),
+        pictures=pictures,
     )
 
 
@@ -67,6 +70,7 @@ def evaluate_generator(
     world: World,
     train_NHWC: Tensor | None = None,
     held_out_NHWC: Tensor | None = None,
+    second: Scorer | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
     """Makes the pictures, scores them, writes metrics.json, card.md and neighbours.png.
@@ -82,10 +86,13 @@ def evaluate_generator(
         world: the processes.
         train_NHWC: uint8 training pictures for the copy rate; None leaves it out. Given in every process or in none.
         held_out_NHWC: real pictures that were not trained on, for the copy rate's null.
+        second: scores the same images too.
         progress: told (what, done, total).
 
     Returns: the report in the first process, None in the others.
     """
+    if isinstance(options.batch_size, str):
+        raise ValueError(f"batch_size {options.batch_size!r}; a number is needed here, only a pipeline can find one")
     generate_images(
         generate,
         extractor,
@@ -98,6 +105,7 @@ def evaluate_generator(
         identity={"model": name, **settings},
         keep_images=options.keep_images,
         keep_thumbnails=train_NHWC is not None,
+        second=None if second is None else second.extractor,
         progress=counted(progress, "images", -(-options.num_samples // world.size)),
     )
     if world.rank:
@@ -106,9 +114,7 @@ def evaluate_generator(
     generated = collect(options.out, options.num_samples)
     if options.keep_images == "npz":
         write_npz(options.out, options.num_samples, options.out / "samples.npz")
-    metrics = compute_metrics(
-        generated.features, reference, extractor.kind, layer=extractor.layers[0], options=options.metrics
-    )
+    metrics, others = _scores(generated, Scorer(extractor, reference), second, options.metrics)
     found = None
     if train_NHWC is not None:
         found = _copies(generated, generate, plan, options, train_NHWC, held_out_NHWC, world)
@@ -128,6 +134,7 @@ def evaluate_generator(
         batch_size=options.batch_size,
         device=world.device,
         copies=found,
+        second=others,
     )
     save_report(report, options.out)
     return report
@@ -143,19 +150,26 @@ def evaluate_images(
     metrics: MetricOptions | None = None,
     train_NHWC: Tensor | None = None,
     held_out_NHWC: Tensor | None = None,
+    second: Scorer | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Scores pictures made elsewhere (a folder, an .npz) and writes metrics.json, card.md; arguments as above."""
     generated = read_pictures(
-        source, extractor, batch_size, train_NHWC is not None, counted(progress, "images", len(source))
+        source,
+        extractor,
+        batch_size,
+        train_NHWC is not None,
+        None if second is None else second.extractor,
+        counted(progress, "images", len(source)),
     )
+    scores, others = _scores(generated, Scorer(extractor, reference), second, metrics or MetricOptions())
     found = None
     if train_NHWC is not None and generated.thumbnails_ND is not None:
         found = copies(generated.thumbnails_ND, train_NHWC, held_out_NHWC, device=extractor.device)
     report = make_report(
         source.name,
         generated,
-        compute_metrics(generated.features, reference, extractor.kind, layer=extractor.layers[0], options=metrics),
+        scores,
         reference,
         extractor,
         settings={"pictures": source.name, "pictures_sha256": source.digest()},
@@ -163,9 +177,24 @@ def evaluate_images(
         batch_size=batch_size,
         device=extractor.device,
         copies=found,
+        second=others,
     )
     save_report(report, out)
     return report
+
+
+def _scores(
+    generated: Generated, first: Scorer, second: Scorer | None, options: MetricOptions
+) -> tuple[Metrics, tuple[Scorer, Metrics] | None]:
+    """Scores by both extractors, the second's with what they were measured with."""
+
+    def scores(features: dict[str, Tensor], scorer: Scorer) -> Metrics:
+        assert scorer.reference is not None
+        extractor = scorer.extractor
+        return compute_metrics(features, scorer.reference, extractor.kind, layer=extractor.layers[0], options=options)
+
+    others = None if second is None else (second, scores(generated.second_features, second))
+    return scores(generated.features, first), others
 
 
 def _copies(
@@ -225,34 +254,37 @@ def evaluate_pipeline(
     Raises:
         ValueError: settings, references or folders that do not fit.
     """
-    if score.protocol != "generation":
-        raise ValueError("samples are scored by the generation protocol; reconstructions by evaluate_reconstruction")
     check_batches(speed_batches)
+    if prompts and options.captions is not None:
+        raise ValueError(f"give prompts or captions {options.captions!r}, not both")
     sampling.check(pipeline)
     joined = world or join_world(pipeline.device.type)
     generate = PipelineGenerator(pipeline, sampling, uint8_rule)
     if joined.device != pipeline.device:
         pipeline.to(joined.device)
     pipeline.set_progress_bar_config(disable=True)
-    extractor = score.load_extractor(joined.device)
-    reference = None
-    if joined.rank == 0:
-        reference = load_reference(
-            score.reference,
-            extractor,
-            protocol=score.protocol,
-            batch_size=options.batch_size,
-            resize=score.resize,
-            image_size=score.image_size,
-            progress=counted(progress, "reference", 0),
+    batch_size = options.batch_size
+    if isinstance(batch_size, str):
+        batch_size = pipeline.find_batch_size(
+            options.num_samples, sampler_options=sampling.sampler_options, **sampling.call_settings()
         )
+        options = replace(options, batch_size=batch_size)
+    extractor, other = load_extractors(score, joined.device)
+    reference, second = None, None if other is None else Scorer(other, None)
+    if joined.rank == 0:
+        reference, second = load_references(score, extractor, other, batch_size=batch_size, progress=progress)
     known = _known_speed(options, joined) if joined.rank == 0 else {}
     table = joined.from_first(None if reference is None else reference.labels)
+    if options.captions is None:
+        asked = generate.training_table(table if isinstance(table, LabelTable) else None)
+    else:
+        asked = generate.ask_for(options.captions, score.image_size)
     plan = label_plan(
         options.labels,
         num_classes=generate.num_classes,
-        table=generate.training_table(table if isinstance(table, LabelTable) else None),
+        table=asked,
         prompts=prompts,
+        pictures="training pictures" if options.captions is None else f"pictures of {options.captions}",
     )
     report = evaluate_generator(
         generate,
@@ -265,9 +297,10 @@ def evaluate_pipeline(
         world=joined,
         train_NHWC=None if score.train is None else stacked(open_images(score.train)),
         held_out_NHWC=None if score.held_out is None else stacked(open_images(score.held_out)),
+        second=second,
         progress=progress,
     )
-    del extractor, reference  # what they hold is no memory of the pipeline
+    del extractor, reference, other, second  # what they hold is no memory of the pipeline
     if report is not None:
         batches = speed_batches or tuple(known)
         for number, batch in enumerate(batches, 1):

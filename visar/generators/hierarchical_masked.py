@@ -7,8 +7,8 @@ non-commercial use.
 B images, R rows (2B when guided), L positions of one scale, N all positions, D width, V codes, C code width.
 """
 
-from collections.abc import Iterable
-from typing import Literal, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -18,10 +18,13 @@ from torch.nn import functional
 
 from visar.core.condition import Condition
 from visar.core.guidance import combine
-from visar.generators.next_scale import SCALES_256
-from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.core.interface import TokenLayout
+from visar.data.vocabulary import Vocabulary
+from visar.generators.scales import ScaleGenerator, ScaleState, fits_scales, scale_arguments, take_pyramid
+from visar.generators.training import GeneratorFamily, Objective
 from visar.layers.scale_attention import Method
 from visar.layers.scale_blocks import AdaLNBlock, AdaLNOutputNorm, reset_blocks, run_blocks
+from visar.tokenizers.multiscale_vq import SCALES_256
 
 Phase = Literal["next_scale", "refinement"]
 
@@ -54,6 +57,9 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
     Raises:
         ValueError: sizes that exclude each other.
     """
+
+    quantized_parts = ("base_blocks", "ns_blocks", "mask_blocks", "ns_head", "mask_head")
+    read_once_per_block = ("word_embed", "base_blocks", "ns_blocks", "ns_head")
 
     @register_to_config
     def __init__(
@@ -247,6 +253,10 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         """None: a scale sees itself only."""
         return None
 
+    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
+        """0: a scale sees itself only."""
+        return 0
+
     def raw_logits(self, state: ScaleState) -> Tensor:
         """Unguided logits [R, L, V] of scale `state.block`."""
         scale = state.block
@@ -278,7 +288,7 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         return combine(logits, guidance_scale) if guided else logits.float()
 
 
-# ------------------------------------------------------------------------------------------------------- training
+# -------------------------------------------------------------------------------------------- training and benchmark
 def scale_weights(sizes: tuple[int, ...]) -> Tensor:
     """Loss weight of every position in the first phase, float32 [N], summing to 1.
 
@@ -291,12 +301,6 @@ def scale_weights(sizes: tuple[int, ...]) -> Tensor:
     weight_S = torch.softmax(-0.5 * standard.square(), dim=0)
     counts = torch.tensor(sizes)
     return torch.repeat_interleave(weight_S / counts, counts).float()
-
-
-def next_scale_loss(logits_BNV: Tensor, tokens_BN: Tensor, weight_N: Tensor) -> Tensor:
-    """Cross-entropy of the first phase, positions weighted by `scale_weights` (or 1 / N everywhere, VAR's)."""
-    loss_BN = functional.cross_entropy(logits_BNV.float().transpose(1, 2), tokens_BN, reduction="none")
-    return (loss_BN * weight_N).sum(1).mean()
 
 
 def random_mask(sizes: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
@@ -319,3 +323,75 @@ def refinement_loss(logits_BNV: Tensor, tokens_BN: Tensor, masked_BN: Tensor) ->
     loss_BN = functional.cross_entropy(logits_BNV.float().transpose(1, 2), tokens_BN, reduction="none")
     masked = masked_BN.expand_as(loss_BN)
     return (loss_BN * masked).sum() / masked.sum().clamp(min=1)
+
+
+class NextScalePhase(Objective):
+    """First phase: everything but the refinement parts, positions weighted by `scale_weights` where none are given."""
+
+    def __init__(self, model: Any, layout: TokenLayout, options: Any, device: torch.device) -> None:
+        super().__init__(model, layout, options, device)
+        model.set_phase("next_scale")
+        if self.weight_L is None:
+            self.weight_L = scale_weights(model.block_sizes).to(device)
+
+    def finish(self, model: Any) -> None:
+        """Starts the refinement parts, for the second phase, from what was learnt."""
+        model.begin_refinement()
+
+
+class RefinementPhase(Objective):
+    """Second phase: the refinement parts alone, on randomly masked tokens."""
+
+    takes_distributions = False
+
+    def __init__(self, model: Any, layout: TokenLayout, options: Any, device: torch.device) -> None:
+        super().__init__(model, layout, options, device)
+        model.set_phase("refinement")
+        self.sizes = model.block_sizes
+
+    def loss(
+        self,
+        call: Callable[..., Tensor],
+        tokens_BL: Tensor,
+        target: Tensor,
+        condition: Condition,
+        random: torch.Generator,
+    ) -> Tensor:
+        """Unmasked targets are what is seen inside a scale; coarser scales are read from the tokens."""
+        masked_1L = random_mask(self.sizes, random)
+        return refinement_loss(call(tokens_BL, condition, masked_1L, target), target, masked_1L)
+
+    def measure(
+        self, model: Any, tokens_BL: Tensor, conditions: Sequence[Condition], random: torch.Generator
+    ) -> list[Tensor]:
+        """Mean loss of the masked tokens, the same ones under every condition."""
+        masked_1L = random_mask(self.sizes, random)
+        return [
+            refinement_loss(model(tokens_BL, condition, masked_1L), tokens_BL, masked_1L) for condition in conditions
+        ]
+
+
+def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
+    # Released models are not trained with hidden masked codes; see docs/results.md.
+    return scale_arguments(tokenizer, vocabulary, options, caption_width) | {"hide_masked": True}
+
+
+FAMILY = GeneratorFamily(
+    model=HierarchicalMaskedTransformer,
+    presets=HIERARCHICAL_MASKED_PRESETS,
+    tokenizer="var-vq16",
+    tiny=dict(
+        vocab_size=128,
+        codebook_width=8,
+        scales=(1, 2, 4),
+        width=64,
+        num_layers=3,
+        num_heads=2,
+        num_refinement_layers=1,
+        num_classes=4,
+    ),
+    fits=fits_scales,
+    arguments=_arguments,
+    connect=take_pyramid,
+    phases={"next_scale": NextScalePhase, "refinement": RefinementPhase},
+)

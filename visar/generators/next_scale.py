@@ -15,12 +15,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
-from visar.generators.scales import ScaleGenerator, ScaleState
+from visar.generators.scales import ScaleGenerator, ScaleState, fits_scales, scale_arguments, take_pyramid
+from visar.generators.training import GeneratorFamily
 from visar.layers.cache import KVCache
 from visar.layers.scale_attention import Method
 from visar.layers.scale_blocks import AdaLNBlock, AdaLNOutputNorm, LayerCache, reset_blocks, run_blocks
+from visar.tokenizers.multiscale_vq import SCALES_256
 
-SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 SCALES_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 
@@ -57,6 +58,9 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
     Raises:
         ValueError: nothing to be conditioned on, a width that heads do not divide, or scales that are not a pyramid.
     """
+
+    quantized_parts = ("blocks", "head")
+    read_once_per_block = ("word_embed", "blocks", "head")
 
     @register_to_config
     def __init__(
@@ -230,6 +234,11 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             dtype=dtype,
         )
 
+    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
+        """Bytes of keys and values of some rows and positions; None is all positions."""
+        positions = self.num_tokens if positions is None else positions
+        return 2 * len(self.blocks) * self.config["width"] * self.head.weight.dtype.itemsize * rows * positions
+
     def raw_logits(self, state: ScaleState) -> Tensor:
         """Unguided logits [R, L, V] of scale `state.block`.
 
@@ -245,3 +254,14 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         caches = [LayerCache(state.cache, index, position, end) for index in range(len(self.blocks))]
         x = self._run(x, state.modulations, self.block_sizes[first : scale + 1], caches)
         return self.head(x[:, -self.block_sizes[scale] :])
+
+
+FAMILY = GeneratorFamily(
+    model=NextScaleTransformer,
+    presets=NEXT_SCALE_PRESETS,
+    tokenizer="var-vq16",
+    tiny=dict(vocab_size=128, codebook_width=8, scales=(1, 2, 4), width=64, num_layers=2, num_heads=2, num_classes=4),
+    fits=fits_scales,
+    arguments=scale_arguments,
+    connect=take_pyramid,
+)

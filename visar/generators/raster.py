@@ -7,7 +7,7 @@ B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted
 width, V codes, C code width, S cache slots.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,11 +16,21 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.interface import TokenLayout
 from visar.core.tree import DraftTree
+from visar.data.vocabulary import Vocabulary
 from visar.generators import raster_fused as raster_kernels
 from visar.generators.causal_state import RasterState
+from visar.generators.training import GeneratorFamily, shared_arguments
 from visar.layers.cache import LayerCache, causal_mask, visible, visible_tree
-from visar.layers.conditioning import CaptionPrefix, LabelPrefix, check_condition, null_condition, prefix
+from visar.layers.conditioning import (
+    CaptionPrefix,
+    LabelPrefix,
+    check_condition,
+    example_condition,
+    null_condition,
+    prefix,
+)
 from visar.layers.llama import Block, RMSNorm
 from visar.layers.rope import PrefixRotation, RopeKind, rope_table
 
@@ -67,6 +77,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
     fused: Literal["auto", "off"] = "auto"
     """"auto" decodes by the kernels of visar/kernels where they can run, "off" by plain PyTorch, the reference."""
 
+    quantized_parts = ("layers", "output")
+    read_once_per_block = ("codebook_proj", "layers", "output")
     _supports_gradient_checkpointing = False
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
@@ -184,6 +196,11 @@ class RasterGPT(ModelMixin, ConfigMixin):
         """Blocks of one kind do the same work (see visar/core/runtime.py): all of them do."""
         return ("token",) * self.num_tokens
 
+    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
+        """Bytes of keys and values of some rows and positions; None is all positions, the prefix included."""
+        positions = self.prefix_length + self.num_tokens if positions is None else positions
+        return 2 * len(self.layers) * self.config["width"] * self.output.weight.dtype.itemsize * rows * positions
+
     def check_condition(self, condition: Condition) -> None:
         """Checks that the condition has what this model reads, in the right shape.
 
@@ -195,6 +212,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
         return null_condition(self, condition)
+
+    def example_condition(self, batch: int) -> Condition:
+        """Some condition that this model takes, for `batch` images, on its device: to time or measure it."""
+        return example_condition(self.config, batch).to(self.device)
 
     def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
         """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""
@@ -414,3 +435,39 @@ class RasterGPT(ModelMixin, ConfigMixin):
             target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
             state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
         self.commit(state, tokens_BL, count_B)
+
+
+# -------------------------------------------------------------------------------------------- training and benchmark
+CAPTION_LENGTH = 20
+"""Vectors of a caption in models trained here: the longest of emoji64 has 19 for minilm."""
+
+
+def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
+    arguments = shared_arguments(tokenizer, vocabulary, options)
+    arguments |= dict(grid=tokenizer.layout.shapes[0], hidden_width=options.hidden_width)
+    arguments |= dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), options.dropout)
+    if options.words != "none":
+        arguments |= dict(words=options.words, num_words=vocabulary.num_words)
+    if caption_width:
+        arguments |= dict(caption_width=caption_width, caption_length=CAPTION_LENGTH)
+    return arguments
+
+
+def _fits(layout: TokenLayout) -> bool:
+    return layout.arrangement == "grid" and layout.vocab_size > 0
+
+
+def _connect(model: RasterGPT, tokenizer: Any) -> None:
+    if model.config["token_input"] == "codebook":
+        model.set_codebook(tokenizer.codebook.detach().cpu())
+
+
+FAMILY = GeneratorFamily(
+    model=RasterGPT,
+    presets=RASTER_PRESETS,
+    tokenizer="vq-16",
+    tiny=dict(vocab_size=128, grid=(4, 4), width=64, num_layers=2, num_heads=2, hidden_width=96, num_classes=4),
+    fits=_fits,
+    arguments=_arguments,
+    connect=_connect,
+)

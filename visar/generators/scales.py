@@ -9,6 +9,7 @@ h w the finest grid, M transformer blocks.
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -16,8 +17,11 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.interface import TokenLayout
+from visar.data.vocabulary import Vocabulary
+from visar.generators.training import shared_arguments
 from visar.layers.cache import KVCache
-from visar.layers.conditioning import ConditionVector
+from visar.layers.conditioning import ConditionVector, example_condition
 from visar.tokenizers.multiscale_quantizer import ScalePyramid, scale_pairs
 
 
@@ -137,6 +141,10 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         """The condition "nothing given" for as many images, in the same shapes."""
         return self.condition_vector.null(condition)
 
+    def example_condition(self, batch: int) -> Condition:
+        """Some condition that this model takes, for `batch` images, on its device: to time or measure it."""
+        return example_condition(self.config, batch).to(self.device)
+
     # --------------------------------------------------------------------------------------------------- embedding
     def begin_of(self, scale: int) -> int:
         """Index of a scale's first position."""
@@ -183,6 +191,10 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
     @abstractmethod
     def make_cache(self, rows: int, num_scales: int, dtype: torch.dtype, device: torch.device) -> KVCache | None:
         """Keys and values of the first scales; None for models that see one scale at a time."""
+
+    @abstractmethod
+    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
+        """Bytes of keys and values of some rows and positions (None is all); 0 for models that keep none."""
 
     @abstractmethod
     def raw_logits(self, state: ScaleState) -> Tensor:
@@ -283,3 +295,30 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         if scale + 1 < len(self.scales):
             state.inputs_BNC[:, end : self.ends[scale + 1]].copy_(self.pyramid.next_input(map_BChw, scale + 1))
         state.length += self.block_sizes[scale]
+
+
+# -------------------------------------------------------------------------------------------- training and benchmark
+def fits_scales(layout: TokenLayout) -> bool:
+    """Whether tokens are ids over scales."""
+    return layout.arrangement == "scales" and layout.vocab_size > 0
+
+
+def scale_arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
+    """Constructor arguments of a generator over scales; see `GeneratorFamily.arguments`."""
+    if options.words == "prefix":
+        raise ValueError("words prefix is for raster generators; a next-scale generator takes sum or none")
+    if caption_width:
+        raise ValueError("text encoders are for raster generators; a next-scale generator takes words sum or none")
+    return {
+        **shared_arguments(tokenizer, vocabulary, options),
+        "scales": tokenizer.layout.shapes,
+        "num_phi": tokenizer.config["num_phi"],
+        "phi_ratio": tokenizer.config["phi_ratio"],
+        "mlp_ratio": options.hidden_width / options.width,
+        "dropout": options.dropout,
+    }
+
+
+def take_pyramid(model: Any, tokenizer: Any) -> None:
+    """Gives a generator over scales the codebook and phi of its tokenizer."""
+    model.set_tokenizer(tokenizer.quantizer)

@@ -59,6 +59,8 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         ValueError: the table would have more than 10^8 entries.
     """
 
+    quantized_parts = ()
+
     @register_to_config
     def __init__(
         self, vocab_size: int = 4, grid: tuple[int, int] = (2, 2), num_classes: int = 2, sharpness: float = 1.0
@@ -86,6 +88,10 @@ class TabularGenerator(ModelMixin, ConfigMixin):
     def null_condition(self, condition: Condition) -> Condition:
         """ "No class" for as many images."""
         return Condition(labels_BA=torch.full_like(self._labels(condition), self.config["num_classes"])[:, None])
+
+    def example_condition(self, batch: int) -> Condition:
+        """The first class for `batch` images, on the table's device."""
+        return Condition(labels_BA=torch.zeros(batch, 1, dtype=torch.int64, device=self.table.device))
 
     def _labels(self, condition: Condition) -> Tensor:
         labels, most = condition.labels_BA, self.config["num_classes"]

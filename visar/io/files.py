@@ -4,12 +4,13 @@ import contextlib
 import hashlib
 import os
 import pickle
+import pickletools
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -46,10 +47,76 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def shown(path: str | Path) -> str:
+    """A path as text that can be printed and stored: bytes of its name that are no UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in blocks of 1 MiB."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# How files begin that are given or fetched in place of weights, and what to do about them.
+_BEGINNINGS: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a pointer of Git LFS, not the weights: run git lfs pull where it came from"),
+    (b"<", "a web page or XML, not the weights: fetch the file itself"),
+    (b"{", "JSON, not the weights"),
+    (b"[", "JSON, not the weights"),
+    (b"\x1f\x8b", "compressed with gzip: unpack it first"),
+    (b"BZh", "compressed with bzip2: unpack it first"),
+    (b"\xfd7zXZ", "compressed with xz: unpack it first"),
+    (b"(\xb5\x2f\xfd", "compressed with zstd: unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive: unpack it first"),
+    (b"\x89HDF", "an HDF5 file; PyTorch or safetensors files are needed"),
+    (b"GGUF", "a GGUF file; PyTorch or safetensors files are needed"),
+    (b"\x93NUMPY", "a NumPy array; PyTorch or safetensors files are needed"),
+)
+_FORMATS = {"safetensors": "safetensors", "pytorch": "PyTorch"}
+_ENDINGS = {"safetensors": ".safetensors", "pytorch": ".pt"}
+_REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed|unsupported GLOBAL (\S+) whose|but got <class '(\S+)'>")
+
+
+def _looks_like(path: Path) -> str:
+    """What a file is by its first bytes: "safetensors", "pytorch" (a zip archive or a pickle), a whole sentence about
+    what it is instead, or "" where they do not tell."""
+    with open(path, "rb") as file:
+        start = file.read(512)
+    if not start:
+        return "empty"
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return "pytorch"
+    for beginning, what in _BEGINNINGS:
+        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(beginning):
+            return what
+    return ""
+
+
+def _is_text(path: Path) -> bool:
+    with open(path, "rb") as file:
+        start = file.read(512)
+    return all(byte in b"\t\n\r\f" or byte >= 32 for byte in start)
+
+
+def _globals(path: Path) -> list[str]:
+    """Names of the functions and classes that a pickle outside of an archive asks for; nothing is called."""
+    names: list[str] = []
+    strings: list[str] = []
+    try:
+        with open(path, "rb") as file:
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name == "GLOBAL":
+                    names.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
+    except Exception:  # damaged, or none: the names so far
+        pass
+    return [name for name in names if not name.startswith(("torch.", "collections.OrderedDict"))]
 
 
 def load_weights(path: str | Path) -> dict[str, object]:
@@ -58,28 +125,63 @@ def load_weights(path: str | Path) -> dict[str, object]:
     Returns: the file's mapping; PyTorch files may nest their tensors (converters unwrap them).
 
     Raises:
-        ValueError: the file is missing, truncated or corrupt, or its pickle asks for code to be run.
+        ValueError: the file is missing, unreadable, truncated or corrupt, something else than weights (the message
+            says what), or its pickle asks for code to be run.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        try:
-            return dict(load_file(path, device="cpu"))
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch it again") from error
+        raise ValueError(f"no weights file at {path}{' (it is a folder)' if path.is_dir() else ''}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} is refused: its pickle holds more than tensors and plain data, and loading it could run code. "
-            f"Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or not a PyTorch file ({error})") from error
+        kind = _looks_like(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
+    wanted = "safetensors" if path.suffix == ".safetensors" else "pytorch"
+    if kind == "empty":
+        raise ValueError(f"{path} is truncated: it is empty")
+    if kind in ("safetensors", "pytorch") and kind != wanted:
+        right = path.with_suffix(_ENDINGS[kind]).name
+        raise ValueError(f"{path} is not a {_FORMATS[wanted]} file but a {_FORMATS[kind]} one: rename it to {right}")
+    if kind and kind != wanted:
+        raise ValueError(f"{path} is not a {_FORMATS[wanted]} file: it is {kind}")
+    content = _load_safetensors(path) if wanted == "safetensors" else _load_pytorch(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; a mapping of names to tensors is needed")
     return content
+
+
+def _load_safetensors(path: Path) -> dict[str, object]:
+    try:
+        return dict(load_file(path, device="cpu"))
+    except Exception as error:  # a damaged header comes out as errors of many kinds
+        if _is_text(path):
+            raise ValueError(f"{path} is not a safetensors file: it is plain text") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch it again") from error
+
+
+def _load_pytorch(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:  # what a damaged pickle does to the machine that reads it has no end of kinds
+        refused = [name for match in _REFUSED.finditer(str(error)) for name in match.groups() if name] or _globals(
+            path
+        )
+        if refused and isinstance(error, pickle.UnpicklingError):
+            names = ascii(", ".join(refused[:3]))[1:-1]
+            raise ValueError(
+                f"{path} is refused: its pickle holds more than tensors and plain data ({names:.200}), and loading it "
+                "could run code. Convert it to safetensors where you trust it."
+            ) from error
+        if _is_text(path):
+            raise ValueError(f"{path} is not a PyTorch file: it is plain text") from error
+        # PyTorch's own text advises to switch the check off.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f" ({_first_line(error)})"
+        raise ValueError(f"{path} is truncated, damaged or not a PyTorch file{reason}; fetch it again") from error
+
+
+def _first_line(error: Exception) -> str:
+    text = f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    lines = [line for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    return re.sub(r"\x1b\[[0-9;]*m", "", lines[0])[:200].rstrip(". ")
 
 
 def tensors_only(content: dict[str, object], path: str | Path) -> dict[str, Tensor]:

@@ -16,10 +16,12 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from visar.kernels.invariance import active
 from visar.kernels.overlap import launch
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.
 NOTHING = tl.constexpr(-1.0e30)
+_SOME = 8 * 132  # programs: neither so few that one should be wide, nor so many that it should be narrow
 
 
 @triton.jit
@@ -285,7 +287,8 @@ def cached_attention(
     shape = dict(HEADS=heads, WIDTH=width, WIDTH_POW2=width_pow2, RAGGED=length.shape[0] > 1, MASKED=masked)
     sizes, scale = (ahead, batch, slots, rope_PE2.shape[0]), width**-0.5
     if positions == 1 and tree is None:
-        tile = _token_tile(rows * heads, slots, width_pow2)
+        # In the invariant mode the number of rows must not choose: a tile for tens of rows.
+        tile = _token_tile(_SOME if active() else rows * heads, slots, width_pow2)
         _one_token[(rows, heads)](*cached, out_RLX, *sizes, scale, **shape, **tile, **launch(overlap))
         return out_RLX
     tile = _window_tile(positions, width_pow2, qkv_RLX.dtype)
@@ -311,7 +314,7 @@ def _token_tile(programs: int, slots: int, width_pow2: int) -> dict[str, int]:
         warps = 16 if slots > 320 else 8
     elif width_pow2 > 64:
         warps = 4
-    elif programs <= 8 * 132:
+    elif programs <= _SOME:
         warps = 8 if slots > 320 else 4
     else:
         warps = 1

@@ -82,6 +82,17 @@ def null_condition(model: Any, condition: Condition) -> Condition:
     return Condition(labels_BA=labels, words_BT=words)
 
 
+def example_condition(config: Mapping[str, Any], batch: int) -> Condition:
+    """Some condition that a model of this configuration takes, for `batch` images, on the CPU."""
+    if config.get("caption_width"):
+        shape = (batch, config["caption_length"], config["caption_width"])
+        return Condition(text_BTC=torch.ones(shape), text_mask_BT=torch.ones(shape[:2], dtype=torch.bool))
+    columns = bool(config["num_classes"]) + len(config["attributes"])
+    labels = torch.zeros(batch, columns, dtype=torch.int64) if columns else None
+    words = torch.ones(batch, 1, dtype=torch.int64) if config["word_vocab_size"] else None
+    return Condition(labels_BA=labels, words_BT=words)
+
+
 def prefix(model: Any, condition: Condition) -> tuple[Tensor, Tensor | None]:
     """See `RasterGPT.prefix`."""
     if model.config["caption_width"]:

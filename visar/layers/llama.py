@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar.kernels.invariance import attention
 from visar.layers.cache import LayerCache
 from visar.layers.rope import rotate
 
@@ -69,12 +70,6 @@ class SwiGLU(nn.Module):
         return functional.linear(x, both_2FD)
 
 
-def swiglu_hidden_width(width: int, multiple_of: int = 256) -> int:
-    """Llama's hidden width: 2/3 of 4 D, rounded up to a multiple."""
-    hidden = int(2 * 4 * width / 3)
-    return multiple_of * ((hidden + multiple_of - 1) // multiple_of)
-
-
 class Attention(nn.Module):
     """Causal self-attention with rotary positions; queries, keys and values in one matrix."""
 
@@ -91,7 +86,7 @@ class Attention(nn.Module):
         value = value.transpose(1, 2)
         if cache is not None:
             key, value = cache.update(key, value)
-        out = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None)
+        out = attention(query, key, value, mask=mask, causal=mask is None)
         return self.dropout(self.wo(out.transpose(1, 2).flatten(2)))
 
 

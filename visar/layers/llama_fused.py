@@ -2,7 +2,8 @@
 
 For a few rows all products are visar/kernels/product.py's, with norms, SwiGLU and residuals inside, and every kernel
 reads its weights or its cache while the one before it ends. For more rows products are the library's; those of
-quantised weights `scaled_product`'s, because torchao writes the weights out in 16 bits before every product.
+quantised weights `scaled_product`'s, because torchao writes the weights out in 16 bits before every product. In the
+mode of visar/kernels/invariance.py no kernel is chosen by the number of rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from visar.kernels import fixed_order, usable
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
+from visar.kernels.invariance import active
 from visar.kernels.overlap import overlaps
 from visar.kernels.product import MAX_ROWS, MAX_SCALED_ROWS, Weight, product, scaled_product
 from visar.layers.llama import Block, RMSNorm, SwiGLU
@@ -24,7 +27,7 @@ FEW_DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
 
 def are_few(rows: int, layer: nn.Linear) -> bool:
     """Whether so many rows go through the kernels of visar/kernels/product.py; an adapter's layer never does."""
-    if type(layer) is not nn.Linear or layer.weight.dtype not in FEW_DTYPES:
+    if active() or type(layer) is not nn.Linear or layer.weight.dtype not in FEW_DTYPES:
         return False
     return rows <= (MAX_ROWS if scaled(layer) else FEW_ROWS)
 
@@ -41,12 +44,15 @@ def head(layer: nn.Linear, features_RLD: Tensor) -> Tensor:
 
 def _takes_scaled(rows: int, layer: nn.Linear) -> bool:
     """Whether so many rows go through `scaled_product`."""
-    known = type(layer) is nn.Linear and scaled(layer) and layer.bias is None
+    known = not active() and type(layer) is nn.Linear and scaled(layer) and layer.bias is None
     return known and layer.weight.dtype in FEW_DTYPES and rows <= MAX_SCALED_ROWS
 
 
 def _linear(layer: nn.Linear, x_MK: Tensor) -> Tensor:
-    """The layer's outputs [M, N]: the library's product, or of 8-bit weights ours."""
+    """The layer's outputs [M, N]: the library's product, or of 8-bit weights or in the invariant mode ours."""
+    if active() and type(layer) is nn.Linear and not scaled(layer) and usable(x_MK):
+        parts = fixed_order.parts_of(*layer.weight.shape)
+        return fixed_order.product(x_MK, layer.weight, layer.bias, parts=parts)
     if not _takes_scaled(x_MK.shape[0], layer):
         return layer(x_MK)
     return scaled_product(x_MK.contiguous(), Weight(*stored(layer)))

@@ -7,6 +7,7 @@ linear multiplies by; visar/kernels/product.py reads the same data.
 
 import hashlib
 import importlib.util
+from collections.abc import Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -14,9 +15,6 @@ from torch import Tensor, nn
 
 Quantization = Literal["none", "int8", "fp8"]
 QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
-
-# Where the families keep blocks and heads; conditions of adaptive norms are apart.
-_PARTS = ("layers", "blocks", "base_blocks", "ns_blocks", "mask_blocks", "output", "head", "ns_head", "mask_head")
 
 
 def check_quantization(kind: str) -> None:
@@ -67,13 +65,24 @@ def quantize_(model: nn.Module, kind: str) -> nn.Module:
     return model
 
 
-def quantized_layers(model: nn.Module) -> dict[str, nn.Linear]:
-    """The linear layers that `quantize_` changes, by name."""
+def linear_layers(model: nn.Module, parts: Sequence[str]) -> dict[str, nn.Linear]:
+    """Linear layers in some of a model's submodules, by name; those of adaptive norms, which read conditions, are not
+    among them.
+
+    Args:
+        model: any.
+        parts: names of its direct submodules; those that it does not have are none.
+    """
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.partition(".")[0] in _PARTS and "ada_lin" not in name
+        if isinstance(module, nn.Linear) and name.partition(".")[0] in parts and "ada_lin" not in name
     }
+
+
+def quantized_layers(model: Any) -> dict[str, nn.Linear]:
+    """The linear layers of a generator that `quantize_` changes, by name."""
+    return linear_layers(model, model.quantized_parts)
 
 
 def scaled(layer: nn.Linear) -> bool:

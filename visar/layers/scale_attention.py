@@ -13,8 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from visar.kernels.invariance import active, attention
 
 Pattern = Literal["causal", "diagonal", "own"]
 Method = Literal["auto", "mask", "per_scale", "flex"]
@@ -67,7 +68,7 @@ def per_scale_attention(
         end = begin + size
         first = 0 if pattern == "causal" else begin
         parts.append(
-            functional.scaled_dot_product_attention(
+            attention(
                 query_RNLE[:, :, begin:end],
                 key_RNLE[:, :, first:end],
                 value_RNLE[:, :, first:end],
@@ -106,18 +107,16 @@ def scale_attention(
     if method not in ("auto", "mask", "per_scale", "flex"):
         raise ValueError(f"attention method {method!r}; choose auto, mask, per_scale or flex")
     if len(sizes) == 1:
-        return functional.scaled_dot_product_attention(query_RNLE, key_RNLE, value_RNLE, scale=softmax_scale)
+        return attention(query_RNLE, key_RNLE, value_RNLE, scale=softmax_scale)
     if pattern == "own":  # the others have no form for a position alone
         method = "mask"
     if method == "auto":
         long = sum(sizes) > _DENSE_LIMIT
-        method = ("flex" if query_RNLE.is_cuda else "per_scale") if long else "mask"
+        method = ("flex" if query_RNLE.is_cuda and not active() else "per_scale") if long else "mask"
     if method == "per_scale":
         return per_scale_attention(query_RNLE, key_RNLE, value_RNLE, sizes, pattern, softmax_scale)
     if method == "flex":
         block_mask = _flex_mask(sizes, pattern, query_RNLE.device)
         return _compiled_flex()(query_RNLE, key_RNLE, value_RNLE, block_mask=block_mask, scale=softmax_scale)
     mask = _held_mask(sizes, pattern, query_RNLE.device)
-    return functional.scaled_dot_product_attention(
-        query_RNLE, key_RNLE, value_RNLE, attn_mask=mask, scale=softmax_scale
-    )
+    return attention(query_RNLE, key_RNLE, value_RNLE, mask=mask, scale=softmax_scale)

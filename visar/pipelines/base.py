@@ -2,9 +2,10 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -12,24 +13,20 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
+from visar.core.interface import Callback
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.data.vocabulary import Vocabulary
+from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
+from visar.pipelines.components import _place, placement, read_pipeline
+from visar.pipelines.fitting import check_defaults, check_parts, check_vocabulary, read_vocabulary
 from visar.pipelines.memory import borrowed
 from visar.pipelines.requests import numbered_classes, seeds_of_images
-from visar.pipelines.sampling import (
-    Begun,
-    Check,
-    Helpers,
-    check_one_value,
-    chosen_settings,
-    guidance_of_defaults,
-    resolve_options,
-)
+from visar.pipelines.sampling import Helpers, chosen_settings, resolve_options
 from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
+from visar.samplers.index import SamplerEntry
 from visar.tokenizers.decoding import decode_tokens
 
 
@@ -48,9 +45,11 @@ class TokenPipeline(DiffusionPipeline):
     Attributes:
         offload: whether tokenizer and text encoder wait on the CPU and are moved to the generator's device for their
             part only; see `enable_offload`.
+        deterministic: "batch": on a GPU, an image is the same bits whatever batch it is made in; "auto": in float32
+            only; "off": never. See docs/seeds.md for what it costs.
 
     Raises:
-        ValueError: unknown default settings.
+        ValueError: unknown default settings, or parts that do not fit each other.
     """
 
     model_cpu_offload_seq = "generator->tokenizer"
@@ -66,18 +65,70 @@ class TokenPipeline(DiffusionPipeline):
         defaults: dict | None = None,
     ) -> None:
         super().__init__()
-        guidance_of_defaults(defaults or {})
+        check_defaults({} if defaults is None else defaults, None if generator is None else len(generator.block_sizes))
+        if tokenizer is not None and generator is not None:
+            check_parts(tokenizer, generator)
         self.register_modules(tokenizer=tokenizer, generator=generator)
         self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
-        self.vocabulary = None if vocabulary is None else Vocabulary.from_dict(vocabulary)
+        self.vocabulary = None if vocabulary is None else read_vocabulary(vocabulary)
+        if self.vocabulary is not None and generator is not None:
+            check_vocabulary(self.vocabulary, generator)
         self.runtime = Runtime()
         self.offload = False
+        self.deterministic = "auto"
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
 
     def __repr__(self) -> str:
         """A few lines; diffusers would print the whole configuration, all words of the vocabulary among it."""
         return summary(self)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *,
+        tokenizer: ModelMixin | None = None,
+        generator: ModelMixin | None = None,
+        torch_dtype: str | torch.dtype | None = None,
+        dtype: str | torch.dtype | None = None,
+        device_map: str | torch.device | None = None,
+        use_safetensors: bool | None = None,
+        local_files_only: bool | None = None,
+        **others: Any,
+    ) -> Self:
+        """A pipeline from a folder that `save_pretrained` wrote; `visar.load` also takes names of models.
+
+        Not by diffusers' loader: that imports whatever modules a folder names. Here classes come from a table.
+
+        Args:
+            pretrained_model_name_or_path: the folder.
+            tokenizer, generator: used instead of the folder's.
+            torch_dtype, dtype: of both parts, as torch has it or by name; None is float32.
+            device_map: one device for all, such as "cpu" or "cuda:1"; None is the CPU.
+            use_safetensors: None or True; there is no other format.
+            local_files_only: any value; nothing is fetched.
+            others: further arguments of diffusers' loader. None of them is taken here.
+
+        Raises:
+            ValueError: no such folder, one that is damaged or names other classes, or an argument that is not taken.
+        """
+        refused = {name: value for name, value in others.items() if value is not None and value is not False}
+        refused |= {"use_safetensors": False} if use_safetensors is False else {}
+        if refused:
+            name, value = next(iter(refused.items()))
+            raise ValueError(f"from_pretrained does not take {name}={value!r}; it reads safetensors of one folder")
+        for name, given in (("torch_dtype", torch_dtype), ("dtype", dtype), ("device_map", device_map)):
+            if not isinstance(given, str | torch.dtype | torch.device | None):
+                raise ValueError(f"{name} {given!r}; give one for all parts, such as 'float32' or 'cpu'")
+        folder = Path(pretrained_model_name_or_path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder; visar.load also takes names of models (visar models)")
+        device, kind = placement(device_map or "cpu", torch_dtype or dtype or torch.float32)
+        parts = read_pipeline(folder, cls, tokenizer=tokenizer, generator=generator)
+        for part in ("tokenizer", "generator"):
+            _place(parts[part], device, kind)
+        return cls(**parts)
 
     def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
         """Writes the pipeline to a folder, as diffusers does.
@@ -104,6 +155,11 @@ class TokenPipeline(DiffusionPipeline):
     def device(self) -> torch.device:
         """Where images are made."""
         return self.generator.device if self.offload else super().device
+
+    def _invariant(self) -> bool:
+        """Whether images are to be the same bits in every batch, by kernels that can be had here."""
+        check_deterministic(self.deterministic)
+        return wanted(self.deterministic, batching.largest_weight(self.generator).dtype, self._execution_device)
 
     def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()
@@ -218,9 +274,13 @@ class TokenPipeline(DiffusionPipeline):
         top_k: int | Sequence[int] | None = None,
         top_p: float | Sequence[float] | None = None,
     ) -> dict[str, Any]:
-        """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values."""
-        given = {"sampler": sampler, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        return chosen_settings(self.config["defaults"], guidance_scale, given)
+        """Arguments of `sample_tokens`: what is given, else the model's defaults, else the neutral values.
+
+        Raises:
+            ValueError: an unknown sampler, or a setting that it does not have or take.
+        """
+        general = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+        return chosen_settings(self.config["defaults"], sampler, guidance_scale, general)
 
     def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
         """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
@@ -233,10 +293,17 @@ class TokenPipeline(DiffusionPipeline):
         Raises:
             ValueError: the first thing that does not fit.
         """
-        chosen = {**self.sampling_settings(**settings), "sampler_options": sampler_options}
-        anything = Condition(labels_BA=torch.zeros(1, 1, dtype=torch.int64))
-        with contextlib.suppress(Begun):
-            self._run_sampler(Helpers(), Check(), anything, [0], callback=None, **chosen)
+        chosen = self.sampling_settings(**settings)
+        entry, options = self._options(Helpers(), chosen.pop("sampler"), sampler_options)
+        entry.check(self.generator, chosen | options)
+
+    def _options(
+        self, helpers: Helpers, sampler: str, given: dict[str, Any] | None
+    ) -> tuple[SamplerEntry, dict[str, Any]]:
+        entry, options = resolve_options(sampler, given, self.generator, helpers)
+        if "codebook" in entry.settings() and options.get("neighbours") is None:
+            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
+        return entry, options
 
     def sample_tokens(
         self,
@@ -245,58 +312,37 @@ class TokenPipeline(DiffusionPipeline):
         *,
         sampler: str = "ancestral",
         sampler_options: dict[str, Any] | None = None,
-        guidance: Guidance,
-        temperature: float | Sequence[float],
-        top_k: int | Sequence[int],
-        top_p: float | Sequence[float],
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback | None = None,
+        **settings: Any,
     ) -> SampleOutput:
         """Tokens of a batch; see the sampler's own docstring for its options.
 
         Options may be text, as on the command line; a drafter is then what `load_drafter` takes, and followers are
         names or folders of pipelines.
 
+        Args:
+            condition, seeds: of the images.
+            sampler, sampler_options: see `visar samplers`.
+            callback: called in the sampler's loop; True ends the sampling, see `Callback`.
+            settings: guidance, and those of temperature, top_k and top_p that the sampler has.
+
         Raises:
             ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
         """
-        return self._run_sampler(
-            self._helpers,
-            self.runtime,
-            condition,
-            seeds,
-            sampler=sampler,
-            sampler_options=sampler_options,
-            guidance=guidance,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            callback=callback,
-        )
-
-    def _run_sampler(
-        self,
-        helpers: Helpers,
-        runtime: Runtime,
-        condition: Condition,
-        seeds: list[int],
-        *,
-        sampler: str,
-        sampler_options: dict[str, Any] | None,
-        **settings: Any,
-    ) -> SampleOutput:
-        entry, options = resolve_options(sampler, sampler_options or {}, self.generator, helpers)
-        check_one_value(sampler, entry, **{name: settings[name] for name in ("temperature", "top_k", "top_p")})
-        if "codebook" in entry.settings() and options.get("neighbours") is None:
-            options.setdefault("codebook", self.tokenizer.codebook.to(self._execution_device))
-        noise = Noise(seeds, self._execution_device)
-        condition = condition.to(self._execution_device)
-        return entry.load()(self.generator, condition, noise=noise, runtime=runtime, **settings, **options)
+        entry, options = self._options(self._helpers, sampler, sampler_options)
+        noise, condition = Noise(seeds, self._execution_device), condition.to(self._execution_device)
+        arguments = settings | options
+        with batch_invariant(self._invariant()):
+            return entry.load()(
+                self.generator, condition, noise=noise, runtime=self.runtime, callback=callback, **arguments
+            )
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent_BChw` is."""
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""
         with self._fetched(self.tokenizer):
             # A graph reads weights where they were: of no use to a tokenizer that moves.
-            decoded = decode_tokens(self.tokenizer, tokens, runtime=EAGER if self.offload else self.runtime)
+            runtime = EAGER if self.offload else self.runtime
+            decoded = decode_tokens(self.tokenizer, tokens, runtime=runtime, invariant=self._invariant())
         return decoded.float().clamp(-1.0, 1.0)
 
 

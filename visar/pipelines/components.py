@@ -13,25 +13,21 @@ from torch import nn
 
 from visar.checkpoints import hub
 from visar.checkpoints.common import State, empty, load_strict
-from visar.checkpoints.convert import Convert, Models, read_models
+from visar.checkpoints.convert import read_models
+from visar.checkpoints.options import Convert
+from visar.checkpoints.rows import Models
+from visar.generators import families as generators
 from visar.io.files import load_weights, tensors_only
+from visar.tokenizers import families as tokenizers
 
+_MODEL_FILES = ("model_index.json", "config.json")
+# Levels of a model's JSON files: a vocabulary has 4.
+_DEEPEST = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 # Folders name the classes of their models. These are the only ones that loading a folder makes, and where they are.
-TOKENIZERS = {"MultiScaleVQTokenizer": "visar.tokenizers.multiscale_vq", "VQTokenizer": "visar.tokenizers.vq"}
-
-
-GENERATORS = {
-    "HierarchicalMaskedTransformer": "visar.generators.hierarchical_masked",
-    "NextScaleTransformer": "visar.generators.next_scale",
-    "OneStepGenerator": "visar.generators.one_step",
-    "RasterGPT": "visar.generators.raster",
-    "TabularGenerator": "visar.generators.tabular",
-}
-
-
+TOKENIZERS, GENERATORS = tokenizers.MODULES, generators.MODULES
 DRAFTERS = {"FeatureDrafter": "visar.samplers.drafters.eagle", "SpatialHeads": "visar.samplers.drafters.heads"}
 
 
@@ -40,12 +36,11 @@ def load_generator(
 ) -> Any:
     """The generator of a pipeline by embedded or official name or by folder; arguments and errors as `visar.load`."""
     target, kind = placement(device, dtype)
-    folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else Path(name)
-    if str(name) in hub.OFFICIAL:
-        generator: Any = read_official(hub.OFFICIAL[str(name)]).generator
+    folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else model_folder(name)
+    if str(name) in hub.official():
+        generator: Any = read_official(hub.official()[str(name)]).generator
     elif (folder / "model_index.json").is_file():
-        module, class_name = read_json(folder / "model_index.json")["generator"]
-        generator = load_component(GENERATORS, class_name, folder / "generator", module)
+        generator = load_part(GENERATORS, read_json(folder / "model_index.json"), "generator", folder)
     else:
         raise hub.unknown_model(str(name))
     return _place(generator, target, kind)
@@ -66,7 +61,7 @@ def load_tokenizer(
     The name of a generator gives the tokenizer that it was trained with. Arguments and errors as in `load`.
     """
     target, kind = placement(device, dtype)
-    folder = Path(name)
+    folder = model_folder(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         folder = hub.EMBEDDED_FOLDER / (str(name) if facts["kind"] == "tokenizer" else facts["tokenizer"])
@@ -83,6 +78,15 @@ def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> Model
     return model.eval()
 
 
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model: as given, or model/ in the folder of a training run."""
+    folder = Path(name)
+    inner = folder / "model"
+    if any((folder / file).exists() for file in _MODEL_FILES) or not any((inner / f).is_file() for f in _MODEL_FILES):
+        return folder
+    return inner
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a model's folder.
 
@@ -93,11 +97,44 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path.parent} is damaged or incomplete: {path.name}: {error.strerror}") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path.parent} is damaged or incomplete: {path.name} holds a {type(content).__name__}")
+    level: list[Any] = [content]
+    for _ in range(_DEEPEST):
+        level = [inner for each in level for inner in (each.values() if isinstance(each, dict) else each)]
+        level = [each for each in level if isinstance(each, dict | list)]
+    if level:
+        raise ValueError(f"{path.parent} is damaged: {path.name} is nested more than {_DEEPEST} deep")
     return content
+
+
+def read_pipeline(folder: Path, pipeline: type, **given: ModelMixin | None) -> dict[str, Any]:
+    """Arguments of a pipeline from the folder that its `save_pretrained` wrote; see `load_component`.
+
+    Args:
+        folder: with model_index.json and a folder for every part.
+        pipeline: its class.
+        given: tokenizer or generator to be used instead of the folder's; None is the folder's.
+
+    Raises:
+        ValueError: no such folder, one of another class, or one that is damaged.
+    """
+    if not (folder / "model_index.json").is_file():
+        alone = (
+            " It holds one model: use visar.load_tokenizer, or from_pretrained of the generator's class."
+            * (folder / "config.json").is_file()
+        )
+        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
+    index, parts = read_json(folder / "model_index.json"), {}
+    if index.get("_class_name") != pipeline.__name__:
+        raise ValueError(f"{folder} holds a {index.get('_class_name')!s:.80}; an {pipeline.__name__} is needed")
+    for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
+        parts[name] = given.get(name)
+        if parts[name] is None:
+            parts[name] = load_part(allowed, index, name, folder)
+    return {**parts, "vocabulary": index.get("vocabulary"), "defaults": index.get("defaults")}
 
 
 def _tokenizer(folder: Path) -> ModelMixin:
@@ -124,6 +161,25 @@ def model_class(allowed: Mapping[str, str], name: object, module: object = None)
     return found
 
 
+def load_part(allowed: Mapping[str, str], index: Mapping[str, Any], name: str, folder: Path) -> ModelMixin:
+    """A part of a pipeline as its model_index.json names it.
+
+    Args:
+        allowed: see `model_class`.
+        index: content of model_index.json.
+        name: of the part.
+        folder: of the pipeline.
+
+    Raises:
+        ValueError: the index does not name it as it should, or see `load_component`.
+    """
+    match index.get(name):
+        case [str(module), str(class_name)]:
+            return load_component(allowed, class_name, folder / name, module)
+        case other:
+            raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r:.200}")
+
+
 def load_component(allowed: Mapping[str, str], name: object, folder: Path, module: object = None) -> ModelMixin:
     """A model on the CPU, in the dtype that its file is stored in.
 
@@ -146,7 +202,9 @@ def load_component(allowed: Mapping[str, str], name: object, folder: Path, modul
     try:
         model = empty(found, config)
     except TypeError as error:
-        raise ValueError(f"{folder} was made by another version of visar: {error}") from error
+        raise ValueError(f"{folder} was made by another version of visar, or is damaged: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{folder} is damaged: config.json: {error}") from error
     return load_strict(model, _weights(folder), str(folder))
 
 
@@ -155,7 +213,10 @@ def _weights(folder: Path) -> State:
     index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
     names = {SAFETENSORS_WEIGHTS_NAME}
     if index.is_file():
-        names = {Path(name).name for name in read_json(index)["weight_map"].values()}
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{folder} is damaged or incomplete: {index.name} has no weight_map of file names")
+        names = {Path(name).name for name in files.values()}
     state: State = {}
     for name in sorted(names):
         try:

@@ -6,7 +6,8 @@ from typing import Any
 from torch import nn
 
 from visar.checkpoints import hub
-from visar.pipelines.components import DRAFTERS, load_component, load_generator, read_json
+from visar.core.interface import Features
+from visar.pipelines.components import DRAFTERS, load_component, load_generator, model_folder, read_json
 from visar.samplers.drafters.interface import Drafter, check_features, check_fit, target_digest
 from visar.samplers.drafters.model import ModelDrafter
 from visar.samplers.drafters.ngram import NgramDrafter
@@ -27,7 +28,7 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
     Raises:
         ValueError: no such drafter, one that was trained for another generator, or a damaged folder.
     """
-    text, folder = str(name), Path(name)
+    text, folder = str(name), model_folder(name)
     if text == "ngram":
         return NgramDrafter()
     if text in CLASSES:
@@ -39,9 +40,8 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
         check_fit(generator, target)
         return ModelDrafter(generator)
     if not (folder / "config.json").is_file():
-        inner = f"; did you mean {folder / 'model'}?" if (folder / "model" / "config.json").is_file() else ""
         raise ValueError(
-            f"unknown drafter {text!r}{inner}; allowed: ngram, eagle, heads, the folder of a drafter (model/ of visar "
+            f"unknown drafter {text!r}; allowed: ngram, eagle, heads, the folder of a drafter (or of a run of visar "
             "train drafter), or the name or folder of a smaller model of the same tokens"
         )
     drafter: Any = load_component(DRAFTERS, read_json(folder / "config.json").get("_class_name"), folder)
@@ -58,7 +58,7 @@ def _embedded(kind: str, target: Any) -> Path:
     """
     names = [name for name in hub.embedded_names() if hub.about(name)["kind"] == "drafter"]
     known = {name: read_json(hub.EMBEDDED_FOLDER / name / "config.json") for name in names}
-    digest = target_digest(target) if callable(getattr(target, "features", None)) else None
+    digest = target_digest(target) if isinstance(target, Features) else None
     for name, config in known.items():
         if config["_class_name"] == CLASSES[kind] and config["target_digest"] == digest:
             return hub.EMBEDDED_FOLDER / name

@@ -8,7 +8,9 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from visar.data.crops import center_crop
 from visar.data.images import as_float
+from visar.data.pictures import rgb
 from visar.io.pictures import to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.samplers.editing import Strategy, box_mask, grid_mask
@@ -20,22 +22,32 @@ def check_over_scales(pipeline: ImagePipeline) -> None:
     Raises:
         ValueError: they do not.
     """
-    layout = pipeline.tokenizer.layout
-    if layout.kind != "scales":
-        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {layout.kind}")
+    kind = pipeline.tokenizer.layout.arrangement
+    if kind != "scales":
+        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {kind}")
+
+
+def check_previews(pipeline: ImagePipeline) -> None:
+    """Checks that some of the first tokens of a pipeline's images make images of their own.
+
+    Raises:
+        ValueError: only all tokens do.
+    """
+    if not pipeline.tokenizer.layout.previews:
+        raise ValueError(
+            "for previews a model over scales is needed (VAR, HMAR); the tokens of this one are a "
+            f"{pipeline.tokenizer.layout.arrangement}"
+        )
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
-    """Pictures as float [B, 3, side, side] in [-1, 1]; transparent parts become white, other sizes are resized."""
-    arrays = []
-    for picture in pictures:
-        canvas = PIL.Image.new("RGBA", picture.size, "white")
-        canvas.alpha_composite(picture.convert("RGBA"))
-        flat = canvas.convert("RGB")
-        if flat.size != (side, side):
-            flat = flat.resize((side, side), PIL.Image.Resampling.LANCZOS)
-        arrays.append(np.asarray(flat))
-    return as_float(torch.from_numpy(np.stack(arrays)))
+    """Pictures as float [B, 3, side, side] in [-1, 1]: read as for training, their centre squares."""
+    return as_float(torch.from_numpy(np.stack([np.asarray(center_crop(rgb(each), side)) for each in pictures])))
+
+
+def paste_back(made_BCHW: Tensor, given_BCHW: Tensor, keep_BHW: Tensor) -> Tensor:
+    """What was made, with the pixels of the given images where keep (bool [B or 1, H, W]) is True."""
+    return torch.where(keep_BHW[:, None], given_BCHW.to(made_BCHW.dtype), made_BCHW)
 
 
 @torch.no_grad()
@@ -50,6 +62,7 @@ def edit_images(
     class_labels: Sequence[int | str] | None = None,
     attributes: dict[str, str] | None = None,
     unconditional: bool = False,
+    paste: bool = True,
     seed: int = 0,
     **settings: Any,
 ) -> ImageOutput:
@@ -57,14 +70,15 @@ def edit_images(
 
     Args:
         pipeline: over scales.
-        pictures: of any size; they are resized to the model's.
-        box: top, left, bottom, right as fractions in 0 ... 1.
+        pictures: of any size; their centre squares are resized to the model's size, as in training.
+        box: top, left, bottom, right as fractions of that square, in 0 ... 1.
         mask: bool [B or 1, H, W] in the model's pixels, True where the picture stays; instead of box.
         keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
         strategy: "codes", "map", or "refine" for a hierarchical masked model; see `sample_edit`.
         class_labels: one a picture, by name or number, to edit towards; None draws it from the training law.
         attributes: further labels by name.
         unconditional: give the model nothing instead, so that the rest of the picture alone decides.
+        paste: put the given pixels back where the picture stays; else they too have gone through the tokenizer.
         seed: picture i has seed + i.
         settings: of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
             sampler_options.
@@ -81,9 +95,10 @@ def edit_images(
         raise ValueError("unconditional excludes class_labels and attributes")
     tokenizer, device = pipeline.tokenizer, pipeline.device
     seeds = pipeline.prepare_seeds(len(pictures), seed)
-    finest = tokenizer.layout.scales[-1]
+    finest = tokenizer.layout.shapes[-1]
     images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
-    kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(torch.as_tensor(mask), finest)
+    kept_pixels = box_mask(images.shape[-2:], box, keep=keep) if box is not None else torch.as_tensor(mask)
+    kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(kept_pixels, finest)
     condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
     if unconditional:
         condition, descriptions = pipeline.generator.null_condition(condition), [""] * len(pictures)
@@ -93,9 +108,12 @@ def edit_images(
         "keep": kept.to(device),
         "strategy": strategy,
     }
-    chosen = {**pipeline.sampling_settings(**settings), "sampler": "edit", "sampler_options": options}
+    chosen = {**pipeline.sampling_settings(**settings, sampler="edit"), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
-    made = to_pictures(pipeline.decode(out.latent_BChw if out.latent_BChw is not None else out.tokens))
+    made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens)
+    if paste:
+        made_BCHW = paste_back(made_BCHW, images, kept_pixels.to(device))
+    made = to_pictures(made_BCHW)
     return ImageOutput(
         images=made, statistics=out.statistics, tokens=out.tokens, seeds=seeds, descriptions=descriptions
     )
@@ -108,9 +126,10 @@ def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.
     Raises:
         ValueError: a model without scales, or ids that are no whole number of scales.
     """
-    check_over_scales(pipeline)
-    sizes = [height * width for height, width in pipeline.tokenizer.layout.scales]
-    pipeline.tokenizer.split(tokens_BN)
-    ends = [sum(sizes[: scale + 1]) for scale in range(len(sizes)) if sum(sizes[: scale + 1]) <= tokens_BN.shape[1]]
+    check_previews(pipeline)
+    previews, num_tokens = pipeline.tokenizer.layout.previews, tokens_BN.shape[1]
+    if num_tokens not in previews:
+        raise ValueError(f"{num_tokens} tokens are not a whole number of scales; allowed: {list(previews)}")
+    ends = previews[: previews.index(num_tokens) + 1]
     columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
     return [list(row) for row in zip(*columns, strict=True)]

@@ -138,7 +138,7 @@ class ImagePipeline(TokenPipeline):
                 descriptions=descriptions[:made],
             )
 
-        num_tokens = sum(self.generator.block_sizes)
+        num_tokens = self.generator.num_tokens
         # Typed as a decorator in some versions of diffusers, which it is not.
         progress_bar: Any = self.progress_bar
         with progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
@@ -154,7 +154,7 @@ class ImagePipeline(TokenPipeline):
                     out = self.sample_tokens(
                         condition.rows(part), image_seed_list[part], callback=callback, **settings
                     )
-                    pictures = self.decode(out.tokens if out.latent_BChw is None else out.latent_BChw)
+                    pictures = self.decode(out.tokens if out.latent is None else out.latent)
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive

@@ -6,17 +6,10 @@ import torch
 from diffusers import ModelMixin
 
 from visar.checkpoints import hub
+from visar.kernels import available
+from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import (
-    GENERATORS,
-    TOKENIZERS,
-    _place,
-    _tokenizer,
-    load_component,
-    placement,
-    read_json,
-    read_official,
-)
+from visar.pipelines.components import _place, _tokenizer, model_folder, placement, read_official, read_pipeline
 from visar.pipelines.image import ImagePipeline
 
 
@@ -27,25 +20,33 @@ def load(
     dtype: str | torch.dtype | None = None,
     offload: bool = False,
     quantize: str = "none",
+    deterministic: str = "auto",
 ) -> ImagePipeline:
     """A pipeline ready to sample.
 
     Args:
-        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained`. Official weights
-            are fetched from the Hugging Face hub at the first use.
+        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained` or by a training
+            run. Official weights are fetched from the Hugging Face hub at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
         quantize: "int8" or "fp8" halves the generator's weights once more (visar/layers/quantize.py); "none" = off.
+        deterministic: "batch": an image is the same bits whatever batch it is made in, on a GPU too (by Triton);
+            "auto": in float32 only; "off": never. docs/seeds.md says what it costs.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), unknown device, dtype or quantize, or files that are damaged
-            or do not fit.
+        ValueError: unknown name (with the nearest ones), unknown device, dtype, quantize or deterministic, a pair of
+            them that excludes each other, or files that are damaged or do not fit.
         ImportError: quantize without torchao.
     """
     target, kind = placement(device, dtype)
     check_quantization(quantize)
-    folder = Path(name)
+    check_deterministic(deterministic)
+    if deterministic == "batch" and quantize != "none":
+        raise ValueError(f"deterministic 'batch' is for weights that are not quantised; quantize is {quantize!r}")
+    if deterministic == "batch" and target.type != "cpu" and not available(target):
+        raise ValueError(f"deterministic 'batch' on {target} needs Triton, which does not run here; use auto or off")
+    folder = model_folder(name)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
@@ -54,12 +55,13 @@ def load(
             raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
         tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
         pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
-    elif str(name) in hub.OFFICIAL:
-        pipeline = _official(hub.OFFICIAL[str(name)])
+    elif str(name) in hub.official():
+        pipeline = _official(hub.official()[str(name)])
     elif folder.is_dir():
         pipeline = _from_folder(folder)
     else:
         raise hub.unknown_model(str(name))
+    pipeline.deterministic = deterministic
     if offload:
         pipeline.enable_offload()
     _place(pipeline.tokenizer, torch.device("cpu") if offload else target, kind)
@@ -67,26 +69,13 @@ def load(
     return pipeline
 
 
-def _from_folder(folder: Path, **components: ModelMixin) -> ImagePipeline:
-    """A pipeline from its folder; `components` are used instead of what the folder has."""
-    if not (folder / "model_index.json").is_file():
-        alone = (
-            " It holds one model: use visar.load_tokenizer, or from_pretrained of the generator's class."
-            * (folder / "config.json").is_file()
-        )
-        raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
-    index = read_json(folder / "model_index.json")
-    if index.get("_class_name") != ImagePipeline.__name__:
-        raise ValueError(f"{folder} holds a {index.get('_class_name')}; an {ImagePipeline.__name__} is needed")
-    for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
-        if name in components:
-            continue
-        match index.get(name):
-            case [str(module), str(class_name)]:
-                components[name] = load_component(allowed, class_name, folder / name, module)
-            case other:
-                raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r}")
-    return ImagePipeline(**components, vocabulary=index.get("vocabulary"), defaults=index.get("defaults"))
+def _from_folder(folder: Path, **given: ModelMixin) -> ImagePipeline:
+    """A pipeline from its folder; `given` are used instead of what the folder has."""
+    parts = read_pipeline(folder, ImagePipeline, **given)
+    try:
+        return ImagePipeline(**parts)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def _official(entry: hub.Official) -> ImagePipeline:

@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import image_seeds
-from visar.generators.scales import ScaleGenerator
 
 LARGEST_CPU_BATCH = 64
 """More images at a time gain nothing on a CPU."""
@@ -57,9 +55,14 @@ def weight_bytes(*models: nn.Module) -> int:
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
+def largest_weight(model: nn.Module) -> Tensor:
+    """The parameter with the most entries: its dtype is what the model computes in."""
+    return max(model.parameters(), key=lambda parameter: parameter.numel())
+
+
 def element_bytes(model: nn.Module) -> int:
     """Bytes of an entry of the model's largest weight: what it computes in."""
-    return max(model.parameters(), key=lambda parameter: parameter.numel()).itemsize
+    return largest_weight(model).itemsize
 
 
 def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> MemoryNeed:
@@ -72,21 +75,19 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     """
     config, rows = generator.config, batch * (2 if guided else 1)
     entry = element_bytes(generator)
-    slots = getattr(generator, "prefix_length", 0) + sum(generator.block_sizes)
-    keeps_none = isinstance(generator, ScaleGenerator) and generator.make_cache(1, 1, torch.float32, _META) is None
-    cache = 0 if keeps_none else 2 * config["num_layers"] * config["width"] * slots * rows * entry
     hidden = config.get("hidden_width") or round(config["width"] * config.get("mlp_ratio", 4.0))
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config["vocab_size"]
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config["width"]))
     own = tokenizer.config
     levels = own["channel_multipliers"]
-    height, width = tokenizer.layout.scales[-1]
-    pixels = height * width * 4 ** (len(levels) - 1)
+    pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
     maps = batch * pixels * own["base_channels"] * levels[0] * element_bytes(tokenizer)
-    return MemoryNeed(weights=weight_bytes(generator, tokenizer), cache=cache, step=step, decoding=_LIVE_MAPS * maps)
-
-
-_META = torch.device("meta")
+    return MemoryNeed(
+        weights=weight_bytes(generator, tokenizer),
+        cache=generator.cache_bytes(rows),
+        step=step,
+        decoding=_LIVE_MAPS * maps,
+    )
 
 
 def free_bytes(device: torch.device) -> int:
@@ -177,19 +178,6 @@ def borrowed(module: nn.Module, device: torch.device) -> Iterator[None]:
         nn.Module.to(module, home)
 
 
-def any_condition(generator: Any, batch: int, device: torch.device) -> Condition:
-    """Some condition that the generator takes, for `batch` images: to time or measure it."""
-    config = generator.config
-    if config.get("caption_width"):
-        shape = (batch, config["caption_length"], config["caption_width"])
-        mask = torch.ones(shape[:2], dtype=torch.bool, device=device)
-        return Condition(text_BTC=torch.ones(shape, device=device), text_mask_BT=mask)
-    sizes = ([config["num_classes"]] if config["num_classes"] else []) + list(config["attributes"])
-    labels = torch.zeros(batch, len(sizes), dtype=torch.int64, device=device) if sizes else None
-    words = torch.ones(batch, 1, dtype=torch.int64, device=device) if config["word_vocab_size"] else None
-    return Condition(labels_BA=labels, words_BT=words)
-
-
 # Part of a GPU's free memory that a measured batch may take.
 USABLE = 0.9
 
@@ -226,10 +214,6 @@ def _estimate(pipeline: Any, guidance: Guidance) -> Callable[[int], int]:
     return lambda batch: memory_need(pipeline.generator, pipeline.tokenizer, batch, guided).batch
 
 
-class _Enough(Exception):
-    """Ends a call that is only measured."""
-
-
 def _measured_bytes(pipeline: Any, batch: int, settings: dict[str, Any], device: torch.device) -> int:
     """Most that torch takes from a GPU for a batch, captured steps and decoder included."""
     pipeline.runtime.clear()
@@ -238,15 +222,12 @@ def _measured_bytes(pipeline: Any, batch: int, settings: dict[str, Any], device:
     before = torch.cuda.memory_reserved(device)
     alike = len(set(pipeline.generator.block_kinds)) == 1
 
-    def callback(done: int, ids: Tensor) -> None:
-        if alike and done >= 3:
-            raise _Enough
+    def enough(done: int, _: Tensor) -> bool:
+        return alike and done >= 3
 
-    with contextlib.suppress(_Enough):
-        condition = any_condition(pipeline.generator, batch, device)
-        pipeline.sample_tokens(condition, image_seeds(0, batch), callback=callback, **settings)
-    num_tokens = sum(pipeline.generator.block_sizes)
-    ids_BN = torch.zeros(batch, num_tokens, dtype=torch.int64, device=device)
+    condition = pipeline.generator.example_condition(batch)
+    pipeline.sample_tokens(condition, image_seeds(0, batch), callback=enough, **settings)
+    ids_BN = torch.zeros(batch, pipeline.generator.num_tokens, dtype=torch.int64, device=device)
     for _ in range(2):  # as it is, then captured
         pipeline.decode(ids_BN)
     torch.cuda.synchronize(device)

@@ -10,6 +10,7 @@ import torch
 
 from visar.core.condition import Condition
 from visar.core.noise import Noise, Use, image_seeds
+from visar.data.vocabulary import Vocabulary, match_names
 
 
 def each_image(name: str, values: Any, num_images: int) -> list[Any]:
@@ -93,9 +94,10 @@ def numbered_classes(
     return Condition(labels_BA=labels[:, None]), [f"class {int(label)}" for label in labels]
 
 
-def number_or_name(text: str) -> int | str:
-    """A class as a command line gives it."""
-    return int(text) if text.removeprefix("-").isdecimal() else text
+def number_or_name(text: str, vocabulary: Vocabulary | None) -> int | str:
+    """A class as a command line gives it: a number only where no class of the model has that name."""
+    named = vocabulary is not None and match_names(text.strip(), vocabulary.attributes.get("class", ()))
+    return int(text) if text.removeprefix("-").isdecimal() and not named else text
 
 
 def named_values(pairs: Sequence[str]) -> dict[str, str] | None:

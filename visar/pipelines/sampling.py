@@ -1,20 +1,18 @@
 """Sampling settings of a pipeline: its defaults, and a sampler's own options as the sampler takes them."""
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
-import torch
-
 from visar.core.guidance import Guidance
-from visar.core.runtime import Runtime, Session
-from visar.generators.scales import ScaleGenerator
+from visar.pipelines.components import load_generator
+from visar.pipelines.drafters import load_drafter
 from visar.samplers.drafters.interface import Drafter
-from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
-from visar.samplers.settings import take_setting
+from visar.samplers.index import GENERAL, SAMPLERS, SamplerEntry, find_sampler
+from visar.samplers.settings import annotations, kind_of_model, take_setting, take_settings
 
-NEUTRAL = {"sampler": "ancestral", "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+NEUTRAL = {"sampler": "ancestral", **GENERAL}
 
 
 def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
@@ -42,20 +40,34 @@ def guidance_of_defaults(defaults: Mapping[str, Any]) -> Guidance:
 
 
 def chosen_settings(
-    defaults: Mapping[str, Any], guidance_scale: float | Guidance | None, given: Mapping[str, Any]
+    defaults: Mapping[str, Any],
+    sampler: str | None,
+    guidance_scale: float | Guidance | None,
+    general: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """sampler, temperature, top_k, top_p and guidance: what is given, else a pipeline's default, else neutral.
+    """sampler, guidance, and those of temperature, top_k and top_p that the sampler has: what is given, else the
+    pipeline's default, else the neutral value.
 
     Args:
         defaults: of the pipeline.
+        sampler: name; None is the default.
         guidance_scale: strength, which leaves the rest of the default guidance as it is; or the whole guidance.
-        given: by name; None where nothing is given.
+        general: temperature, top_k and top_p; None where nothing is given.
 
     Raises:
-        ValueError: a guidance_scale that is no number.
+        ValueError: an unknown sampler, a setting that it does not have or a value that it does not take, or a
+            guidance_scale that is no number.
     """
     standard = {**NEUTRAL, **defaults}
-    settings = {name: standard[name] if value is None else value for name, value in given.items()}
+    sampler = standard["sampler"] if sampler is None else sampler
+    has = find_sampler(sampler).parameters()
+    unknown = [name for name, value in general.items() if value is not None and name not in has]
+    if unknown:
+        raise ValueError(f"sampler {sampler} has no {unknown[0]}")
+    settings: dict[str, Any] = {"sampler": sampler}
+    for name in (name for name in general if name in has):
+        value = standard[name] if general[name] is None else general[name]
+        settings[name] = take_setting(sampler, name, value, general=True)
     guidance = guidance_scale
     if not isinstance(guidance, Guidance):
         own = guidance_of_defaults(defaults)
@@ -70,99 +82,62 @@ def chosen_settings(
 
 
 class Helpers:
-    """Drafters and further generators that options name: loaded once, and anew where the generator was moved or cast.
-
-    Generators here are those that the helpers work for: they say device and dtype.
-    """
+    """Drafters and generators that settings name: loaded once, and anew where the generator was moved or cast."""
 
     def __init__(self) -> None:
-        self._drafters: dict[tuple, Drafter] = {}
-        self._models: dict[tuple, Any] = {}
+        self._loaded: dict[tuple, Any] = {}
 
-    def drafter(self, name: str, generator: Any) -> Drafter:
-        """A drafter by name or folder."""
-        from visar.pipelines.drafters import load_drafter
+    def load(self, kind: type, name: Any, generator: Any) -> Any:
+        """A model, or a tuple of them, by name or folder; what is no text is given back.
 
-        key = (name, generator.device, generator.dtype)
-        if key not in self._drafters:
-            self._drafters[key] = load_drafter(name, generator)
-        return self._drafters[key]
+        Args:
+            kind: Drafter, or the protocol that the model must have.
+            name: as of `load_drafter` or `load_generator`.
+            generator: that it works for: it says device and dtype.
 
-    def model(self, model: Any, generator: Any) -> Any:
-        """A generator as it is, or that of a pipeline by name or folder."""
-        from visar.pipelines.components import load_generator
-
-        if not isinstance(model, str):
-            return model
-        key = (model, generator.device, generator.dtype)
-        if key not in self._models:
-            loaded = load_generator(model, device=generator.device, dtype=generator.dtype)
-            if not isinstance(loaded, ScaleGenerator):
-                raise ValueError(f"{model} is a {type(loaded).__name__}; followers are generators over scales")
-            self._models[key] = loaded
-        return self._models[key]
+        Raises:
+            ValueError: no such model, or one that does not fit.
+        """
+        if isinstance(name, tuple):
+            return tuple(self.load(kind, each, generator) for each in name)
+        if not isinstance(name, str):
+            return name
+        key = (kind, name, generator.device, generator.dtype)
+        if key not in self._loaded:
+            if kind is Drafter:
+                found: Any = load_drafter(name, generator)
+            else:
+                found = load_generator(name, device=generator.device, dtype=generator.dtype)
+            if not isinstance(found, kind):
+                raise ValueError(f"{name} is a {type(found).__name__}; one that has {kind.__name__} is needed")
+            self._loaded[key] = found
+        return self._loaded[key]
 
 
 def resolve_options(
-    sampler: str, given: Mapping[str, Any], generator: Any, helpers: Helpers
+    sampler: str, given: Mapping[str, Any] | None, generator: Any, helpers: Helpers
 ) -> tuple[SamplerEntry, dict[str, Any]]:
-    """A sampler by name and its options: texts read, drafters and followers loaded.
+    """A sampler by name and its own settings: texts read, drafters and followers loaded.
 
     Args:
         sampler: name.
-        given: its options, as texts or values.
+        given: its settings, as texts or values; None is none.
         generator: to sample from.
         helpers: what was loaded for it.
 
     Raises:
-        ValueError: unknown sampler or option, a value that the option does not take, an option that it needs is not
-            given, or a generator that lacks what the sampler needs.
+        ValueError: unknown sampler or setting, a value that it does not take, a setting that it needs is not given, or
+            a generator that lacks what the sampler needs.
     """
     entry = find_sampler(sampler)
-    if not isinstance(given, Mapping):
+    if not isinstance(given, Mapping | None):
         raise ValueError(f"sampler_options {given!r}; give a dictionary, such as {{'window': 16}}")
-    options = dict(given)
-    unknown = sorted(set(options) - set(entry.settings()))
-    if unknown:
-        allowed = ", ".join(entry.settings()) or "none"
-        raise ValueError(f"sampler {sampler} has no option {unknown[0]!r}; its options: {allowed}")
-    for name, value in options.items():
-        options[name] = take_setting(sampler, name, value)
-    if isinstance(options.get("drafter"), str):
-        options["drafter"] = helpers.drafter(options["drafter"], generator)
-    if "followers" in options:
-        options["followers"] = [helpers.model(each, generator) for each in options["followers"]]
     if not entry.fits(generator):
         able = ", ".join(name for name, other in SAMPLERS.items() if other.fits(generator))
         raise ValueError(f"sampler {sampler} does not fit a {type(generator).__name__}; samplers that do: {able}")
-    lacking = entry.missing(options)
-    if lacking:
-        raise ValueError(f"sampler {sampler} needs the options {' and '.join(lacking)}")
+    options = take_settings(sampler, given or {})
+    for name, annotation in annotations(sampler).items():
+        kind = kind_of_model(annotation)
+        if kind is not None and name in options:
+            options[name] = helpers.load(kind, options[name], generator)
     return entry, options
-
-
-def check_one_value(sampler: str, entry: SamplerEntry, **filters: Any) -> None:
-    """Checks that temperature, top_k and top_p are lists only where the sampler takes one value a scale.
-
-    Raises:
-        ValueError: a list for another sampler, or a text.
-    """
-    for name, value in filters.items():
-        if not isinstance(value, Real) and not entry.takes_one_a_scale(name):
-            able = [other for other, each in SAMPLERS.items() if each.takes_one_a_scale(name)]
-            raise ValueError(
-                f"{name} {value!r}; sampler {sampler} takes one number, these take one a scale: {', '.join(able)}"
-            )
-        if isinstance(value, str):
-            raise ValueError(f"{name} {value!r}; give a number, or a list with one a scale")
-
-
-class Begun(Exception):
-    """A sampler has found nothing wrong and would begin."""
-
-
-class Check(Runtime):
-    """Stops a sampler where it would begin: its own settings have been checked by then, and nothing was drawn."""
-
-    def session(self, model: Any, device: torch.device, key: Hashable) -> Session:
-        raise Begun

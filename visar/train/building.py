@@ -11,13 +11,10 @@ from torch import Tensor, nn
 
 from visar.checkpoints import hub
 from visar.data.vocabulary import Vocabulary
-from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
-from visar.generators.next_scale import NextScaleTransformer
-from visar.generators.raster import RasterGPT
+from visar.generators.training import GeneratorFamily
 from visar.io.files import load_weights, tensors_only
-
-# Vectors of a caption: the longest of emoji64 has 19 for minilm.
-CAPTION_LENGTH = 20
+from visar.train.options import TrainGenerator
+from visar.train.randomness import Draw, step_seed
 
 
 def json_options(text: str) -> dict[str, Any]:
@@ -36,91 +33,39 @@ def json_options(text: str) -> dict[str, Any]:
 
 
 def image_side(tokenizer: Any) -> int:
-    """Side in pixels of the images that a tokenizer's grid of ids is for."""
-    if tokenizer.layout.kind == "scales":
-        return tokenizer.layout.scales[-1][0] * tokenizer.downsampling
-    return tokenizer.config["image_size"]
+    """Side in pixels of the images that a tokenizer's layout is for.
+
+    Raises:
+        ValueError: they are not square.
+    """
+    height, width = tokenizer.layout.shapes[-1]
+    if height != width:
+        raise ValueError(f"a tokenizer of {height} x {width} tokens; training needs square images")
+    return height * tokenizer.downsampling
 
 
 def build_generator(
-    tokenizer: Any,
-    vocabulary: Vocabulary,
-    *,
-    width: int,
-    num_layers: int,
-    num_heads: int,
-    hidden_width: int,
-    dropout: float,
-    class_condition: bool,
-    words: str,
-    caption_width: int = 0,
-    family: str = "auto",
-    model_options: dict[str, Any],
-    seed: int,
+    family: GeneratorFamily, tokenizer: Any, vocabulary: Vocabulary, options: TrainGenerator, caption_width: int = 0
 ) -> nn.Module:
-    """A generator for a tokenizer's ids with fresh weights: raster for one grid, next-scale for several.
+    """A generator for a tokenizer's tokens, with fresh weights from the run's seed.
 
     Args:
-        tokenizer: whose ids they are.
+        family: that fits the tokenizer's layout.
+        tokenizer: whose tokens they are.
         vocabulary: of the conditions: label columns and words.
-        width, num_layers, num_heads, hidden_width, dropout: of the transformer.
-        class_condition: whether the first label column is read.
-        words: "none", "sum" or "prefix".
-        caption_width: of the text encoder whose features are read instead of all that; 0 = none.
-        family: "auto", or "hmar" for a hierarchical masked generator over scales.
-        model_options: further constructor arguments.
-        seed: of the weights.
+        options: of the run: sizes and conditions.
+        caption_width: of the text encoder whose features are read instead of labels and words; 0 = none.
 
     Raises:
-        ValueError: tokens that are no ids, words one by one or captions before scales, or arguments that the
-            architecture refuses.
+        ValueError: conditions that the family cannot read, or arguments that the architecture refuses.
     """
-    layout, generator = tokenizer.layout, torch.Generator().manual_seed(seed)
-    if layout.kind == "continuous":
-        raise ValueError(f"tokens of kind {layout.kind!r}; ids are needed (kinds grid and scales)")
-    num_classes, *attributes = vocabulary.null_labels
-    arguments: dict[str, Any] = dict(
-        vocab_size=layout.vocab_size,
-        codebook_width=layout.channels,
-        width=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_classes=num_classes if class_condition else 0,
-        attributes=tuple(attributes),
-        word_vocab_size=0 if words == "none" else len(vocabulary.words),
-    )
-    if family not in ("auto", "hmar"):
-        raise ValueError(f"family {family!r}; choose auto or hmar")
-    if family == "hmar" and layout.kind != "scales":
-        raise ValueError(f"family hmar needs a tokenizer over scales; the ids of this one are a {layout.kind}")
-    build: type[RasterGPT] | type[NextScaleTransformer] | type[HierarchicalMaskedTransformer]
-    if layout.kind == "scales":
-        if words == "prefix":
-            raise ValueError("words prefix is for raster generators; a next-scale generator takes sum or none")
-        if caption_width:
-            raise ValueError("text encoders are for raster generators; a next-scale generator takes words sum or none")
-        build = HierarchicalMaskedTransformer if family == "hmar" else NextScaleTransformer
-        arguments |= dict(scales=layout.scales, mlp_ratio=hidden_width / width, dropout=dropout)
-        arguments |= {name: tokenizer.config[name] for name in ("num_phi", "phi_ratio")}
-        if family == "hmar":
-            arguments["hide_masked"] = True  # released models are not trained so; see docs/results.md
-    else:
-        build = RasterGPT
-        arguments |= dict(grid=layout.scales[0], hidden_width=hidden_width)
-        arguments |= dict(token_dropout=dropout, residual_dropout=dropout, ffn_dropout=dropout)
-        if words != "none":
-            arguments |= dict(words=words, num_words=vocabulary.num_words)
-        if caption_width:
-            arguments |= dict(caption_width=caption_width, caption_length=CAPTION_LENGTH)
+    arguments = family.arguments(tokenizer, vocabulary, options, caption_width)
     try:
-        model: Any = build(**{**arguments, **model_options})
+        model: Any = family.model(**{**arguments, **json_options(options.model_options)})
     except TypeError as error:
-        raise ValueError(f"{build.__name__} does not take these model_options: {error}") from error
-    model.reset_parameters(generator)
-    if layout.kind == "scales":
-        model.set_tokenizer(tokenizer.quantizer)
-    elif model.config["token_input"] == "codebook":
-        model.set_codebook(tokenizer.codebook.detach().cpu())
+        raise ValueError(f"{family.model.__name__} does not take these model_options: {error}") from error
+    model.reset_parameters(torch.Generator().manual_seed(step_seed(options.seed, 0, Draw.INITIAL)))
+    family.connect(model, tokenizer)
     return model
 
 

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from visar.io.files import atomic_write
-from visar.io.plots import COLORS, Axes
+from visar.io.plots import label_points, plot, save_plot
 
 _USE = "validation/code_perplexity_"
 
@@ -28,19 +27,14 @@ def draw_codebook_use(folder: Path) -> Path | None:
         for name in measured[0]
         if name.startswith(_USE)
     }
-    points = [point for curve in curves.values() for point in curve]
-    axes = Axes(
-        [x for x, _ in points],
-        [y for _, y in points],
+    axes = plot(
         x_name="optimiser steps",
         y_name="effective number of codes (perplexity) of every scale",
         log_y=True,
     )
-    for index, (scale, curve) in enumerate(curves.items()):
-        color = COLORS[index % len(COLORS)]
-        axes.line(curve, color)
-        axes.point(*curve[-1], scale, color)
+    for curve in curves.values():
+        axes.plot(*zip(*curve, strict=True), marker="o", markevery=[-1])
+    label_points(axes, [(*curve[-1], scale) for scale, curve in curves.items()])
     path = folder / "codebook-use.png"
-    with atomic_write(path) as temporary:
-        axes.image.save(temporary, format="PNG")
+    save_plot(axes, path)
     return path

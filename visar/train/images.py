@@ -1,11 +1,16 @@
-"""The images of a run, on its device."""
+"""The images of a run: those that fit stay on its device, those of folders and parquet files are decoded in time."""
 
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from visar.data.augment import DRAWINGS, PHOTOGRAPHS, Augmentation, augment
+from visar.data.decoding import DecodedPictures, Pictures
 from visar.data.images import ImageSet, as_float
 
 AUGMENTATIONS: dict[str, Augmentation | None] = {"none": None, "drawings": DRAWINGS, "photographs": PHOTOGRAPHS}
@@ -16,7 +21,7 @@ class PictureSplit:
     """Images of one split with their conditions; all tensors on the run's device.
 
     Attributes:
-        images_NHWC: uint8.
+        pictures: uint8 [M, H, W, 3] of the whole set.
         labels_NA: int64; column 0 is the class.
         words_NT: int64 word ids; None = the images have none.
         mirror_allowed_N: bool.
@@ -24,7 +29,7 @@ class PictureSplit:
         augmentation: of batches that are given a generator; None = there is none.
     """
 
-    images_NHWC: Tensor
+    pictures: Pictures
     labels_NA: Tensor
     words_NT: Tensor | None
     mirror_allowed_N: Tensor
@@ -32,18 +37,62 @@ class PictureSplit:
     augmentation: Augmentation | None
 
     def __len__(self) -> int:
-        return self.images_NHWC.shape[0]
+        return self.index_N.shape[0]
 
-    def batch(self, index_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images float32 [B, C, H, W] in [-1, 1], channels last in memory; augmented if a generator is given."""
-        image_BCHW = as_float(self.images_NHWC[index_B])
+    @cached_property
+    def _images_NHWC(self) -> Tensor:
+        """All images of the split on the device, made when the first of them is asked for."""
+        return torch.from_numpy(np.asarray(self.pictures[self.index_N.cpu().numpy()])).to(self.index_N.device)
+
+    def pixels(self, index_B: Tensor) -> Tensor:
+        """Images uint8 [B, H, W, C] on the device."""
+        if not isinstance(self.pictures, DecodedPictures):
+            return self._images_NHWC[index_B]
+        rows = self.index_N[index_B].cpu().numpy()
+        return torch.from_numpy(self.pictures[rows]).to(self.index_N.device)
+
+    def prepare(self, pixels_BHWC: Tensor, index_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images float32 [B, C, H, W] in [-1, 1] of pixels, channels last in memory; augmented if a generator is
+        given."""
+        image_BCHW = as_float(pixels_BHWC)
         if generator is not None and self.augmentation is not None:
             image_BCHW = augment(image_BCHW, self.augmentation, generator, self.mirror_allowed_N[index_B])
         return image_BCHW.contiguous(memory_format=torch.channels_last)
 
+    def batch(self, index_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images float32 [B, C, H, W] in [-1, 1], see `prepare`."""
+        return self.prepare(self.pixels(index_B), index_B, generator)
+
+
+class PixelsAhead:
+    """Pixels of the steps of a run; while one step is computed, the pictures of the next are decoded.
+
+    Args:
+        split: the images.
+        index_of: numbers of a step's images in the split: a function of the step alone.
+    """
+
+    def __init__(self, split: PictureSplit, index_of: Callable[[int], Tensor]) -> None:
+        self._split, self._index_of = split, index_of
+        self._thread = ThreadPoolExecutor(1)
+        self._following: tuple[int, Future[Tensor]] | None = None
+
+    def take(self, step: int) -> Tensor:
+        """Pixels uint8 [B, H, W, C] of a step, on the device."""
+        if not isinstance(self._split.pictures, DecodedPictures):
+            return self._split.pixels(self._index_of(step))
+        waiting = self._following
+        if waiting is None or waiting[0] != step:
+            waiting = step, self._begin(step)
+        self._following = step + 1, self._begin(step + 1)
+        return waiting[1].result()
+
+    def _begin(self, step: int) -> Future[Tensor]:
+        return self._thread.submit(self._split.pixels, self._index_of(step))
+
 
 def take_split(images: ImageSet, split: str, augmentation: str, device: torch.device) -> PictureSplit:
-    """A split of an image set on a device; the whole of it as uint8 (emoji64: 155 MB).
+    """A split of an image set. Images in memory go to the device as uint8 when first asked for (emoji64: 155 MB).
 
     Raises:
         ValueError: an unknown augmentation, or a split without images.
@@ -52,7 +101,7 @@ def take_split(images: ImageSet, split: str, augmentation: str, device: torch.de
         raise ValueError(f"augment {augmentation!r}; choose {', '.join(AUGMENTATIONS)}")
     index_N = torch.from_numpy(images.indices(split))
     return PictureSplit(
-        images_NHWC=torch.from_numpy(images.images[index_N.numpy()]).to(device),
+        pictures=images.images,
         labels_NA=images.labels_NA[index_N].to(device),
         words_NT=None if images.words_NT is None else images.words_NT[index_N].to(device),
         mirror_allowed_N=images.mirror_allowed_N[index_N].to(device),

@@ -2,13 +2,20 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from visar.generators import families as generators
+from visar.tokenizers import families as tokenizers
 from visar.train.schedule import Schedule, check_schedule
 
 OptimizerName = Literal["adamw", "muon"]
 AugmentKind = Literal["none", "drawings", "photographs"]
 PerceptualKind = Literal["lite0", "lpips"]
+if TYPE_CHECKING:
+    GeneratorName = TokenizerName = str
+else:
+    GeneratorName = Literal["auto", *generators.FAMILIES]
+    TokenizerName = Literal[*tokenizers.FAMILIES]
 
 # Options that do not change what a step computes, so a run may go on with others.
 FREE_OPTIONS = frozenset(
@@ -22,6 +29,8 @@ class RunOptions:
 
     out: Path
     """Folder of the run: model/ (what it is for), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
+    skip_unreadable: bool = False
+    """Leave pictures that cannot be read out, and name them, instead of stopping before the first step."""
     initial: Path | None = None
     """Model of the same architecture to start from, for fine-tuning: a folder (a run's model/) or an embedded name."""
     steps: int = 4000
@@ -80,7 +89,7 @@ class TrainTokenizer(RunOptions):
     """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
     image_size: int | None = None
     """Side of the images in pixels; needed for images that may be of any size."""
-    kind: Literal["vq", "multiscale"] | None = None
+    kind: TokenizerName | None = None
     """One grid of codes, or a pyramid of them for next-scale generators; the preset's when not given, else vq."""
     preset: str | None = None
     """Architecture; the smallest of the kind when not given: vq-4-64, msvq-4-64."""
@@ -150,8 +159,9 @@ class TrainGenerator(RunOptions):
     """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
     augment: AugmentKind = "photographs"
     """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
-    family: Literal["auto", "hmar"] = "auto"
-    """auto: raster for ids on one grid, next-scale for ids over scales; hmar: hierarchical masked, over scales."""
+    family: GeneratorName = "auto"
+    """Kind of generator. auto: the first of them that fits the tokenizer's tokens, so raster for ids on one grid and
+    next_scale for ids over scales; hmar: hierarchical masked, over scales."""
     phase: Literal["next_scale", "refinement"] = "next_scale"
     """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
     width: int = 256

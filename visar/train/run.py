@@ -112,6 +112,10 @@ class Run:
         first = (self.accelerator.process_index * self.options.gradient_accumulation + part) * self.part_size
         return index[first : first + self.part_size]
 
+    def own(self, index: Tensor) -> Tensor:
+        """This process's rows of a whole batch: those of all its micro-batches, one after the other."""
+        return torch.cat([self.share(index, part) for part in range(self.options.gradient_accumulation)])
+
     def autocast(self) -> torch.autocast:
         """The region of mixed precision."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.mixed_precision == "bf16")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
+from visar.core.interface import Scales
 from visar.pipelines.loading import load
 
 _SHARED = ("vocab_size", "num_classes", "attributes", "word_vocab_size", "words", "num_words", "caption_width")
@@ -27,7 +28,7 @@ def load_teacher(name: str, student: Any, device: torch.device) -> nn.Module:
     differing = [key for key in _SHARED if _value(ours, key) != _value(theirs, key)]
     if teacher.block_sizes != student.block_sizes:
         differing.append("tokens of an image")
-    if not differing and hasattr(student, "pyramid"):
+    if not differing and isinstance(student, Scales):
         same = torch.equal(teacher.pyramid.codebook, student.pyramid.codebook.to(device))
         differing += [] if same else ["codebook"]
     if differing:

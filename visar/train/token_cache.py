@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from visar.data.augment import Augmentation, augment
+from visar.data.decoding import in_batches
 from visar.data.images import ImageSet, as_float
 from visar.io.files import atomic_write
 from visar.layers.quantize import weights_digest
@@ -34,14 +35,6 @@ class TokenCache:
     def num_variants(self) -> int:
         """Variants of a picture, the plain one included."""
         return self.ids_NKL.shape[1]
-
-    def to(self, device: torch.device | str) -> "TokenCache":
-        """The same cache on a device."""
-        return TokenCache(self.ids_NKL.to(device), self.facts)
-
-    def ids(self, index_B: Tensor, variant_B: Tensor) -> Tensor:
-        """int64 [B, L] of some pictures' variants."""
-        return self.ids_NKL[index_B, variant_B].long()
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenCache":
@@ -109,9 +102,10 @@ def build_token_cache(
     vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
     dtype = torch.int16 if vocab_size <= 2**15 else torch.int32
     ids = torch.empty(len(image_set), variants, length, dtype=dtype)
-    for first in range(0, len(image_set), batch_size):
+    for number, pixels in enumerate(in_batches(image_set.images, batch_size)):
+        first = number * batch_size
         part = slice(first, first + batch_size)
-        image = as_float(torch.from_numpy(np.array(image_set.images[part])).to(device))
+        image = as_float(torch.from_numpy(np.array(pixels)).to(device))
         allowed = image_set.mirror_allowed_N[part].to(device)
         for variant in range(variants):
             picture = image

@@ -5,8 +5,7 @@ hinge losses); multi-scale: arXiv 2404.02905. Moving-average codebook and reviva
 visar/tokenizers/quantizer.py.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,69 +14,21 @@ from torch import Tensor, nn
 
 from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
-from visar.generators.next_scale import SCALES_256
 from visar.io.pictures import to_uint8
-from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, ScaleUsage
-from visar.tokenizers.multiscale_vq import MULTISCALE_VQ_PRESETS, MultiScaleVQTokenizer
-from visar.tokenizers.quantizer import CodebookTrainer, CodebookUsage
-from visar.tokenizers.vq import VQ_PRESETS, VQOutput, VQTokenizer
+from visar.tokenizers.families import find_family
+from visar.tokenizers.multiscale_quantizer import ScaleUsage
+from visar.tokenizers.quantizer import CodebookUsage
+from visar.tokenizers.vq import VQOutput
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from visar.train.building import in_dtype, json_options, load_initial
 from visar.train.curves import draw_codebook_use
-from visar.train.images import PictureSplit, take_split
+from visar.train.images import PictureSplit, PixelsAhead, take_split
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
 from visar.train.options import TrainTokenizer
 from visar.train.perceptual import gradient_l1, load_perceptual
 from visar.train.randomness import Draw, IndexDraws, step_seed
 from visar.train.run import Run
-
-
-@dataclass(frozen=True)
-class Family:
-    """What training needs to know of a kind of tokenizer."""
-
-    kind: str
-    build: Callable[..., nn.Module]
-    presets: dict[str, dict]
-    default: str
-    quantizer: str
-    codebook_trainer: type[CodebookTrainer]
-
-
-FAMILIES = (
-    Family("vq", VQTokenizer, VQ_PRESETS, "vq-4-64", "quantize", CodebookTrainer),
-    Family(
-        "multiscale",
-        MultiScaleVQTokenizer,
-        MULTISCALE_VQ_PRESETS,
-        "msvq-4-64",
-        "quantizer",
-        MultiScaleCodebookTrainer,
-    ),
-)
-
-
-def find_family(kind: str | None, preset: str | None) -> tuple[Family, str]:
-    """The kind of tokenizer and the preset that options name.
-
-    Raises:
-        ValueError: no such preset, or none of that kind.
-    """
-    if preset is None:
-        family = next(family for family in FAMILIES if family.kind == (kind or "vq"))
-        return family, family.default
-    of_kind = [family for family in FAMILIES if kind in (None, family.kind)]
-    for family in of_kind:
-        if preset in family.presets:
-            return family, preset
-    raise ValueError(f"preset {preset!r}; choose {', '.join(name for family in of_kind for name in family.presets)}")
-
-
-def pyramid_of(side: int) -> tuple[int, ...]:
-    """Sides of the scales for a latent of a side, coarse to fine: VAR's ten for 16 x 16, in proportion for others."""
-    sizes = {1, 2, 3, *(round(size * side / 16) for size in SCALES_256)}
-    return tuple(sorted(size for size in sizes if 1 <= size <= side))
 
 
 def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
@@ -87,21 +38,14 @@ def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
         ValueError: an unknown preset, or arguments that the architecture refuses.
     """
     family, preset = find_family(options.kind, options.preset)
-    arguments = {**family.presets[preset], **json_options(options.model_options)}
+    given = json_options(options.model_options)
     if options.codebook_size is not None:
-        arguments["codebook_size"] = options.codebook_size
-    if family.build is VQTokenizer:
-        arguments["image_size"] = image_size
-    elif "scales" not in json_options(options.model_options):
-        factor = 2 ** (len(arguments["channel_multipliers"]) - 1)
-        if image_size % factor:
-            raise ValueError(f"image size {image_size}; preset {preset} needs a multiple of {factor}")
-        if (side := image_size // factor) != arguments.get("scales", SCALES_256)[-1]:
-            arguments["scales"] = pyramid_of(side)
+        given["codebook_size"] = options.codebook_size
+    arguments = family.arguments(family.presets[preset], given, image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(step_seed(options.seed, 0, Draw.INITIAL))
         try:
-            return family.build(**arguments)
+            return family.model(**arguments)
         except TypeError as error:
             raise ValueError(f"preset {preset} does not take these model_options: {error}") from error
 
@@ -125,6 +69,7 @@ class TokenizerTask(Task):
         self.pictures = pictures = take_split(images, "train", options.augment, run.device)
         self.validation = validation = take_split(images, "val", "none", run.device)
         self.draws = IndexDraws(len(pictures), None, run.device)
+        self.ahead = PixelsAhead(pictures, lambda step: run.own(self.index(step)))
         family, _ = find_family(options.kind, options.preset)
         model = build_tokenizer(options, images.image_size).to(run.device)
         if options.initial is not None:
@@ -163,15 +108,19 @@ class TokenizerTask(Task):
         self.train_subset = order[: len(validation)]
 
     # -------------------------------------------------------------------------------------------------------- steps
+    def index(self, step: int) -> Tensor:
+        """Numbers of the images of a step, of all processes."""
+        return self.draws.draw(self.options.batch_size, self.run.random.generator(step, Draw.DATA, shared=True))
+
     def step(self, step: int) -> dict[str, Tensor]:
         options, random = self.options, self.run.random
-        index_B = self.draws.draw(options.batch_size, random.generator(step, Draw.DATA, shared=True))
+        index_B, pixels = self.index(step), self.ahead.take(step).split(self.run.part_size)
         adversarial = options.adversarial_weight > 0 and step >= options.adversarial_start
         seen: list[tuple[Tensor, VQOutput]] = []
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
             generator = random.generator(step, Draw.AUGMENT, part=part)
-            image_BCHW = self.pictures.batch(self.run.share(index_B, part), generator)
+            image_BCHW = self.pictures.prepare(pixels[part], self.run.share(index_B, part), generator)
             output = self.parts["model"].call(image_BCHW)
             seen.append((image_BCHW, output))
             return self._losses(image_BCHW, output, adversarial)
@@ -237,12 +186,12 @@ class TokenizerTask(Task):
         everything = torch.arange(len(self.validation), device=self.run.device)
         layout = model.layout
         usage = CodebookUsage(layout.vocab_size, self.run.device)
-        of_scales = ScaleUsage([height * width for height, width in layout.scales], layout.vocab_size, self.run.device)
-        values = self._measure(model, self.validation, everything, (usage, of_scales))
+        of_maps = ScaleUsage(layout.sizes, layout.vocab_size, self.run.device)
+        values = self._measure(model, self.validation, everything, (usage, of_maps))
         values["codes_used"], values["code_perplexity"] = usage.fraction, usage.perplexity
-        if layout.kind == "scales":
-            for (height, width), perplexity in zip(layout.scales, of_scales.perplexity, strict=True):
-                values[f"code_perplexity_{height}x{width}"] = perplexity
+        if len(layout.shapes) > 1:
+            for shape, perplexity in zip(layout.shapes, of_maps.perplexity, strict=True):
+                values[f"code_perplexity_{'x'.join(map(str, shape))}"] = perplexity
         trained = self._measure(model, self.pictures, self.train_subset, ())
         return values | {f"train_{name}": value for name, value in trained.items()}
 
@@ -298,7 +247,7 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
     if options.adversarial_adaptive and options.compile:
         raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
     run = Run(options)
-    images = load_image_set(options.data, options.image_size)
+    images = load_image_set(options.data, options.image_size, options.skip_unreadable)
     if options.adversarial_weight and images.image_size >> options.adversarial_layers < 3:
         raise ValueError(
             f"adversarial_layers {options.adversarial_layers} are too many for images of {images.image_size} pixels"

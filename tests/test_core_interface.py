@@ -1,0 +1,87 @@
+"""The protocols of models: which classes have which capability, and what every model of a capability does."""
+
+import inspect
+
+import pytest
+import torch
+
+from visar.core import interface
+from visar.core.interface import Categorical, Features, Generator, Refining, Scales, Tokenizer, Trees, Windowed
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.generators.next_scale import NextScaleTransformer
+from visar.generators.raster import RasterGPT
+from visar.generators.tabular import TabularGenerator
+from visar.samplers.drafters.heads import SpatialHeads
+from visar.samplers.drafters.interface import Drafter
+from visar.samplers.drafters.ngram import NgramDrafter
+from visar.samplers.index import SAMPLERS
+from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from visar.tokenizers.vq import VQTokenizer
+
+RASTER = dict(vocab_size=16, grid=(2, 2), width=16, num_layers=1, num_heads=2, hidden_width=32)
+PYRAMID = dict(vocab_size=16, codebook_width=4, scales=(1, 2), width=16, num_layers=2, num_heads=2)
+MODELS = {
+    "raster": lambda: RasterGPT(**RASTER, num_classes=3, attributes=(2, 5)),
+    "words": lambda: RasterGPT(**RASTER, num_classes=0, word_vocab_size=9, num_words=3),
+    "captions": lambda: RasterGPT(**RASTER, num_classes=0, caption_width=8, caption_length=4),
+    "table": lambda: TabularGenerator(vocab_size=3),
+    "scales": lambda: NextScaleTransformer(**PYRAMID, num_classes=3),
+    "masked": lambda: HierarchicalMaskedTransformer(**PYRAMID, num_classes=3, num_refinement_layers=1),
+}
+CAPABILITIES = {
+    "raster": {Generator, Categorical, Windowed, Trees, Features},
+    "words": {Generator, Categorical, Windowed, Trees, Features},
+    "captions": {Generator, Categorical, Windowed, Trees, Features},
+    "table": {Generator, Categorical, Windowed, Trees},
+    "scales": {Generator, Categorical, Scales},
+    "masked": {Generator, Categorical, Scales, Refining},
+}
+GENERATORS = set.union(*CAPABILITIES.values())
+
+
+def test_every_protocol_is_asked_for_here():
+    found = {value for value in vars(interface).values() if getattr(value, "_is_protocol", False)}
+    assert {value for value in found if value.__module__ == interface.__name__} == {*GENERATORS, Tokenizer}
+    assert {entry.needs for entry in SAMPLERS.values()} <= GENERATORS
+
+
+def arguments(function) -> tuple[int, set[str]]:
+    """Number of arguments by place, and the names of those by keyword alone."""
+    kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
+    keywords = {name for name, kind in kinds.items() if kind == inspect.Parameter.KEYWORD_ONLY}
+    return len(kinds) - len(keywords), keywords
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_capabilities_of_generators(name):
+    model = MODELS[name]()
+    assert {protocol for protocol in GENERATORS if isinstance(model, protocol)} == CAPABILITIES[name]
+    assert not isinstance(model, Tokenizer) and not isinstance(model, Drafter)
+    for protocol in CAPABILITIES[name]:
+        for call, wanted in inspect.getmembers(protocol, inspect.isfunction):
+            if not call.startswith("_"):
+                wanted_places, wanted_keywords = arguments(wanted)
+                places, keywords = arguments(getattr(type(model), call))
+                assert wanted_places <= places and wanted_keywords <= keywords, call
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_example_of_a_condition_is_taken(name):
+    model = MODELS[name]().eval()
+    condition = model.example_condition(3)
+    assert condition.batch == model.null_condition(condition).batch == 3
+    state = model.start(condition)
+    assert len(model.predict(state)) == 3
+    assert model.num_tokens == sum(model.block_sizes)
+
+
+def test_tokenizers_and_drafters():
+    small = dict(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1)
+    for tokenizer in (
+        VQTokenizer(image_size=8, codebook_size=16, latent_channels=16, **small),
+        MultiScaleVQTokenizer(codebook_size=16, codebook_dim=8, scales=(1, 2), **small),
+    ):
+        assert isinstance(tokenizer, Tokenizer) and not isinstance(tokenizer, Generator)
+    assert isinstance(NgramDrafter(), Drafter) and not isinstance(NgramDrafter(), Generator)
+    assert isinstance(SpatialHeads(vocab_size=4, grid=(2, 2), width=8), Drafter)
