@@ -7,15 +7,16 @@ B images, N tokens, V codes, C code width.
 """
 
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Callback, OneStep
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
@@ -24,7 +25,7 @@ from visar.samplers.flow import initial_noise
 Output = Literal["soft", "codes", "vectors"]
 
 
-def made_of(model: Any, logits_BNV: Tensor, vectors_BNC: Tensor, output: Output, late: int) -> Tensor:
+def made_of(model: OneStep, logits_BNV: Tensor, vectors_BNC: Tensor, output: Output, late: int) -> Tensor:
     """What an image is made of, float32 [B, N, C] in the scale of the noise; see `sample_one_step`.
 
     Args:
@@ -41,16 +42,27 @@ def made_of(model: Any, logits_BNV: Tensor, vectors_BNC: Tensor, output: Output,
     return codes_BNC
 
 
+def check_one_step(model: OneStep, guidance: Guidance, steps: int, output: Output | None) -> None:
+    """Checks the arguments of `sample_one_step`; errors as there."""
+    starts = model.config["starts"]
+    if guidance.active(1):
+        raise ValueError(f"guidance_scale {guidance.scale}; a one-step model has learned its teacher's, leave it at 1")
+    if not 1 <= steps <= len(starts):
+        raise ValueError(f"steps {steps}; this model takes 1 ... {len(starts)}")
+    if output not in (None, "soft", "codes", "vectors"):
+        raise ValueError(f"output {output!r}; choose one of soft, codes, vectors")
+
+
 @torch.no_grad()
 def sample_one_step(
-    model: Any,
+    model: OneStep,
     condition: Condition,
     *,
     noise: Noise,
     guidance: Guidance = OFF,
     steps: int = 1,
     output: Output | None = None,
-    callback: Callable[[int, Tensor], None] | None = None,
+    callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws all tokens of an image from its noise in one pass, or in a few. Lossy.
@@ -67,7 +79,7 @@ def sample_one_step(
         output: what the image is made of: mean codes ("soft"), the likeliest codes ("codes"), or the vectors of the
             second head from the model's block `late` on ("vectors", the paper); None is the model's own choice. The
             tokens returned are the likeliest codes in any case.
-        callback: called after every step with the number of tokens and the tokens [B, N].
+        callback: called after every step, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs: a step is one graph.
 
     Returns: tokens int64 [B, N], what the tokenizer makes the image of, and statistics.
@@ -75,17 +87,10 @@ def sample_one_step(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    config, device = model.config, noise.device
-    if guidance.active(1):
-        raise ValueError(
-            f"guidance_scale {guidance.scale}; a one-step model has learned its teacher's: leave it at 1.0"
-        )
-    if not 1 <= steps <= len(config["starts"]):
-        raise ValueError(f"steps {steps}; this model takes 1 ... {len(config['starts'])}")
-    output = output or config["output"]
-    if output not in ("soft", "codes", "vectors"):
-        raise ValueError(f"output {output!r}; choose one of soft, codes, vectors")
+    check_one_step(model, guidance, steps, output)
     model.check_condition(condition)
+    config, device = model.config, noise.device
+    output = output or config["output"]
     begun = time.perf_counter()
     session = runtime.session(model, device, ("one_step", condition.batch, output))
     given = {name: value for name, value in vars(condition).items() if value is not None}
@@ -105,16 +110,17 @@ def sample_one_step(
         source_BNC.copy_(torch.where(known_N[:, None], source_BNC, made_BNC))
         ids_BN.copy_(torch.where(known_N, ids_BN, logits_BNV.argmax(-1)))
 
+    passes = 0
     for block in config["starts"][:steps]:
-        first = model.first_token(block)
-        session.run(lambda first=first: step(first), ("from", first))
-        if callback is not None:
-            callback(model.num_tokens, ids_BN)
+        first, passes = model.first_token(block), passes + 1
+        session.run(functools.partial(step, first), ("from", first))
+        if callback is not None and callback(model.num_tokens, ids_BN):
+            break
     latent_BChw = model.latents(source_BNC)
     if latent_BChw.is_cuda:
         torch.cuda.synchronize(device)
     statistics = SampleStatistics(
-        forward_passes={"generator": steps},
+        forward_passes={"generator": passes},
         tokens_per_pass={model.num_tokens: noise.batch},
         seconds=time.perf_counter() - begun,
     )

@@ -81,6 +81,24 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         return {**self.network.config, **self._internal_dict}
 
     @property
+    def quantized_parts(self) -> tuple[str, ...]:
+        """Names of the submodules whose linear layers 8-bit weights are for."""
+        return tuple(f"network.{name}" for name in self.network.quantized_parts)
+
+    @property
+    def read_once_per_block(self) -> tuple[str, ...]:
+        """Names of the submodules whose weights a pass reads."""
+        return (*(f"network.{name}" for name in self.network.read_once_per_block), "vector_head")
+
+    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
+        """Keys and values that stay from pass to pass: none."""
+        return 0
+
+    def example_condition(self, batch: int) -> Condition:
+        """A condition that the model takes, for as many images."""
+        return self.network.example_condition(batch)
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of an image, N."""
         return self.network.num_tokens
