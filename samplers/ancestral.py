@@ -38,7 +38,7 @@ def sample_ancestral(
     2404.02905).
 
     Args:
-        model: a generator with start, predict, append, block_sizes and block_kinds.
+        model: a generator with start, predict, append, positions, result, block_sizes and block_kinds.
         condition: of the B images.
         noise: one seed an image; one uniform number a token.
         guidance: classifier-free guidance over blocks.
@@ -54,18 +54,17 @@ def sample_ancestral(
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
     check_ancestral(model, guidance, temperature, top_k, top_p)
-    sizes = model.block_sizes
     begun = time.perf_counter()
-    guided = guidance.active(len(sizes))
-    session = runtime.session(model, noise.device, ("ancestral", condition.batch, guided, temperature, top_k, top_p))
+    sizes, batch = model.block_sizes, condition.batch
+    work = ("ancestral", batch, guidance.active(len(sizes)), temperature, top_k, top_p)
+    session = runtime.session(model, noise.device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
-    every_position = torch.arange(sum(sizes), device=noise.device).expand(condition.batch, -1)
+    every_position = torch.arange(model.num_tokens, device=noise.device).expand(batch, -1)
     uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         logits_BLV = model.predict(state)
-        position = state.length[:, None] + torch.arange(logits_BLV.shape[1], device=noise.device)
-        uniform_BL = uniform_BN.gather(1, position.expand(condition.batch, -1))
+        uniform_BL = uniform_BN.gather(1, model.positions(state).expand(batch, -1))
         tokens_BL = sample_logits(logits_BLV, uniform_BL, temperature=temperature, top_k=top_k, top_p=top_p)
         model.append(state, tokens_BL)
 
@@ -74,14 +73,13 @@ def sample_ancestral(
         state.block = block
         session.run(step, kind)
         done += size
-        if callback is not None and callback(done, state.tokens[:, : sum(sizes)]):
+        if callback is not None and callback(done, model.result(state)):
             break
-    tokens, made = state.tokens[:, :done].clone(), sizes[: block + 1]
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)
+    tokens, made = model.result(state)[:, :done].clone(), sizes[: block + 1]
+    session.check_finite()  # waits for the device
     statistics = SampleStatistics(
         forward_passes={"generator": len(made)},
-        tokens_per_pass={size: condition.batch * made.count(size) for size in sorted(set(made))},
+        tokens_per_pass={size: batch * made.count(size) for size in sorted(set(made))},
         seconds=time.perf_counter() - begun,
     )
     return SampleOutput(tokens, statistics)

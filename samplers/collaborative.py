@@ -95,9 +95,10 @@ def _run_stage(
     for scale in range(stage.first, stage.last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None and callback(model.ends[scale], state.tokens):
+        if callback is not None and callback(model.ends[scale], model.result(state)):
             stopped = scale
             break
+    session.check_finite()
     return dataclasses.replace(state, cache=None, modulations={}), stopped
 
 

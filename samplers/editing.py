@@ -220,5 +220,6 @@ def sample_edit(
         if callback is not None and callback(model.ends[scale], state.tokens):
             last = scale + 1
             break
+    session.check_finite()
     passes = 2 * last - 1 if strategy == "refine" else last
     return finish(model, state, last, {"generator": passes}, model.block_sizes[:last], begun)

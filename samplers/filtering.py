@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
+from visar.kernels import finite
 
 
 def check_filters(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> None:
@@ -33,8 +34,11 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     Args:
         temperature: divides the logits; 1.0 = off.
         top_k: keeps the k largest, and all that tie with the k-th; 0 = off.
-        top_p: keeps the fewest most likely codes whose probabilities reach p, and ties with the last; the most likely
-            code always stays; 1.0 = off.
+        top_p: keeps the fewest most likely codes whose probabilities reach p (up to a millionth, which is what sums
+            round to), and ties with the last; the most likely code always stays; 1.0 = off. Codes that tie exactly at
+            the edge all stay, so that the result does not depend on how a sort orders them:
+            FoundationVision/VAR@78b9539 keeps only as many of them as p needs, and
+            FoundationVision/LlamaGen@ce98ec4 one code more where probabilities add up to p exactly.
     """
     if (top_k or top_p < 1.0) and fits_kernels(logits):
         from visar.kernels.draw import filter_codes
@@ -50,8 +54,8 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
     if top_p < 1.0:
         ordered = largest if top_k else torch.sort(logits, dim=-1, descending=True).values
         probability = torch.exp(ordered - torch.logsumexp(logits, dim=-1, keepdim=True))
-        before = probability.cumsum(-1) - probability
-        cut = ordered.masked_fill(before > top_p, float("inf")).amin(-1, keepdim=True)
+        before = functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
+        cut = ordered.masked_fill(before >= top_p * kernels.REACHED, float("inf")).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < cut, float("-inf"))
     return logits
 
@@ -120,7 +124,9 @@ def sample_logits(
     border between two codes may fall to the other.
     """
     if not fits_kernels(logits):
-        return categorical(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), uniform)
+        filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+        finite.note(filtered)
+        return categorical(filtered, uniform)
     from visar.kernels.draw import draw_codes
 
     with kernels.on(logits.device):
@@ -137,4 +143,6 @@ def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> T
 
         with kernels.on(logits.device):
             return law(logits, temperature, top_k, top_p)
-    return torch.softmax(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), dim=-1)
+    filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    finite.note(filtered)
+    return torch.softmax(filtered, dim=-1)

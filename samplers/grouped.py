@@ -19,7 +19,8 @@ from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.jacobi import Initial, check_jacobi, run_jacobi
+from visar.samplers.jacobi import check_jacobi, run_jacobi
+from visar.samplers.jacobi_drafts import Initial
 
 
 def group_members(
@@ -139,6 +140,14 @@ def check_grouped(
     check_jacobi(model, guidance, temperature, top_k, top_p, window, initial, "none", check_every)
 
 
+def group_table(codebook: Tensor | None, groups: str, group: int, device: torch.device) -> Tensor | None:
+    """What the rule of acceptance reads: the partition of static groups, or the code vectors if they are given."""
+    if codebook is None:
+        return None
+    vectors_VC = codebook.to(device, torch.float32)
+    return static_groups(vectors_VC, group) if groups == "static" else vectors_VC
+
+
 @torch.no_grad()
 def sample_grouped(
     model: Windowed,
@@ -190,10 +199,7 @@ def sample_grouped(
     check_grouped(model, guidance, temperature, top_k, top_p, *rule, window, initial, check_every)
     group = min(group, model.config["vocab_size"])
     below = group // 2
-    table = None if codebook is None else codebook.to(noise.device, torch.float32)
-    if groups == "static":
-        assert table is not None
-        table = static_groups(table, group)
+    table = group_table(codebook, groups, group, noise.device)
 
     def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, held: Tensor | None) -> Tensor:
         if groups == "static":

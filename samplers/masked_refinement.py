@@ -184,7 +184,8 @@ def sample_masked_refinement(
 
     def step() -> None:
         scale = state.block
-        here = [uniform_BN[:, model.begin_of(scale) : model.ends[scale]] for uniform_BN in uniforms]
+        position_BL = model.positions(state).expand(condition.batch, -1)
+        here = [uniform_BN.gather(1, position_BL) for uniform_BN in uniforms]
         counts = passes[scale]
         tokens_BL = refine_scale(model, state, settings[scale], counts, here, refinement_guidance, greedy)
         model.append(state, tokens_BL)
@@ -192,8 +193,9 @@ def sample_masked_refinement(
     for scale in range(last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None and callback(model.ends[scale], state.tokens):
+        if callback is not None and callback(model.ends[scale], model.result(state)):
             last = scale + 1
             break
+    session.check_finite()
     pass_sizes = [count for counts in passes[:last] for count in counts]
     return finish(model, state, last, {"generator": len(pass_sizes)}, pass_sizes, begun)

@@ -15,6 +15,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime, Session
 from visar.generators.scales import ScaleState
+from visar.kernels import finite
 from visar.samplers.filtering import categorical, check_filters, filter_logits
 from visar.samplers.verify import held_noise
 
@@ -32,8 +33,11 @@ class ScaleSettings:
     def filter(self, logits_BLV: Tensor) -> Tensor:
         """Logits with the excluded codes at -inf and the temperature applied before or after the filters."""
         if not self.temperature_after_filter:
-            return filter_logits(logits_BLV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
-        return filter_logits(logits_BLV, top_k=self.top_k, top_p=self.top_p) / self.temperature
+            filtered_BLV = filter_logits(logits_BLV, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+        else:
+            filtered_BLV = filter_logits(logits_BLV, top_k=self.top_k, top_p=self.top_p) / self.temperature
+        finite.note(filtered_BLV)
+        return filtered_BLV
 
 
 def scale_settings(
@@ -90,15 +94,13 @@ def draw_scale(
 
     Returns: ids int64 [B, L], and smoothed codes [B, L, C] or None for the ids' own.
     """
-    scale = state.block
-    begin, end = model.begin_of(scale), model.ends[scale]
     logits_BLV = settings.filter(model.predict(state))
-    tokens_BL = categorical(logits_BLV, uniform_BN[:, begin:end])
+    position_BL = model.positions(state).expand(state.batch, -1)
+    tokens_BL = categorical(logits_BLV, uniform_BN.gather(1, position_BL))
     if not settings.smooth:
         return tokens_BL, None
-    position = torch.arange(begin, end, device=noise.device).expand(state.batch, -1)
-    gumbel_BLV = noise.gumbel(Use.LATENT, position, (logits_BLV.shape[-1],))
-    ratio = scale / max(len(model.scales) - 1, 1)
+    gumbel_BLV = noise.gumbel(Use.LATENT, position_BL, (logits_BLV.shape[-1],))
+    ratio = state.block / max(len(model.scales) - 1, 1)
     return tokens_BL, smooth_codes(logits_BLV, gumbel_BLV, ratio, model.pyramid.codebook)
 
 
@@ -217,9 +219,10 @@ def sample_next_scale(
     for scale in range(first, last):
         state.block = scale
         session.run(step, model.block_kinds[scale])
-        if callback is not None and callback(model.ends[scale], state.tokens):
+        if callback is not None and callback(model.ends[scale], model.result(state)):
             last = scale + 1
             break
+    session.check_finite()
     return finish(model, state, last, {"generator": last - first}, model.block_sizes[first:last], begun)
 
 
@@ -240,7 +243,7 @@ def finish(
         pass_sizes: tokens committed by every pass.
         begun: time.perf_counter() at the start.
     """
-    tokens, map_BChw = state.tokens[:, : model.ends[num_scales - 1]].clone(), state.map_BChw.clone()
+    tokens, map_BChw = model.result(state)[:, : model.ends[num_scales - 1]].clone(), state.map_BChw.clone()
     if tokens.is_cuda:
         torch.cuda.synchronize(tokens.device)
     histogram = {size: state.batch * list(pass_sizes).count(size) for size in sorted(set(pass_sizes))}

@@ -16,8 +16,9 @@ static ones.
 B batch, M nodes, L = M + 1 slots, D depth of a tree, V codes, k neighbours, C code width.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from visar.core.interface import Callback, Trees
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
@@ -52,6 +53,16 @@ def neighbour_table(codebook_VC: Tensor, num_neighbours: int, chunk: int = 1024)
         distance.scatter_(1, own, float("inf"))
         rows.append(distance.topk(num_neighbours, dim=1, largest=False).indices.int())
     return torch.cat(rows)
+
+
+def chosen_neighbours(
+    codebook: Tensor | None, neighbours: Tensor | None, num_neighbours: int, device: torch.device
+) -> Tensor:
+    """The table that `sample_lantern` relaxes with: the given one, or that of the codebook; int32 [V, k]."""
+    if neighbours is not None:
+        return neighbours.to(device, torch.int32)
+    assert codebook is not None
+    return neighbour_table(codebook.to(device), min(num_neighbours, codebook.shape[0] - 1))
 
 
 def relaxed_law(
@@ -98,6 +109,22 @@ def judge_relaxed(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> Judge:
     return judge
 
 
+def walk_relaxed(
+    p_BLV: Tensor,
+    tree: DraftTree,
+    q_BMV: Tensor | None,
+    accept_uniform_BM: Tensor,
+    emit_uniform_B: Tensor,
+    depth: int,
+    **bounds: Any,
+) -> Walk:
+    """`walk` with `judge_relaxed`; bounds: neighbours_Vk, max_moved and max_ratio of `relaxed_law`."""
+    if fits_kernels(p_BLV):
+        return walk_by_kernel(p_BLV, tree, q_BMV, accept_uniform_BM, emit_uniform_B, depth, **bounds)
+    judge = judge_relaxed(tree, q_BMV, functools.partial(relaxed_law, **bounds))
+    return walk(p_BLV, tree, judge, accept_uniform_BM, emit_uniform_B, depth)
+
+
 def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Walk:
     """The longest path of nodes that are the likeliest code once they have their neighbours' probability.
 
@@ -114,18 +141,18 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
         likeliest_B = law_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
         open_B = torch.stack(reached, dim=1).gather(1, parent_B1).squeeze(1)
         reached.append(open_B & likeliest_B)
-        judged_BD = judged_BD.scatter_add(1, tree.depth_BL[:, node + 1, None] - 1, open_B[:, None].long())
+        judged_BD = judged_BD.scatter_add(1, tree.place_BL[:, node + 1, None] - 1, open_B[:, None].long())
     reached_BL = torch.stack(reached, dim=1)
-    deepest_B = (tree.depth_BL * reached_BL).argmax(1)
+    deepest_B = (tree.place_BL * reached_BL).argmax(1)
     line_BL = tree.seen_BLL.gather(1, deepest_B[:, None, None].expand(-1, 1, tree.num_nodes + 1)).squeeze(1)
     kept_B = line_BL.sum(1) - 1
     slot_BL = torch.arange(tree.num_nodes + 1, device=p_BLV.device).expand_as(line_BL)
     # Column d - 1 for the ancestor at depth d; what is not on the path is written to the spare column.
-    column_BL = torch.where(line_BL & (slot_BL > 0), tree.depth_BL - 1, depth)
+    column_BL = torch.where(line_BL & (slot_BL > 0), tree.place_BL - 1, depth)
     slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=p_BLV.device).scatter(1, column_BL, slot_BL)
     last_BV = p_BLV.gather(1, deepest_B[:, None, None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
     law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
-    half_B = torch.full((batch,), 0.5, device=p_BLV.device)
+    half_B = torch.full((batch,), 0.5, dtype=torch.float32, device=p_BLV.device)
     refused_B = (tree.parents_BM == deepest_B[:, None]).any(1)
     return finish(tree, slots_BD[:, :depth], kept_B, judged_BD, refused_B, law_BV, half_B)
 
@@ -252,31 +279,20 @@ def sample_lantern(
         paths,
         check_every,
     )
-    if neighbours is not None:
-        table = neighbours.to(noise.device, torch.int32)
-    else:
-        assert codebook is not None
-        table = neighbour_table(codebook.to(noise.device), min(num_neighbours, codebook.shape[0] - 1))
+    table = chosen_neighbours(codebook, neighbours, num_neighbours, noise.device)
 
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table_Vk: Tensor | None
     ) -> Walk:
-        assert table_Vk is not None
-
-        def relax(law_BV: Tensor, token_B: Tensor) -> Tensor:
-            return relaxed_law(law_BV, token_B, table_Vk, max_moved, max_ratio)
-
+        bounds: dict = dict(neighbours_Vk=table_Vk, max_moved=max_moved, max_ratio=max_ratio)
         if tree == "static":
             drafted, q_BMV = draft_static(drafting, shape, draft_BM)
         else:
-            drafted, q_BMV = draft_dynamic(drafting, len(emit_B), depth, children, nodes), None
+            drafted, q_BMV = draft_dynamic(drafting, depth, children, nodes), None
         p_BLV = read(drafted)
         if greedy:
-            return walk_greedy(p_BLV, drafted, relax, depth)
-        if fits_kernels(p_BLV):
-            bounds: dict = dict(neighbours_Vk=table_Vk, max_moved=max_moved, max_ratio=max_ratio)
-            return walk_by_kernel(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
-        return walk(p_BLV, drafted, judge_relaxed(drafted, q_BMV, relax), accept_BM, emit_B, depth)
+            return walk_greedy(p_BLV, drafted, functools.partial(relaxed_law, **bounds), depth)
+        return walk_relaxed(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
 
     return run_trees(
         model,

@@ -7,6 +7,8 @@ B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), 
 """
 
 import time
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,86 @@ from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Features, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, Session
+from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import draw, token_law
-from visar.samplers.verify import Counts, check_passes, held_noise, judged_in_chain, run_passes, verify
+from visar.samplers.verify import Counts, check_passes, held_noise, run_passes, verify
+
+
+@dataclass(frozen=True)
+class Speculation:
+    """A generator and its drafter at work on a batch.
+
+    Attributes:
+        session, state: of the generator; drafting: of the drafter.
+        source: the noise; passes_11: int64, passes so far, which tell the draws of one position apart.
+        counts: of the loop.
+        depth: most tokens that are drafted one after another in a pass.
+        begun: time.perf_counter() at the start.
+    """
+
+    session: Session
+    state: Any
+    drafting: Drafting
+    source: Noise
+    passes_11: Tensor
+    counts: Counts
+    depth: int
+    begun: float
+
+    def run(self, turn: Callable[[int], None], check_every: int, callback: Callback | None) -> SampleOutput:
+        """Runs passes until every image is done; turn: one pass, except that this counts it."""
+
+        def step(slots: int) -> None:
+            turn(slots)
+            self.passes_11.add_(1)
+
+        sizes = dict(num_tokens=self.counts.num_tokens, window=self.depth + 1)
+        passes, done = run_passes(self.session, self.state, step, **sizes, check_every=check_every, callback=callback)
+        passed, calls = {"generator": passes}, self.drafting.calls(self.depth)
+        if calls:
+            passed["drafter"] = passes * calls
+        tokens = self.state.tokens[:, :done].clone()
+        return self.counts.output(tokens, passed, time.perf_counter() - self.begun)
+
+
+def begin_speculation(
+    model: Windowed,
+    condition: Condition,
+    key: Hashable,
+    *,
+    noise: Noise,
+    guidance: Guidance,
+    filters: tuple[float, int, float],
+    drafter: Drafter | None,
+    runtime: Runtime,
+    depth: int,
+    room: int,
+    chain: bool,
+) -> Speculation:
+    """Starts a generator and a drafter (None: n-grams) beside it.
+
+    Args:
+        key: what a pass depends on besides model, batch, filters and drafter.
+        depth, room: most tokens that are drafted in a pass one after another, and in all.
+        chain: whether a pass's tokens all follow one another.
+
+    Raises:
+        ValueError: a condition or drafter that does not fit.
+    """
+    begun = time.perf_counter()
+    drafter = NgramDrafter() if drafter is None else drafter
+    device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
+    work = (key, batch, guidance.active(num_tokens), *filters, drafter.key())
+    session = runtime.session(model, device, work)
+    kept = session.state = session.state or Kept()
+    state = kept.target = model.start(condition, guidance, ragged=True, window=room, state=kept.target)
+    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, room, depth, filters, chain))
+    passes_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    counts = Counts.start(session, depth + 1, batch, num_tokens, device)
+    return Speculation(session, state, drafting, held_noise(session, noise), passes_11, counts, depth, begun)
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +115,7 @@ def read_window(model: Windowed, state: Any, drafting: Drafting, draft_BK: Tenso
     if not drafting.reads_features:
         return model.verify(state, draft_BK), None
     assert isinstance(model, Features)
-    features_RLD = model.features(state, draft_BK)
+    features_RLD = model.features(state, Window.chain(draft_BK))
     return model.guided_logits(state, features_RLD), features_RLD
 
 
@@ -100,44 +177,31 @@ def sample_speculative(
         ValueError: a setting out of range, a condition that does not fit, or a drafter of another vocabulary.
     """
     check_speculative(model, guidance, temperature, top_k, top_p, num_drafts, check_every)
-    begun = time.perf_counter()
-    drafter = NgramDrafter() if drafter is None else drafter
-    device, batch, num_tokens, window = noise.device, condition.batch, model.num_tokens, num_drafts + 1
     filters = (temperature, top_k, top_p)
-    guided = guidance.active(num_tokens)
-    session = runtime.session(model, device, ("speculative", batch, guided, *filters, num_drafts, drafter.key()))
-    kept = session.state = session.state or Kept()
-    state = kept.target = model.start(condition, guidance, ragged=True, window=num_drafts, state=kept.target)
-    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, num_drafts, num_drafts, filters))
-    source = held_noise(session, noise)
-    pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    counts = Counts.start(session, window, batch, num_tokens, device)
+    work = begin_speculation(
+        model,
+        condition,
+        ("speculative", num_drafts),
+        noise=noise,
+        guidance=guidance,
+        filters=filters,
+        drafter=drafter,
+        runtime=runtime,
+        depth=num_drafts,
+        room=num_drafts,
+        chain=True,
+    )
+    state, drafting = work.state, work.drafting
 
-    def step(slots: int) -> None:
+    def turn(slots: int) -> None:
         start_B = state.length.clone()
-        position_BL = start_B[:, None] + torch.arange(slots, device=device)
-        draft_BL, accept_BL, emit_BL = source.uniform(Use.DRAFT, position_BL, (3,), pass_11).unbind(-1)
+        position_BL = start_B[:, None] + torch.arange(slots, device=noise.device)
+        draft_BL, accept_BL, emit_BL = work.source.uniform(Use.DRAFT, position_BL, (3,), work.passes_11).unbind(-1)
         draft_BK, q_BKV = draft_chain(drafting, draft_BL[:, :-1])
         logits_BLV, features_RLD = read_window(model, state, drafting, draft_BK)
         verdict = verify(token_law(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
-        left_B = num_tokens - start_B
-        judged_B = judged_in_chain(verdict.kept_B, num_drafts, left_B)
-        counts.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+        work.counts.add_chain(verdict, num_drafts, start_B)
         drafting.observe(start_B, features_RLD, verdict.count_B)
-        pass_11.add_(1)
 
-    passes, done = run_passes(
-        session,
-        state,
-        step,
-        num_tokens=num_tokens,
-        window=window,
-        check_every=check_every,
-        callback=callback,
-    )
-    tokens = state.tokens[:, :done].clone()
-    passed = {"generator": passes}
-    if drafting.calls(num_drafts):
-        passed["drafter"] = passes * drafting.calls(num_drafts)
-    return counts.output(tokens, passed, time.perf_counter() - begun)
+    return work.run(turn, check_every, callback)

@@ -6,7 +6,6 @@ pure parts are in visar/samplers/trees.py.
 B batch, M nodes, L = M + 1 slots, D depth of a tree, k chains, V codes, N tokens, R rows (2B when guided).
 """
 
-import time
 from collections.abc import Callable, Hashable
 
 import torch
@@ -18,10 +17,10 @@ from visar.core.interface import Callback, Features, Trees
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.core.tree import DraftTree
-from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
-from visar.samplers.drafters.ngram import NgramDrafter
+from visar.core.window import DraftTree
+from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import token_law
+from visar.samplers.speculative import begin_speculation
 from visar.samplers.trees import (
     Walk,
     check_paths,
@@ -33,7 +32,7 @@ from visar.samplers.trees import (
     walk_chosen,
     walk_drawn,
 )
-from visar.samplers.verify import Counts, check_passes, held_noise, run_passes
+from visar.samplers.verify import check_passes
 
 Read = Callable[[DraftTree], Tensor]
 Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]
@@ -67,21 +66,23 @@ def run_trees(
         table: a tensor that it reads; the session keeps a copy for captured passes.
         grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = it grows none.
     """
-    begun = time.perf_counter()
-    drafter = NgramDrafter() if drafter is None else drafter
-    device, batch, num_tokens = noise.device, condition.batch, model.num_tokens
-    guided = guidance.active(num_tokens)
-    session = runtime.session(model, device, (key, batch, guided, *filters, depth, nodes, grown, drafter.key()))
-    kept = session.state = session.state or Kept()
-    room, chain = max(nodes, depth, grown), nodes == depth and not grown
-    state = kept.target = model.start(condition, guidance, ragged=True, window=room, state=kept.target)
-    drafting = drafter.start(session, kept, Target(model, state, condition, guidance, room, depth, filters, chain))
-    source = held_noise(session, noise)
-    held_table = None if table is None else session.hold("table", table)
-    pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    counts = Counts.start(session, depth + 1, batch, num_tokens, device)
+    work = begin_speculation(
+        model,
+        condition,
+        (key, depth, nodes, grown),
+        noise=noise,
+        guidance=guidance,
+        filters=filters,
+        drafter=drafter,
+        runtime=runtime,
+        depth=depth,
+        room=max(nodes, depth, grown),
+        chain=nodes == depth and not grown,
+    )
+    state, drafting, num_tokens = work.state, work.drafting, model.num_tokens
+    held_table = None if table is None else work.session.hold("table", table)
 
-    def step(slots: int) -> None:
+    def turn(slots: int) -> None:
         start_B = state.length.clone()
         shown: list[Tensor] = []
 
@@ -89,32 +90,26 @@ def run_trees(
             if not drafting.reads_features:
                 return token_law(model.verify_tree(state, tree), *filters)
             assert isinstance(model, Features)
-            shown.append(model.features(state, tree=tree))
-            return token_law(model.guided_logits(state, shown[0], tree.depth_BL), *filters)
+            shown.append(model.features(state, tree))
+            return token_law(model.guided_logits(state, shown[0], tree.place_BL), *filters)
 
-        uniform = source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), pass_11)[:, 0]
+        uniform = work.source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), work.passes_11)[:, 0]
         way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
         count_B = way.kept_B + 1
         model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
         left_B = num_tokens - start_B
-        judged_B = torch.where(torch.arange(depth, device=device) < left_B[:, None], way.judged_BD, 0).sum(1)
-        counts.add(count_B, way.kept_B, judged_B, left_B, way.refused_B)
-        features_RLD = None
-        if shown:
-            slots_BL = torch.cat([torch.zeros_like(start_B)[:, None], way.slots_BD], dim=1)
-            slots_RL = repeat(slots_BL, state.parts)
-            features_RLD = shown[0].gather(1, slots_RL[..., None].expand(-1, -1, shown[0].shape[-1]))
-        drafting.observe(start_B, features_RLD, count_B)
-        pass_11.add_(1)
+        judged_B = torch.where(torch.arange(depth, device=noise.device) < left_B[:, None], way.judged_BD, 0).sum(1)
+        work.counts.add(count_B, way.kept_B, judged_B, left_B, way.refused_B)
+        drafting.observe(start_B, features_on_path(shown[0], way, state.parts) if shown else None, count_B)
 
-    passes, done = run_passes(
-        session, state, step, num_tokens=num_tokens, window=depth + 1, check_every=check_every, callback=callback
-    )
-    tokens = state.tokens[:, :done].clone()
-    passed = {"generator": passes}
-    if drafting.calls(depth):
-        passed["drafter"] = passes * drafting.calls(depth)
-    return counts.output(tokens, passed, time.perf_counter() - begun)
+    return work.run(turn, check_every, callback)
+
+
+def features_on_path(features_RLD: Tensor, way: Walk, parts: int) -> Tensor:
+    """Hidden vectors of the root and of the accepted nodes after it, of all slots' [R, L, D]."""
+    slots_BL = torch.cat([torch.zeros_like(way.slots_BD[:, :1]), way.slots_BD], dim=1)
+    slots_RL = repeat(slots_BL, parts)
+    return features_RLD.gather(1, slots_RL[..., None].expand(-1, -1, features_RLD.shape[-1]))
 
 
 def check_static_tree(
@@ -264,7 +259,7 @@ def sample_dynamic_tree(
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
-        tree = draft_dynamic(drafting, len(emit_B), depth, children, nodes)
+        tree = draft_dynamic(drafting, depth, children, nodes)
         return walk_chosen(read(tree), tree, accept_BM, emit_B, depth)
 
     return run_trees(

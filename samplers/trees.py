@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from visar import kernels
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafting
 from visar.samplers.filtering import draw, fits_kernels
 from visar.samplers.verify import acceptance, residual, row_at
@@ -77,16 +77,49 @@ def fixed_tree(parents: tuple[int, ...], device: torch.device) -> DraftTree:
 
 
 @functools.cache
-def level_children(paths: tuple[tuple[int, ...], ...], device: torch.device) -> list[Tensor]:
-    """Per level, the first child and the number of children of each node above, int64 [W, 2]; made once a device."""
-    levels: list[Tensor] = []
+def level_children(paths: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, int], ...]]:
+    """Per level, the first child and the number of children of each node of the level above."""
+    levels: list[tuple[tuple[int, int], ...]] = []
     for depth in range(len(paths[-1])):
         above = [path for path in paths if len(path) == depth] if depth else [()]
         counts = [sum(path[:-1] == parent and len(path) == depth + 1 for path in paths) for parent in above]
         first = sum(len(path) <= depth for path in paths)
-        children = [[first + sum(counts[:i]), count] for i, count in enumerate(counts)]
-        levels.append(torch.tensor(children, dtype=torch.int64, device=device))
+        levels.append(tuple((first + sum(counts[:i]), count) for i, count in enumerate(counts)))
     return levels
+
+
+@functools.cache
+def children_table(children: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
+    """A level of `level_children`, int64 [W, 2]; made once a device."""
+    return torch.tensor(children, dtype=torch.int64, device=device)
+
+
+def draw_siblings(
+    law_BWV: Tensor, children: tuple[tuple[int, int], ...], uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
+) -> None:
+    """Draws the children of a level's nodes without replacement, and notes the law of each.
+
+    Args:
+        law_BWV: the laws behind the level's nodes.
+        children: of each node, see level_children.
+        uniform_BM: one uniform number a node of the tree.
+        q_BMV, tokens_BM: written at the children's places.
+    """
+    if fits_kernels(law_BWV):
+        from visar.kernels.tree_drafting import draw_siblings as draw_all
+
+        with kernels.on(law_BWV.device):
+            return draw_all(law_BWV, children_table(children, law_BWV.device), uniform_BM, q_BMV, tokens_BM)
+    level_W = list(law_BWV.unbind(1))
+    # First the eldest children of all nodes at once, then the second ones, ...
+    for rank in range(max(count for _, count in children)):
+        parents = [w for w, (_, count) in enumerate(children) if count > rank]
+        nodes = [children[w][0] + rank for w in parents]
+        law_BXV = torch.stack([level_W[w] for w in parents], dim=1)
+        tokens_BX = draw(law_BXV, torch.stack([uniform_BM[:, node] for node in nodes], dim=1))
+        rest_BXV = without(law_BXV, tokens_BX)
+        for i, (w, node) in enumerate(zip(parents, nodes, strict=True)):
+            tokens_BM[:, node], q_BMV[:, node], level_W[w] = tokens_BX[:, i], law_BXV[:, i], rest_BXV[:, i]
 
 
 def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: Tensor) -> tuple[DraftTree, Tensor]:
@@ -94,90 +127,32 @@ def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: T
 
     Returns: the tree, and the law [B, M, V] that each node was drawn from: the drafter's without its elder siblings.
     """
-    parents, device = path_parents(paths), uniform_BM.device
-    shape = fixed_tree(tuple(parents), device)
+    shape = fixed_tree(tuple(path_parents(paths)), uniform_BM.device)
     law_BWV = drafting.begin()[:, None]
-    if fits_kernels(law_BWV):
-        from visar.kernels.tree_drafting import draw_siblings
-
-        tokens_BM = torch.empty(uniform_BM.shape, dtype=torch.int64, device=device)
-        q_BMV = law_BWV.new_empty(*uniform_BM.shape, law_BWV.shape[-1])
-        for depth, children_W2 in enumerate(level_children(tuple(paths), device), 1):
-            with kernels.on(device):
-                draw_siblings(law_BWV, children_W2, uniform_BM, q_BMV, tokens_BM)
-            if depth < len(paths[-1]):
-                shorter, nodes = (sum(len(path) <= most for path in paths) for most in (depth - 1, depth))
-                law_BWV = drafting.extend_tree(shape.begun(tokens_BM, nodes), shorter + 1, depth)
-        return shape.begun(tokens_BM, len(paths)), q_BMV
-    tokens: list[Tensor] = []
-    node_laws: list[Tensor] = []
-    level_W, first = [law_BWV[:, 0]], 0
-    for depth in range(1, len(paths[-1]) + 1):
-        nodes_W = [i for i, path in enumerate(paths) if len(path) == depth]
-        drawn: dict[int, tuple[Tensor, Tensor]] = {}
-        # First the eldest children of all nodes of the level above at once, then the second ones, ...
-        last = max(paths[node][-1] for node in nodes_W)
-        for rank in range(last + 1):
-            some = [node for node in nodes_W if paths[node][-1] == rank]
-            rows = [parents[node] - first for node in some]
-            law_BWV = torch.stack([level_W[row] for row in rows], dim=1)
-            tokens_BW = draw(law_BWV, torch.stack([uniform_BM[:, node] for node in some], dim=1))
-            drawn |= zip(some, zip(tokens_BW.unbind(1), law_BWV.unbind(1), strict=True), strict=True)
-            if rank < last:
-                for row, law_BV in zip(rows, without(law_BWV, tokens_BW).unbind(1), strict=True):
-                    level_W[row] = law_BV
-        node_laws += [drawn[node][1] for node in nodes_W]
-        tokens += [drawn[node][0] for node in nodes_W]
-        first = nodes_W[0] + 1
-        tree = shape.begun(torch.stack(tokens, dim=1), len(tokens))
+    tokens_BM = torch.empty(uniform_BM.shape, dtype=torch.int64, device=uniform_BM.device)
+    q_BMV = law_BWV.new_empty(*uniform_BM.shape, law_BWV.shape[-1])
+    for depth, children in enumerate(level_children(tuple(paths)), 1):
+        draw_siblings(law_BWV, children, uniform_BM, q_BMV, tokens_BM)
         if depth < len(paths[-1]):
-            level_W = list(drafting.extend_tree(tree, first, depth).unbind(1))
-    return tree, torch.stack(node_laws, dim=1)
+            shorter, nodes = children[0][0], sum(children[-1])
+            law_BWV = drafting.extend_tree(shape.begun(tokens_BM, nodes), shorter + 1, depth)
+    return shape.begun(tokens_BM, len(paths)), q_BMV
 
 
-def draft_dynamic(drafting: Drafting, batch: int, depth: int, children: int, nodes: int) -> DraftTree:
+def draft_dynamic(drafting: Drafting, depth: int, children: int, nodes: int) -> DraftTree:
     """Grows a tree where the drafter is confident, without a draw: EAGLE-2, arXiv 2406.16858, section 4.
 
     At each level the `children` likeliest paths are expanded by their `children` likeliest tokens; of all candidates
     the `nodes` with the largest products of the drafter's probabilities stay (with them all their ancestors).
     """
     law_BWV = drafting.begin()[:, None]
-    device, vocab_size = law_BWV.device, law_BWV.shape[-1]
-    children = min(children, vocab_size)
-    if fits_kernels(law_BWV):
-        return _draft_dynamic_by_kernels(drafting, law_BWV, depth, children, nodes)
-    grown = DraftTree.root(batch, device)
-    slots_BW = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-    score_BW = torch.zeros(batch, 1, device=device)
-    candidate_BS = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
-    tokens: list[Tensor] = []
-    parents: list[Tensor] = []
-    scores: list[Tensor] = []
-    for level in range(1, depth + 1):
-        best = ordered(law_BWV, children)
-        # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
-        score_BC = (score_BW[..., None] + best[0].clamp(min=1e-30).log() - 1e-3).flatten(1)
-        parent_BC = candidate_BS.gather(1, slots_BW).repeat_interleave(children, dim=1)
-        first = sum(part.shape[1] for part in tokens)
-        tokens.append(best[1].flatten(1))
-        parents.append(parent_BC)
-        scores.append(score_BC)
-        if level < depth:
-            chosen_BW = ordered(score_BC, min(children, score_BC.shape[1]))[1].sort(dim=1).values
-            score_BW = score_BC.gather(1, chosen_BW)
-            start = grown.num_nodes + 1
-            grown_parents_BW = slots_BW.repeat_interleave(children, dim=1).gather(1, chosen_BW)
-            grown = grown.grown(tokens[-1].gather(1, chosen_BW), grown_parents_BW)
-            slots_BW = torch.arange(start, grown.num_nodes + 1, device=device).expand(batch, -1)
-            candidate_BS = torch.cat([candidate_BS, first + chosen_BW], dim=1)
-            law_BWV = drafting.extend_tree(grown, start, level)
-    token_BC, parent_BC, score_BC = torch.cat(tokens, 1), torch.cat(parents, 1), torch.cat(scores, 1)
-    kept_BM = ordered(score_BC, min(nodes, score_BC.shape[1]))[1].sort(dim=1).values
-    order = torch.arange(1, kept_BM.shape[1] + 1, device=device).expand_as(kept_BM)
-    slot_BC = torch.zeros_like(token_BC).scatter(1, kept_BM, order)
-    parent_BM = parent_BC.gather(1, kept_BM)
-    parent_slot_BM = torch.where(parent_BM < 0, 0, slot_BC.gather(1, parent_BM.clamp(min=0)))
-    return DraftTree.from_parents(token_BC.gather(1, kept_BM), parent_slot_BM)
+    growth = begin_growth(law_BWV, depth, children)
+    for level in range(1, depth):
+        growth.add(law_BWV)
+        tree, first = growth.expand()
+        law_BWV = drafting.extend_tree(tree, first, level)
+    growth.add(law_BWV)
+    return growth.pruned(nodes)
 
 
 def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -186,20 +161,86 @@ def ordered(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[..., :count], index[..., :count]
 
 
-def _draft_dynamic_by_kernels(drafting: Drafting, law_BWV: Tensor, depth: int, children: int, nodes: int) -> DraftTree:
-    """What `draft_dynamic` does, in two launches a level and one in the end."""
-    from visar.kernels.tree_drafting import Growth
+class Growth:
+    """Candidates of a dynamic tree, and the part of it that the drafter has read.
 
-    device = law_BWV.device
-    growth = Growth(law_BWV.shape[0], depth, children, device)
-    for level in range(1, depth + 1):
-        with kernels.on(device):
-            growth.add(law_BWV)
-            if level == depth:
-                return DraftTree(*growth.pruned(nodes))
-            parts, first = growth.expand()
-        law_BWV = drafting.extend_tree(DraftTree(*parts), first, level)
-    raise AssertionError("a tree has at least one level")
+    Args:
+        batch, device: of the laws.
+        children: likeliest tokens of a node, and likeliest nodes of a level that are expanded.
+    """
+
+    def __init__(self, batch: int, children: int, device: torch.device) -> None:
+        self.children = children
+        self.tree = DraftTree.root(batch, device)
+        self.tokens: list[Tensor] = []
+        self.parents: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        # Of the nodes expanded last: slots in the tree, scores; of every slot: its candidate, -1 for the root.
+        self.slots_BW = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.score_BW = torch.zeros(batch, 1, dtype=torch.float32, device=device)
+        self.candidate_BS = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
+
+    def add(self, law_BWV: Tensor) -> None:
+        """Adds the likeliest children of the nodes expanded last (at first: of the root) to the candidates."""
+        probability_BWc, token_BWc = ordered(law_BWV, self.children)
+        # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
+        score_BWc = self.score_BW[..., None] + probability_BWc.clamp(min=1e-30).log() - 1e-3
+        parent_BW = self.candidate_BS.gather(1, self.slots_BW)
+        self.tokens.append(token_BWc.flatten(1))
+        self.parents.append(parent_BW.repeat_interleave(self.children, dim=1))
+        self.scores.append(score_BWc.flatten(1))
+
+    def expand(self) -> tuple[DraftTree, int]:
+        """Takes the likeliest of the candidates added last into the tree; it, and the slot of its first new node."""
+        score_BC, before = self.scores[-1], sum(part.shape[1] for part in self.tokens[:-1])
+        chosen_BW = ordered(score_BC, min(self.children, score_BC.shape[1]))[1].sort(dim=1).values
+        parents_BW = self.slots_BW.repeat_interleave(self.children, dim=1).gather(1, chosen_BW)
+        first = self.tree.num_nodes + 1
+        self.tree = self.tree.grown(self.tokens[-1].gather(1, chosen_BW), parents_BW)
+        self.score_BW = score_BC.gather(1, chosen_BW)
+        slots = torch.arange(first, self.tree.num_nodes + 1, device=chosen_BW.device)
+        self.slots_BW = slots.expand(len(chosen_BW), -1)
+        self.candidate_BS = torch.cat([self.candidate_BS, before + chosen_BW], dim=1)
+        return self.tree, first
+
+    def pruned(self, nodes: int) -> DraftTree:
+        """The tree of the likeliest candidates of all levels."""
+        token_BC, parent_BC, score_BC = (torch.cat(parts, 1) for parts in (self.tokens, self.parents, self.scores))
+        kept_BM = ordered(score_BC, min(nodes, score_BC.shape[1]))[1].sort(dim=1).values
+        order = torch.arange(1, kept_BM.shape[1] + 1, device=kept_BM.device).expand_as(kept_BM)
+        slot_BC = torch.zeros_like(token_BC).scatter(1, kept_BM, order)
+        parent_BM = parent_BC.gather(1, kept_BM)
+        parent_slot_BM = torch.where(parent_BM < 0, 0, slot_BC.gather(1, parent_BM.clamp(min=0)))
+        return DraftTree.from_parents(token_BC.gather(1, kept_BM), parent_slot_BM)
+
+
+class KernelGrowth:
+    """What Growth does, in two launches a level and one in the end."""
+
+    def __init__(self, batch: int, depth: int, children: int, device: torch.device) -> None:
+        from visar.kernels.tree_drafting import Growth as Launches
+
+        self.device, self.launches = device, Launches(batch, depth, children, device)
+
+    def add(self, law_BWV: Tensor) -> None:
+        with kernels.on(self.device):
+            self.launches.add(law_BWV)
+
+    def expand(self) -> tuple[DraftTree, int]:
+        with kernels.on(self.device):
+            parts, first = self.launches.expand()
+        return DraftTree(*parts), first
+
+    def pruned(self, nodes: int) -> DraftTree:
+        with kernels.on(self.device):
+            return DraftTree(*self.launches.pruned(nodes))
+
+
+def begin_growth(law_BWV: Tensor, depth: int, children: int) -> Growth | KernelGrowth:
+    """A dynamic tree of its root alone; law_BWV: what follows the root."""
+    batch, _, vocab_size = law_BWV.shape
+    children, device = min(children, vocab_size), law_BWV.device
+    return KernelGrowth(batch, depth, children, device) if fits_kernels(law_BWV) else Growth(batch, children, device)
 
 
 def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[DraftTree, list[Tensor]]:
@@ -366,7 +407,7 @@ def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 
 
     SpecTr, arXiv 2310.15141, section 5: the best r of K-SEQ for k drafts.
     """
-    low_B, high_B = torch.ones(len(p_BV), device=p_BV.device), drafts_B.float()
+    low_B, high_B = torch.ones(len(p_BV), dtype=torch.float32, device=p_BV.device), drafts_B.float()
     for _ in range(iterations):
         middle_B = (low_B + high_B) / 2
         beta_B = torch.minimum(q_BV, p_BV / middle_B[:, None]).sum(-1)

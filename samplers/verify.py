@@ -30,10 +30,12 @@ from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import Session
 from visar.samplers.filtering import check_filters, draw, fits_kernels
 
+LARGEST_WINDOW = 65_536
+
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
     """Law float32 [..., V] of a draft that was chosen without a draw."""
-    zeros = torch.zeros(*tokens.shape, vocab_size, device=tokens.device)
+    zeros = torch.zeros(*tokens.shape, vocab_size, dtype=torch.float32, device=tokens.device)
     return zeros.scatter_(-1, tokens[..., None], 1.0)
 
 
@@ -179,6 +181,15 @@ class Counts:
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
         self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
 
+    def add_chain(self, verdict: Verdict, most_B: Tensor | int, length_B: Tensor) -> None:
+        """Counts a pass that judged a chain of drafts, the first most_B of every row.
+
+        length_B: tokens that were committed before it.
+        """
+        left_B = self.num_tokens - length_B
+        judged_B = judged_in_chain(verdict.kept_B, most_B, left_B)
+        self.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+
     def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
         """Tokens with the counts on the host."""
         outcome_BN = self.outcome_BT[:, : tokens_BN.shape[1]].clone()
@@ -235,6 +246,7 @@ def run_passes(
             known_BN = state.tokens[:, :num_tokens] * (slot_N < state.length[:, None])
             if callback(num_tokens - left, known_BN):
                 break
+    session.check_finite()
     return passes, num_tokens - left
 
 
@@ -244,11 +256,12 @@ def check_passes(
     """Checks the settings that all samplers of windows and trees have.
 
     Raises:
-        ValueError: see `check_filters` and `Guidance.scales`; window or check_every below 1.
+        ValueError: see `check_filters` and `Guidance.scales`; window outside 1 ... LARGEST_WINDOW, or check_every
+            below 1.
     """
     check_filters(*filters)
     guidance.scales(model.num_tokens)
-    if window < 1:
-        raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass)")
+    if not 1 <= window <= LARGEST_WINDOW:
+        raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass), at most {LARGEST_WINDOW}")
     if check_every < 1:
         raise ValueError(f"check_every {check_every}; it must be >= 1")

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+import visar
 from visar.checkpoints.hub import embedded_names, official
 from visar.cli.main import COMMANDS, main
 from visar.cli.sample import Sample
@@ -86,8 +87,10 @@ def test_usage_and_version(capsys):
         assert main(arguments) == 0
         printed = capsys.readouterr().out
         assert all(f"visar {name} " in printed for name in COMMANDS)
-    assert main(["--version"]) == 0
-    assert capsys.readouterr().out.strip()[0].isdigit()
+    for flag in ("--version", "-V"):
+        assert main([flag]) == 0 and capsys.readouterr().out == f"visar {visar.__version__}\n"
+    assert main(["train", "--help"]) == 0
+    assert "visar train drafter" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -280,7 +283,7 @@ def test_recipes_replace_defaults(capsys):
         ("train tokenizer --out run", 2, "--data"),
         ("train tokenizer --data nowhere --out run", 1, "no image set at nowhere"),
         ("train tokenizer --data file --out run", 1, "file is not an image set"),
-        ("train tokenizer --data . --out run --steps 0", 1, "steps 0; it must be at least 1"),
+        ("train tokenizer --data . --out run --steps 0", 1, "steps 0; allowed: 1 ... 1000000000"),
         ("train generator --data nowhere --tokenizer emoji-vq --out run", 1, "no image set at nowhere"),
         ("train generator --data . --tokenizer emoji-vqq --out run", 1, "unknown model 'emoji-vqq' | emoji-vq"),
         ("train tokenizer --recipe emoji-raster", 2, "unknown recipe 'emoji-raster' | emoji-vq, emoji-vq-4096"),

@@ -209,7 +209,8 @@ def test_labels_of_a_reference_of_other_classes_are_not_used(caplog: pytest.LogC
     assert named.training_table(LabelTable.of([(0,), (1,)], ("bird", "cat"))) is None
     assert "1 classes of the reference are none of the model's: bird" in caplog.records[-1].getMessage()
     numbered = PipelineGenerator(tiny_pipeline(4), Sampling())
-    assert numbered.training_table(LabelTable.of([(0,), (1,)])) is None
+    assert numbered.training_table(LabelTable.of([(0,), (1,)], ("cat", "dog"))) is None
+    assert numbered.training_table(LabelTable.of([(0,), (2,)])) == LabelTable(((0,), (2,)), (1, 1))
     assert label_plan("auto", num_classes=4, table=None).policy == "balanced"
 
 

@@ -100,8 +100,11 @@ def test_classes_of_a_reference_are_matched_by_name_or_not_at_all() -> None:
     assert table.in_classes(4, None) is table
     numbers = LabelTable.of([(0,), (9,)])
     assert numbers.in_classes(10, ("a",) * 10) is numbers and table.leading(1).classes == table.classes
-    with pytest.raises(ValueError, match="the reference has 10 classes, the model 1000, and no names to match"):
-        numbers.in_classes(1000, None)
+    assert numbers.in_classes(1000, None) is numbers
+    with pytest.raises(ValueError, match="the reference has the class 9, the model 9 classes, and no names to match"):
+        numbers.in_classes(9, None)
+    with pytest.raises(ValueError, match="the reference has 4 classes, the model 1000 classes, and no names to match"):
+        table.in_classes(1000, None)
 
 
 def test_policies_and_their_errors() -> None:
@@ -119,7 +122,7 @@ def test_policies_and_their_errors() -> None:
             label_plan(policy, num_classes=3, table=None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="number of classes"):
         LabelPlan("random")
-    with pytest.raises(ValueError, match="sorted and distinct"):
+    with pytest.raises(ValueError, match="sorted, distinct and of one length"):
         LabelTable(((1,), (0,)), (1, 1))
 
 

@@ -22,6 +22,7 @@ def test_linear_schedule_interval_and_lists():
     assert Guidance(4.0, interval=(1, 2)).scales(5) == [1.0, 4.0, 4.0, 1.0, 1.0]
     assert Guidance((1.0, 2.0)).scales(2) == [1.0, 2.0]
     assert Guidance(3.0, schedule="linear").scales(1) == [1.0]
+    assert Guidance(2.0, convention="extrapolate", schedule="linear", interval=(1, 4)).at(2, 5) == 2.0
 
 
 def test_active():

@@ -11,11 +11,12 @@ from visar.core.guidance import Guidance, combine
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import Runtime, Session
 from visar.generators.raster import RasterGPT
+from visar.kernels import finite
 from visar.layers.cache import KVCache, visible
 from visar.layers.llama import RMSNorm, SwiGLU
 from visar.layers.rope import rope_table, rotate
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.filtering import categorical, filter_logits, sample_logits
+from visar.samplers.filtering import categorical, filter_logits, sample_logits, token_law
 from visar.samplers.jacobi import sample_jacobi
 
 
@@ -185,6 +186,19 @@ def test_draw_keeps_ties(device, settings):
     zeros = torch.tensor([-0.0, 0.0, -1.0, -2.0]).expand(6, -1).contiguous().to(device)
     got = sample_logits(zeros, ((torch.arange(6) + 0.5) / 6).to(device), top_k=1)
     assert set(got.tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1.0])
+def test_logits_that_are_not_finite_set_the_flag(device, value):
+    logits = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    logits[1, 5] = value
+    uniform = torch.full((2,), 0.5, device=device)
+    for draws in (lambda: sample_logits(logits, uniform, top_k=4, top_p=0.9), lambda: token_law(logits, 1.3, 4, 0.9)):
+        flag = torch.zeros(1, dtype=torch.int32, device=device)
+        with finite.watched(flag):
+            draws()
+        assert bool(flag) == (value in (float("inf"),) or value != value)
+        draws()  # nobody watches
 
 
 # ------------------------------------------------------------------------------------------------------------ model

@@ -9,14 +9,15 @@ from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import Runtime
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.raster import RasterGPT
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.drafters.eagle import FeatureDrafter
 from visar.samplers.filtering import draw, token_law
 from visar.samplers.grouped import sample_grouped
-from visar.samplers.jacobi import refresh, sample_jacobi
+from visar.samplers.jacobi import sample_jacobi
+from visar.samplers.jacobi_drafts import refresh
 from visar.samplers.relaxed import judge_relaxed, relaxed_law, sample_lantern
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
@@ -92,7 +93,7 @@ def test_judge(device, monkeypatch, slots, coupling, top_k):
         verdict = verify(p, q, draft, accept[:, :-1], emit, judged_B=judged)
         place = length[:, None] + torch.arange(slots, device=device)
         gumbel = noise.gather(1, place[..., None].expand(-1, -1, vocab_size))
-        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel)
+        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel, judged)
 
     verdict, drafts = plain(monkeypatch, expected)
     given = dict(coupling=coupling, fresh_BL=fresh, gumbel_BTV=noise, length_B=length)
@@ -123,7 +124,7 @@ def test_tree_of_one_row_is_begun_for_every_row():
     tree = random_tree(1, 7, 20, torch.device("cpu"))
     part = tree.begun(tree.tokens_BM.expand(3, -1), 4)
     whole = DraftTree.from_parents(part.tokens_BM, part.parents_BM)
-    assert torch.equal(part.seen_BLL, whole.seen_BLL) and torch.equal(part.depth_BL, whole.depth_BL)
+    assert torch.equal(part.seen_BLL, whole.seen_BLL) and torch.equal(part.place_BL, whole.place_BL)
 
 
 @pytest.mark.parametrize("kind", ["drawn", "chosen", "moved", "ratio"])
@@ -131,7 +132,7 @@ def test_tree_of_one_row_is_begun_for_every_row():
 def test_walk(device, monkeypatch, vocab_size, kind):
     batch, nodes = 6, 11
     tree = random_tree(batch, nodes, vocab_size, device)
-    depth = int(tree.depth_BL.max())
+    depth = int(tree.place_BL.max())
     p = laws(batch, nodes + 1, vocab_size).to(device)
     q = laws(batch, nodes, vocab_size, seed=2, top_k=vocab_size // 2).to(device)
     q.scatter_(2, tree.tokens_BM[..., None], (2.0 if kind == "drawn" else 8.0) / vocab_size)
@@ -198,7 +199,7 @@ def test_tree_attention(device, dtype, nodes, first):
     valid = valid.to(device)
     qkv = torch.randn(rows, nodes + 1 - first, 3 * heads * width, generator=generator).to(device, dtype)
     root = (length[:, None] + prefix - 1).repeat(2, 1)
-    place = root + tree.depth_BL.repeat(2, 1)[:, first:]
+    place = root + tree.place_BL.repeat(2, 1)[:, first:]
     table = rope[place.clamp(max=len(rope) - 1)]
     query, key, value = qkv.unflatten(-1, (3, heads, width)).unbind(2)
     query, key, value = rotate(query, table).transpose(1, 2), rotate(key, table).transpose(1, 2), value.transpose(1, 2)
@@ -287,12 +288,12 @@ def launch_tree_pass() -> None:
     tree, rows, heads, width, slots = drafted_tree(), 2 * BATCH, 12, 64, POSITIONS + 40
     cache = torch.zeros(2, 2, rows, heads, slots, width, dtype=torch.bfloat16)
     cached_attention(
-        torch.zeros(rows, tree.depth_BL.shape[1], 3 * heads * width, dtype=torch.bfloat16), *cache[0],
+        torch.zeros(rows, tree.place_BL.shape[1], 3 * heads * width, dtype=torch.bfloat16), *cache[0],
         torch.zeros(POSITIONS, width // 2, 2), ids(BATCH), ahead=0, batch=BATCH,
         key_valid_RS=torch.ones(rows, slots, dtype=torch.bool), tree=tree,
     )  # fmt: skip
-    logits = torch.zeros(rows, tree.depth_BL.shape[1], CODES, dtype=torch.bfloat16)
-    guide(logits, torch.zeros(POSITIONS + 40), ids(BATCH), depth_BL=tree.depth_BL)
+    logits = torch.zeros(rows, tree.place_BL.shape[1], CODES, dtype=torch.bfloat16)
+    guide(logits, torch.zeros(POSITIONS + 40), ids(BATCH), depth_BL=tree.place_BL)
     move_path(cache[0], cache[1], ids(BATCH), ids(BATCH, len(BRANCHES)), ahead=0)
 
 

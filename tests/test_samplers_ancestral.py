@@ -1,6 +1,9 @@
 """Ancestral sampling: the enumerated law of a tiny model, batch invariance, callbacks."""
 
 import itertools
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,9 +11,12 @@ import torch
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.noise import Noise, image_seeds
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.raster import RasterGPT
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import filter_logits
+
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +86,29 @@ def test_image_depends_on_its_seed_and_condition_only(model):
     for row, seed in enumerate(seeds):
         alone = sample_ancestral(model, Condition(labels_BA=labels[row : row + 1]), noise=Noise([seed]), **settings)
         assert torch.equal(alone.tokens[0], batch[row])
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        TINY.tabular(),
+        TINY.transformer(),
+        TINY.over_scales(),
+        TINY.over_scales(HierarchicalMaskedTransformer),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_positions_and_result_are_in_the_order_of_the_tokenizer(model):
+    """What a block commits appears in the result at the positions that the model named for it, and nowhere else."""
+    state, given, positions = model.start(TINY.labels(0, 1, 2)), torch.tensor([[3], [2], [1]]), []
+    for block, size in enumerate(model.block_sizes):
+        state.block = block
+        positions.append(model.positions(state).expand(3, -1))
+        assert positions[-1].shape == (3, size)
+        model.append(state, given.expand(-1, size))
+        done, expected = torch.cat(positions, dim=1), torch.zeros(3, model.num_tokens, dtype=torch.int64)
+        assert torch.equal(model.result(state), expected.scatter(1, done, given.expand(-1, done.shape[1])))
+    assert torch.equal(done.sort(1).values, torch.arange(model.num_tokens).expand(3, -1))
 
 
 def test_statistics_and_callback(model):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from visar.core.noise import Noise, Use, image_seeds
-from visar.samplers.filtering import categorical, check_filters, draw, filter_logits
+from visar.core.runtime import EAGER
+from visar.samplers.filtering import categorical, check_filters, draw, filter_logits, sample_logits, token_law
 
 
 def reference_filter(logits, temperature, top_k, top_p):
@@ -18,7 +19,7 @@ def reference_filter(logits, temperature, top_k, top_p):
         )
         total, chosen = 0.0, set()
         for code in order.tolist():
-            if code not in keep or (chosen and total > top_p):
+            if code not in keep or total >= top_p:
                 break
             chosen.add(code)
             total += float(probability[code])
@@ -33,6 +34,43 @@ def test_filter_equals_the_definition(top_k, top_p, temperature):
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(1)) * 2
     expected = reference_filter(logits, temperature, top_k, top_p)
     torch.testing.assert_close(filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p), expected)
+
+
+@pytest.mark.parametrize(
+    ("law", "top_p", "kept"),
+    [
+        ([0.5, 0.25, 0.25], 0.5, [0]),
+        ([0.5, 0.25, 0.125, 0.125], 0.75, [0, 1]),
+        ([0.3, 0.1, 0.1, 0.5], 0.8, [0, 3]),
+        ([0.25, 0.25, 0.5], 0.6, [0, 1, 2]),  # both of the tied codes
+    ],
+)
+def test_top_p_ends_where_probabilities_reach_it(law, top_p, kept):
+    logits = torch.log(torch.tensor([law]))
+    assert torch.isfinite(filter_logits(logits, top_p=top_p)[0]).nonzero().flatten().tolist() == kept
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sessions_find_logits_that_are_not_finite(value):
+    logits = torch.zeros(2, 3, 10)
+    uniform = torch.full((2, 3), 0.5)
+    for draws in (lambda: sample_logits(logits, uniform), lambda: token_law(logits, 1.0, 4, 0.9)):
+        session = EAGER.session(None, torch.device("cpu"), "any")
+        logits[1, 2, 4] = 0.0
+        session.run(draws)
+        session.check_finite()
+        logits[1, 2, 4] = value
+        session.run(draws)
+        with pytest.raises(ValueError, match="not finite"):
+            session.check_finite()
+
+
+def test_codes_may_be_excluded_by_the_model():
+    logits = torch.zeros(2, 10)
+    logits[:, 3:] = float("-inf")
+    session = EAGER.session(None, torch.device("cpu"), "any")
+    session.run(lambda: sample_logits(logits, torch.full((2,), 0.5), top_k=4, top_p=0.5))
+    session.check_finite()
 
 
 def test_shapes_with_positions():

@@ -133,18 +133,6 @@ def test_distant_codes_are_left_out():
     assert torch.equal(far.tokens, sample_grouped(model, many(1, n), **(settings | dict(group=1))).tokens)
 
 
-@pytest.mark.parametrize("make", [tabular, transformer])
-def test_image_depends_on_its_seed_and_condition_only(make):
-    model, seeds, which = make(4, (3, 2)), image_seeds(7, 24), torch.arange(24) % 3
-    settings = dict(guidance=Guidance(2.0), window=4, group=3, initial="above")
-    everything = sample_grouped(model, labels(*which.tolist()), noise=Noise(seeds), **settings).tokens
-    for rows in ([11], [4, 2, 20], list(range(8, 16))):
-        some = sample_grouped(
-            model, labels(*which[rows].tolist()), noise=Noise([seeds[row] for row in rows]), **settings
-        )
-        assert torch.equal(some.tokens, everything[rows])
-
-
 @pytest.mark.parametrize("groups", ["dynamic", "static"])
 def test_replayed_passes_read_what_the_latest_call_gave(groups):
     model, runtime = transformer(5, (3, 4)), TINY.ReplayRuntime()

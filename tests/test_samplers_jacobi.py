@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding: recorded trajectories, the joint law, and that an image depends on its seed only."""
+"""Speculative Jacobi decoding: recorded trajectories, the joint law, and replayed passes."""
 
 import json
 import runpy
@@ -15,7 +15,8 @@ from visar.core.runtime import EAGER, Runtime
 from visar.evaluate.laws import check_law, joint_law
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.filtering import token_law
-from visar.samplers.jacobi import COUPLINGS, INITIALS, guess, refresh, sample_jacobi, window_sizes
+from visar.samplers.jacobi import sample_jacobi
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, guess, refresh, window_sizes
 from visar.samplers.verify import one_hot, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,28 +172,7 @@ def test_law_of_a_transformer(settings):
     assert_exact(transformer(4, (2, 2)), TINY.DRAWS, window=3, initial="above", **settings)
 
 
-# ------------------------------------------------------------------------------------------------ one image alone
-@pytest.mark.parametrize("make", [tabular, transformer])
-@pytest.mark.parametrize(
-    "settings",
-    [
-        dict(window=4),
-        dict(window=3, coupling="maximal", initial="left_law"),
-        dict(window=6, coupling="gumbel", initial="above"),
-        dict(window=8, adaptive=True, check_every=2),
-    ],
-)
-def test_image_depends_on_its_seed_and_condition_only(make, settings):
-    model = make(4, (3, 2))
-    seeds = image_seeds(7, 40)
-    which = torch.arange(40) % 3
-    settings = dict(guidance=Guidance(2.0), top_p=0.9) | settings
-    all_rows = sample_jacobi(model, labels(*which.tolist()), noise=Noise(seeds), **settings).tokens
-    for rows in ([11], [4, 2, 30], list(range(8, 16))):
-        some = sample_jacobi(
-            model, labels(*which[rows].tolist()), noise=Noise([seeds[row] for row in rows]), **settings
-        )
-        assert torch.equal(some.tokens, all_rows[rows])
+# ------------------------------------------------------------------------------------------------ loops and errors
 
 
 @pytest.mark.parametrize(

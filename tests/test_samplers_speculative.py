@@ -1,4 +1,4 @@
-"""Drafted speculation, chains and trees: the joint law with every drafter, and independence of the batch."""
+"""Drafted speculation, chains and trees: the joint law with every drafter, and replayed passes."""
 
 import runpy
 from pathlib import Path
@@ -11,7 +11,7 @@ from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, Use, image_seeds
 from visar.core.runtime import EAGER, Runtime, Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree, Window
 from visar.evaluate.laws import check_law, chi_squared, joint_law
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters.eagle import FeatureDrafter, feature_loss
@@ -226,8 +226,8 @@ def test_trees_from_parents_equal_grown_ones():
         torch.tensor([[3]]), torch.tensor([[4]])
     )
     again = DraftTree.from_parents(grown.tokens_BM, grown.parents_BM)
-    assert torch.equal(again.depth_BL, grown.depth_BL) and torch.equal(again.seen_BLL, grown.seen_BLL)
-    assert grown.depth_BL.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
+    assert torch.equal(again.place_BL, grown.place_BL) and torch.equal(again.seen_BLL, grown.seen_BLL)
+    assert grown.place_BL.tolist() == [[0, 1, 1, 2, 2, 2, 3]]
 
 
 @torch.no_grad()
@@ -256,6 +256,21 @@ def test_trees_read_like_chains(make):
     wanted = null + (teacher - null) * scale[:, None]
     got = model.predict(state)[:, 0]
     torch.testing.assert_close(got, wanted[torch.arange(3), state.length], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_chain_is_a_window_like_any_other():
+    """What a chain leaves unsaid may be said: each slot sees itself and those before it, and stands one place on."""
+    model, tokens = transformer(4, (2, 3)), torch.tensor([[0, 3, 1], [2, 1, 3]])
+    state = model.start(labels(0, 1), ragged=True, window=3)
+    model.commit(state, tokens[:, :2], torch.tensor([1, 2]))
+    seen, place = torch.ones(2, 4, 4, dtype=torch.bool).tril(), torch.arange(4).expand(2, -1)
+    said = model.features(state, Window(tokens, seen, place))
+    torch.testing.assert_close(said, model.features(state, Window.chain(tokens)), rtol=0, atol=0)
+    # Slots that see nothing else of the window, at the place of slot 0: only slot 0 reads the same.
+    alone = model.features(state, Window(tokens, torch.eye(4, dtype=torch.bool).expand(2, -1, -1), place * 0))
+    torch.testing.assert_close(alone[:, 0], said[:, 0])
+    assert not torch.allclose(alone[:, 2], said[:, 2])
 
 
 def test_losses_train_drafters():
@@ -301,7 +316,7 @@ def test_feature_drafter_reads_true_vectors():
         start = state.length.clone()
         index = start[:, None] + torch.arange(3)
         window = tokens.gather(1, index.clamp(max=11))
-        features = model.features(state, window)
+        features = model.features(state, Window.chain(window))
         model.commit(state, torch.cat([window, tokens.gather(1, start[:, None] + 3)], 1), torch.tensor(counts))
         drafting.observe(start, features, torch.tensor(counts))
         law = drafting.begin()
@@ -327,20 +342,7 @@ def test_ngrams_vote_for_what_followed():
     torch.testing.assert_close(again, votes / votes.sum())
 
 
-# ------------------------------------------------------------------------------------------------ one image alone
-@pytest.mark.parametrize("name", SAMPLERS)
-@pytest.mark.parametrize("which", ["ngram", "model", "feature", "heads"])
-def test_image_depends_on_its_seed_and_condition_only(name, which):
-    model, (sampler, own) = transformer(4, (3, 2)), SAMPLERS[name]
-    drafter = NgramDrafter() if which == "ngram" else drafters(model)[which]
-    seeds, which_class = image_seeds(7, 24), torch.arange(24) % 3
-    settings = dict(guidance=Guidance(2.0), top_p=0.9, drafter=drafter, **own)
-    everything = sampler(model, labels(*which_class.tolist()), noise=Noise(seeds), **settings).tokens
-    for rows in ([11], [4, 2, 20], list(range(8, 16))):
-        some = sampler(
-            model, labels(*which_class[rows].tolist()), noise=Noise([seeds[row] for row in rows]), **settings
-        )
-        assert torch.equal(some.tokens, everything[rows])
+# ------------------------------------------------------------------------------------------------ loops and errors
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

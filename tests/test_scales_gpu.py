@@ -178,7 +178,9 @@ def test_bfloat16_keeps_the_quantiser_in_float32():
     condition = Condition(labels_BA=torch.tensor([[0], [1]], device="cuda"))
     out = sample_next_scale(model, condition, noise=Noise([1, 2], "cuda"), guidance=Guidance(2.0), runtime=Runtime())
     assert model.pyramid.codebook.dtype == out.latent.dtype == torch.float32
-    torch.testing.assert_close(out.latent, model.pyramid.running_maps(out.tokens)[-1], atol=1e-4, rtol=0)
+    with torch.no_grad():  # with gradients phi is torch's convolution, which may round to TF32
+        expected = model.pyramid.running_maps(out.tokens)[-1]
+    torch.testing.assert_close(out.latent, expected, atol=1e-4, rtol=0)
 
 
 def peak(run) -> int:

@@ -177,6 +177,17 @@ def test_a_wide_pyramid_round_trips_through_a_folder(tmp_path):
         model.decode(ids[:, :5])
     with pytest.raises(ValueError, match="finest scale asks for"):
         model.encode(image[:, :, :2])
+    for wrong, message in (
+        (lambda: model.encode(image[:, :1]), r"needed: \[B, 3, H, W\]"),
+        (lambda: model.encode(image.to(torch.uint8)), "dtype torch.uint8"),
+        (lambda: model.encode(image * 127.5), r"needed: in \[-1, 1\]"),
+        (lambda: model.decode(ids + 1000), "outside the codebook"),
+        (lambda: model.decode(ids - 1000), "outside the codebook"),
+        (lambda: model.decode(ids.float()), "needed: integers"),
+        (lambda: model.decode(ids[0]), r"needed: integers \[B, N\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
 
 
 @torch.no_grad()

@@ -138,6 +138,9 @@ def test_other_sizes_than_the_configured_one():
     assert model.decode(ids[:, :16]).shape == (2, 3, 8, 8)
     wide = tiny(image_size=(8, 16)).eval()
     assert wide.layout.shapes == ((4, 8),)
+    assert wide.decode(torch.zeros(1, 8, dtype=torch.int64)).shape == (1, 3, 4, 8)
+    with pytest.raises(ValueError, match=r"16 ids make no grid shaped as \(4, 8\)"):
+        wide.decode(torch.zeros(1, 16, dtype=torch.int64))
     assert wide.decode(ids[:, :32]).shape == (2, 3, 8, 16)
     # Raster order: the first row of ids is the top of the image.
     top = model.lookup(ids, "channels_first", (4, 12))[:, :, 0]
@@ -181,6 +184,10 @@ def test_encode_decode_encode_is_stable_on_a_fitted_tokenizer():
         (lambda model: model.encode(pictures()[:, :1]), r"\(2, 1, 16, 16\); needed: \[B, 3, H, W\]"),
         (lambda model: model.encode(pictures(1, 16, 15)), "image size 16 x 15; both sides must be multiples of 2"),
         (lambda model: model.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8)), "dtype torch.uint8"),
+        (lambda model: model.encode(torch.full((1, 3, 16, 16), 255.0)), r"needed: in \[-1, 1\]"),
+        (lambda model: model.encode([0.0]), "image of type list"),
+        (lambda model: model.decode([0]), "ids of type list"),
+        (lambda model: model.decode(torch.zeros(1, 64, dtype=torch.bool)), "torch.bool; needed: integers"),
         (
             lambda model: model.decode(torch.tensor([[0, 1, 2, 24]])),
             "id 24 is outside the codebook; allowed: 0 ... 23",

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from visar.core.condition import Condition
-from visar.io.files import replace_folder
+from visar.io.files import replaced_folder
 from visar.train.checkpoint import CheckpointStore, check_same_options
 from visar.train.conditions import ConditionDropout
 from visar.train.log import RunLog
@@ -190,9 +190,8 @@ def test_checkpoints_keep_the_newest(tmp_path):
 
 def test_folder_is_replaced(tmp_path):
     for text in ("old", "new"):
-        (tmp_path / "part").mkdir()
-        (tmp_path / "part" / "file").write_text(text)
-        replace_folder(tmp_path / "part", tmp_path / "model")
+        with replaced_folder(tmp_path / "model") as folder:
+            (folder / "file").write_text(text)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "file").read_text() == "new"
 

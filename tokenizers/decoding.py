@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from visar.core.interface import Tokenizer
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, check_inference
 from visar.tokenizers.convnet import mark
 
 # Output pixels of a call (32 images of 256 x 256) from which on a GPU needs longer than its host does to launch the
@@ -50,8 +50,10 @@ def decode_tokens(
             whatever batch it is in.
 
     Raises:
-        ValueError: ids that do not fit, a tile < 1, or an overlap that is not in 0 ... tile - 1.
+        ValueError: ids that do not fit, a tile < 1, an overlap that is not in 0 ... tile - 1, or a tokenizer with
+            dropout in training mode.
     """
+    check_inference(tokenizer)
     if tile is not None and tile < 1:
         raise ValueError(f"tile {tile}; it must be >= 1, or None for whole images")
     if tile is not None and not 0 <= overlap < tile:
@@ -67,13 +69,15 @@ def decode_tokens(
 
 def _decode_parts(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime, invariant: bool) -> Tensor:
     """`_decode` of all images, or on a GPU and if `invariant` of one number of images at a time, filled up."""
-    if not invariant or not latent_BChw.is_cuda or latent_BChw.shape[0] in (0, INVARIANT_BATCH):
+    if not invariant or not latent_BChw.is_cuda or not len(latent_BChw):
         return _decode(tokenizer, latent_BChw, runtime)
-    parts = []
-    for part_BChw in latent_BChw.split(INVARIANT_BATCH):
-        count = part_BChw.shape[0]
-        filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(INVARIANT_BATCH - count, -1, -1, -1)])
-        parts.append(_decode(tokenizer, filled_BChw, runtime)[:count])
+    parts, cudnn = [], torch.backends.cudnn
+    # Rounded to TF32, an image would also depend on its place in the batch.
+    with cudnn.flags(cudnn.enabled, cudnn.benchmark, cudnn.benchmark_limit, cudnn.deterministic, allow_tf32=False):
+        for part_BChw in latent_BChw.split(INVARIANT_BATCH):
+            count = part_BChw.shape[0]
+            filled_BChw = torch.cat([part_BChw, part_BChw[-1:].expand(INVARIANT_BATCH - count, -1, -1, -1)])
+            parts.append(_decode(tokenizer, filled_BChw, runtime)[:count])
     return torch.cat(parts)
 
 
@@ -83,7 +87,7 @@ def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tens
         return tokenizer.decode_latents(latent_BChw)
     # Kernels of convolutions may be read from copies: another graph after every change of a weight.
     marks = hash(tuple(mark(weight) for weight in tokenizer.parameters()))
-    key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks)
+    key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks, torch.backends.cudnn.allow_tf32)
     session = runtime.session(tokenizer, latent_BChw.device, key)
     held_BChw = session.hold("latent", latent_BChw)
 

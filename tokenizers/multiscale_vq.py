@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.interface import TokenLayout
+from visar.tokenizers.checks import check_ids, check_image, check_values
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, MultiScaleQuantizer
@@ -140,8 +141,9 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         """Latent [B, C, h, w] of images in [-1, 1], before quantisation.
 
         Raises:
-            ValueError: the images do not have the size that the finest scale asks for.
+            ValueError: another number of channels, or not the size that the finest scale asks for.
         """
+        check_image(image_BCHW, self.config["image_channels"])
         height, width = (side * self.downsampling for side in self.quantizer.scales[-1])
         if tuple(image_BCHW.shape[2:]) != (height, width):
             raise ValueError(f"images {tuple(image_BCHW.shape[2:])}; the finest scale asks for {(height, width)}")
@@ -149,7 +151,13 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Ids int64 [B, N], coarse to fine, raster order inside a scale, of images in [-1, 1]."""
+        """Ids int64 [B, N], coarse to fine, raster order inside a scale, of images in [-1, 1].
+
+        Raises:
+            ValueError: as of `encode_latents`, or values outside of [-1, 1].
+        """
+        check_image(image_BCHW, self.config["image_channels"])
+        check_values(image_BCHW)
         return self.quantizer.encode(self.encode_latents(image_BCHW))[0]
 
     def latents(self, tokens_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -160,8 +168,9 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             grid: None, or the finest scale: the pyramid fixes it.
 
         Raises:
-            ValueError: not a whole number of scales, or another grid.
+            ValueError: an id outside [0, V), not a whole number of scales, or another grid.
         """
+        check_ids(tokens_BN, self.quantizer.vocab_size)
         if grid is not None and tuple(grid) != self.quantizer.scales[-1]:
             raise ValueError(f"grid {tuple(grid)}; this tokenizer's is {self.quantizer.scales[-1]}")
         return self.quantizer.running_maps(tokens_BN)[-1]
@@ -176,7 +185,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         Fewer scales are fine too: the ids of the first n give a preview at full size.
 
         Raises:
-            ValueError: not a whole number of scales.
+            ValueError: an id outside [0, V), or not a whole number of scales.
         """
         return self.decode_latents(self.latents(tokens_BN))
 

@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.interface import TokenLayout
+from visar.tokenizers.checks import check_ids, check_image, check_values
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
@@ -152,26 +153,16 @@ class VQTokenizer(ModelMixin, ConfigMixin):
             return grid[0], grid[1]
         if num_ids == self.layout.num_tokens:
             return self._grid
-        side = round(num_ids**0.5)
-        if num_ids == 0 or side * side != num_ids:
-            raise ValueError(f"{num_ids} ids make no square; say grid=(rows, columns)")
-        return side, side
+        scale = (num_ids / self.layout.num_tokens) ** 0.5
+        rows, columns = round(self._grid[0] * scale), round(self._grid[1] * scale)
+        if num_ids == 0 or rows * columns != num_ids or rows * self._grid[1] != columns * self._grid[0]:
+            shape = "no square" if self._grid[0] == self._grid[1] else f"no grid shaped as {self._grid}"
+            raise ValueError(f"{num_ids} ids make {shape}; say grid=(rows, columns)")
+        return rows, columns
 
     def _check_image(self, image_BCHW: Tensor) -> None:
-        channels = self.config["image_channels"]
-        if image_BCHW.ndim != 4 or image_BCHW.shape[1] != channels:
-            raise ValueError(f"image of shape {tuple(image_BCHW.shape)}; needed: [B, {channels}, H, W]")
-        if not image_BCHW.is_floating_point():
-            raise ValueError(f"image of dtype {image_BCHW.dtype}; needed: floating point in [-1, 1]")
+        check_image(image_BCHW, self.config["image_channels"])
         self._grid_of(image_BCHW.shape[2], image_BCHW.shape[3])
-
-    def _check_ids(self, ids_BN: Tensor) -> None:
-        if ids_BN.ndim != 2 or ids_BN.is_floating_point():
-            raise ValueError(f"ids of shape {tuple(ids_BN.shape)}, {ids_BN.dtype}; needed: integers [B, N]")
-        size = self.config["codebook_size"]
-        low, high = (int(bound) for bound in ids_BN.aminmax()) if ids_BN.numel() else (0, 0)
-        if low < 0 or high >= size:
-            raise ValueError(f"id {low if low < 0 else high} is outside the codebook; allowed: 0 ... {size - 1}")
 
     # ----------------------------------------------------------------------------------------- images to ids, back
     def encode_latents(self, image_BCHW: Tensor) -> Tensor:
@@ -184,7 +175,13 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         return self.quant_conv(self.encoder(image_BCHW.to(self.quant_conv.weight.dtype)))
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Images [B, C, H, W] in [-1, 1] to ids int64 [B, N], raster order; errors as of `encode_latents`."""
+        """Images [B, C, H, W] in [-1, 1] to ids int64 [B, N], raster order.
+
+        Raises:
+            ValueError: as of `encode_latents`, or values outside of [-1, 1].
+        """
+        self._check_image(image_BCHW)
+        check_values(image_BCHW)
         return self.quantize.nearest(self.encode_latents(image_BCHW))
 
     def lookup(self, ids_BN: Tensor, layout: LookupLayout = "flat", grid: tuple[int, int] | None = None) -> Tensor:
@@ -193,14 +190,15 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         Args:
             ids_BN: integers [B, N].
             layout: "flat" [B, N, C], "channels_last" [B, h, w, C] or "channels_first" [B, C, h, w].
-            grid: (h, w); None = the configured grid if it has N places, else a square. Not read for "flat".
+            grid: (h, w); None = the configured grid, or one of its proportions with N places. Not read for
+                "flat".
 
         Raises:
             ValueError: unknown layout, an id outside [0, V), or N does not fit the grid.
         """
         if layout not in ("flat", "channels_last", "channels_first"):
             raise ValueError(f"layout {layout!r}; choose flat, channels_last or channels_first")
-        self._check_ids(ids_BN)
+        check_ids(ids_BN, self.config["codebook_size"])
         codes_BNC = self.codebook[ids_BN]
         if layout == "flat":
             return codes_BNC

@@ -6,6 +6,8 @@ Names are imported when they are first used, so that `visar --help` and `import 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+__version__ = "0.1.0"
+
 if TYPE_CHECKING:
     from visar.core.condition import Condition
     from visar.core.guidance import Guidance

@@ -1,8 +1,8 @@
-"""Drafters that read the target's last hidden vectors: an EAGLE-style layer, and heads for spatial offsets.
+"""A drafter that reads the target's last hidden vectors: a layer that predicts the next one, after EAGLE.
 
-Hidden vector h_t is the one that predicts token t; it has seen the condition and the tokens before t. Both drafters
-end in the target's own output head and use its token embedding; neither is part of their weights. They are trained on
-frozen targets with `feature_loss` and `heads_loss`.
+Hidden vector h_t is the one that predicts token t; it has seen the condition and the tokens before t. The layer's
+output goes into the target's own output head, and its input has the target's token embedding; neither is part of its
+weights. It is trained on frozen targets with `feature_loss`.
 
 B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, W nodes of a level, D width, V codes,
 T slots of a cache, M nodes.
@@ -21,7 +21,7 @@ from visar import kernels
 from visar.core.guidance import repeat
 from visar.core.interface import Features
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.layers.cache import KVCache, LayerCache, visible, visible_tree
 from visar.layers.llama import Attention, RMSNorm, SwiGLU
 from visar.layers.rope import rope_table
@@ -30,7 +30,6 @@ from visar.samplers.filtering import token_law
 from visar.samplers.verify import row_at
 
 
-# ------------------------------------------------------------------------------------------------------------- EAGLE
 class FeatureDrafter(ModelMixin, ConfigMixin):
     """Predicts the target's next hidden vector from the latest one and the token after it. EAGLE, arXiv 2401.15077.
 
@@ -266,6 +265,3 @@ class FeatureDrafting:
         self.start_B.copy_(start_B)
         self.count_B.copy_(count_B)
         self.shown_RLD[:, : features_RLD.shape[1]].copy_(features_RLD)
-
-
-# ------------------------------------------------------------------------------------------------------------- heads

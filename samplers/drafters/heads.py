@@ -1,4 +1,11 @@
-"""ee docs/design.md."""
+"""A drafter of heads that read the target's last hidden vectors, one a spatial offset.
+
+Hidden vector h_t is the one that predicts token t; it has seen the condition and the tokens before t. The heads end in
+the target's own output head, which is not part of their weights. They are trained on frozen targets with `heads_loss`.
+
+B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, X any positions, D width, V codes, T
+slots of a memory, M nodes.
+"""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +19,7 @@ from torch.nn import functional
 from visar.core.guidance import repeat
 from visar.core.interface import Features
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_features, law_or_uniform, weights_key
 from visar.samplers.filtering import token_law
 from visar.samplers.verify import row_at

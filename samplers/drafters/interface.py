@@ -1,4 +1,4 @@
-"""Who proposes tokens: the interface of drafters, and two that need no training of their own.
+"""Who proposes tokens: the interface of drafters, and what they share.
 
 A drafter object holds weights or settings; `start` opens a drafting for one batch, whose tensors live in the sampler's
 session. For every pass the sampler calls `begin` once, which catches up with the committed tokens and returns the law
@@ -20,7 +20,7 @@ from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.interface import Features, Generator
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 
 
 @dataclass(frozen=True)

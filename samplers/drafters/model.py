@@ -1,4 +1,7 @@
-"""ee docs/design.md."""
+"""A drafter that is a smaller generator of the same tokens.
+
+B batch, J drafts so far, W nodes of a level, X tokens that are read again, V codes.
+"""
 
 from typing import Any
 
@@ -7,7 +10,7 @@ from torch import Tensor
 
 from visar.core.interface import Trees
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_fit, weights_key
 from visar.samplers.filtering import token_law
 from visar.samplers.verify import row_at

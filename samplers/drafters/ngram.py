@@ -1,11 +1,14 @@
-"""ee docs/design.md."""
+"""A drafter without weights: votes of the tokens that an image has so far.
+
+B batch, J drafts so far, M nodes, W nodes of a level, V codes, N tokens, T positions with slack.
+"""
 
 import torch
 from torch import Tensor
 
 from visar import kernels
 from visar.core.runtime import Session
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target
 
 
@@ -67,9 +70,10 @@ class NgramDrafting:
         here_B1 = (length_B1 + drafts).clamp(max=self.num_tokens - 1)
         left_BN, above_BN = self._neighbours(tokens_BT, every_BN)
         left_B1, above_B1 = self._neighbours(tokens_BT, here_B1)
-        vote_BN = (1.0 + self.weight * (left_BN == left_B1)) * (1.0 + self.weight * (above_BN == above_B1))
+        same_left_BN, same_above_BN = (left_BN == left_B1).float(), (above_BN == above_B1).float()
+        vote_BN = (1.0 + self.weight * same_left_BN) * (1.0 + self.weight * same_above_BN)
         vote_BN = vote_BN * (every_BN < here_B1)
-        votes_BV = torch.zeros(len(tokens_BT), self.vocab_size, device=tokens_BT.device)
+        votes_BV = torch.zeros(len(tokens_BT), self.vocab_size, dtype=torch.float32, device=tokens_BT.device)
         votes_BV = votes_BV.scatter_add(1, tokens_BT[:, : self.num_tokens], vote_BN) + 1.0 / self.vocab_size
         return votes_BV / votes_BV.sum(-1, keepdim=True)
 

@@ -158,7 +158,8 @@ def seeds_matrix(options: Seeds, report: Report) -> dict[str, Any]:
         for dtype, deterministic in settings:
             arguments = (model, options.device, dtype, deterministic or "auto")
             begun = time.perf_counter()
-            pipeline, rows, references = opened(*arguments), [], []
+            pipeline, references = opened(*arguments), []
+            rows: list[dict[str, Any]] = []
             for sampler, count in zip(chosen, counts, strict=True):
                 reference, found = cells(pipeline, sampler, count, options)
                 references.append(reference)

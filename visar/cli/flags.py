@@ -1,4 +1,9 @@
-"""Flags that are taken out of a command line before its options are read."""
+"""What commands share about flags: some are taken out before options are read, numbers have ranges, and names."""
+
+import dataclasses
+import re
+
+from visar.core.checks import SEED, Range
 
 
 def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
@@ -11,3 +16,49 @@ def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
         else:
             rest.append(word)
     return rest, value
+
+
+RANGES = {
+    "num_images": Range(1, 100_000),
+    "num_samples": Range(1, 10_000_000),
+    "batch_size": Range(1, 65_536),
+    "batch_sizes": Range(1, 65_536),
+    "batch": Range(1, 65_536),
+    "speed_batches": Range(1, 65_536),
+    "window": Range(1, 65_536),
+    "calls": Range(1, 100_000),
+    "runs": Range(1, 100_000),
+    "eager_steps": Range(1, 1_000_000),
+    "image_size": Range(1, 16_384),
+    "seed": SEED,
+}
+"""Of numbers that mean the same in every command; training commands have further ones (visar/train/options.py)."""
+
+
+# Options that decide how much memory is needed.
+_SIZES = (
+    "num_images num_samples batch_size batch batch_sizes speed_batches gradient_accumulation image_size codebook_size "
+    "width hidden_width num_layers variants window"
+).split()
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate", "size calculation overflow", "integer multipl")
+
+
+def sizes_of(options: object) -> str:
+    """The flags, with their values, that a command may be given with less when memory is short."""
+    values = {name: getattr(options, name, None) for name in _SIZES}
+    return ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None)
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether an error of Python, NumPy or PyTorch says that memory, or a size in bytes, did not suffice."""
+    return isinstance(error, MemoryError) or any(words in str(error).lower() for words in _NO_MEMORY)
+
+
+def as_flags(message: str, options: object) -> str:
+    """A message in which settings are written as on a command line: `resize='adm'` as `--resize adm`."""
+    for field in dataclasses.fields(options):  # type: ignore[arg-type]
+        written = rf"(?<=\s){field.name}=('?)([\w.@+-]+)\1"
+        message = re.sub(written, rf"--{field.name.replace('_', '-')} \2", message)
+    return message

@@ -4,11 +4,16 @@ A command is a dataclass of options, its flags made from the fields, and what ru
 for, the options from modules that import no framework: usage and --help wait for nothing else. Only this file prints.
 """
 
+import contextlib
+import difflib
 import inspect
+import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 Command = tuple[type, Callable[..., object]]
@@ -43,11 +48,51 @@ def _progress() -> Callable[[str, int, int], None]:
     return progress
 
 
-def _print_trained(result: Any) -> None:
+def _print_trained(result: Any) -> int:
     if _first_process():
         state = "finished" if result.finished else "stopped"
         best = "" if result.best is None else f", best validation {result.best:.4g}"
         print(f"{state} after {result.steps} steps{best}: {result.out / 'model'}")
+    return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+@contextlib.contextmanager
+def _output() -> Iterator[None]:
+    """Region in which missing streams swallow what is printed, and no character is refused by an encoding."""
+    before = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (stream or nowhere for stream in before)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _drop_output() -> None:
+    """Sends what standard output still holds nowhere, so that Python does not fail to write it when it ends."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+@contextlib.contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Region in which SIGTERM ends the command through its clean-up, unless somebody else handles it."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    if not main_thread or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------------------- the commands
@@ -171,10 +216,10 @@ def _seeds() -> Command:
 def _train_tokenizer() -> Command:
     from visar.train.options import TrainTokenizer
 
-    def run(options: TrainTokenizer) -> None:
+    def run(options: TrainTokenizer) -> int:
         from visar.train.tokenizer import train_tokenizer
 
-        _print_trained(train_tokenizer(options))
+        return _print_trained(train_tokenizer(options))
 
     return TrainTokenizer, run
 
@@ -182,10 +227,10 @@ def _train_tokenizer() -> Command:
 def _train_generator() -> Command:
     from visar.train.options import TrainGenerator
 
-    def run(options: TrainGenerator) -> None:
+    def run(options: TrainGenerator) -> int:
         from visar.train.generator import train_generator
 
-        _print_trained(train_generator(options))
+        return _print_trained(train_generator(options))
 
     return TrainGenerator, run
 
@@ -193,10 +238,10 @@ def _train_generator() -> Command:
 def _train_drafter() -> Command:
     from visar.train.options import TrainDrafter
 
-    def run(options: TrainDrafter) -> None:
+    def run(options: TrainDrafter) -> int:
         from visar.train.drafter import train_drafter
 
-        _print_trained(train_drafter(options))
+        return _print_trained(train_drafter(options))
 
     return TrainDrafter, run
 
@@ -270,10 +315,18 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
-def _usage() -> str:
-    width = max(len(name) for name in COMMANDS)
-    rows = "\n".join(f"  visar {name.ljust(width)}  {what}" for name, (what, _) in COMMANDS.items())
-    return f"usage: visar COMMAND [--help] ...\n\n{rows}"
+def _usage(group: str = "") -> str:
+    """All commands, or those of a group such as train."""
+    names = [name for name in COMMANDS if not group or name.startswith(f"{group} ")]
+    width = max(len(name) for name in names)
+    rows = "\n".join(f"  visar {name.ljust(width)}  {COMMANDS[name][0]}" for name in names)
+    end = "" if group else "\n\n  visar --version"
+    return f"usage: visar {group or 'COMMAND'} {'COMMAND ' if group else ''}[--help] ...\n\n{rows}{end}"
+
+
+def _members(group: str) -> list[str]:
+    """Second words of the commands that begin with a word."""
+    return [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{group} ")]
 
 
 def _find(arguments: list[str]) -> tuple[str, list[str]]:
@@ -283,7 +336,7 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
         ValueError: no such command.
     """
     first, rest = arguments[0], arguments[1:]
-    second = [name.partition(" ")[2] for name in COMMANDS if name.startswith(f"{first} ")]
+    second = _members(first)
     for word in rest:
         if word in second and (word.startswith("--") or word is rest[0]):
             rest.remove(word)
@@ -292,7 +345,9 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
         return first, rest
     if second:
         raise ValueError(f"say which: {', '.join(f'visar {first} {word}' for word in second)}")
-    raise ValueError(f"unknown command {first!r}\n{_usage()}")
+    nearest = difflib.get_close_matches(first, {name.partition(" ")[0] for name in COMMANDS}, n=1)
+    hint = f"; nearest: {nearest[0]}" if nearest else ""
+    raise ValueError(f"unknown command {first!r}{hint}\n{_usage()}")
 
 
 def _recipe(command: str, options_class: type, name: str) -> Any:
@@ -334,7 +389,45 @@ def parse(arguments: list[str]) -> Callable[[], object]:
         rest, recipe = take_value(rest, "--recipe")
         settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
     options = tyro.cli(options_class, args=rest, **settings)
-    return lambda: run(options, *extra)
+    return lambda: _carry_out(name, run, options, extra)
+
+
+# Outputs that are checked before anything is loaded, and folders that one command at a time may write into.
+_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "edit": ()}
+_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance")
+
+
+def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:
+    """Runs a command after the checks that all commands share.
+
+    Raises:
+        ValueError: a number out of range, an output that cannot be written, too little memory, or as the command.
+    """
+    from visar.cli.flags import RANGES, as_flags, short_of_memory, sizes_of
+    from visar.core.checks import check_ranges
+
+    check_ranges(options, RANGES)
+    try:
+        with contextlib.ExitStack() as stack:
+            if name in _FILES and options.out is not None:
+                from visar.io.files import check_file_output
+
+                check_file_output(options.out, _FILES[name])
+            elif name in _FOLDERS and _first_process():
+                from visar.io.files import check_folder_output, locked
+
+                check_folder_output(options.out)
+                stack.enter_context(locked(options.out))
+            return run(options, *extra)
+    except (MemoryError, RuntimeError) as error:
+        if not short_of_memory(error):
+            raise
+        raise ValueError(f"not enough memory: give less than {sizes_of(options)} ({error})") from error
+    except ValueError as error:
+        message = as_flags(str(error), options)
+        if message == str(error):
+            raise
+        raise ValueError(message) from error
 
 
 def _silence_imports() -> None:
@@ -351,16 +444,18 @@ def _show_readers() -> None:
             logging.lastResort.setLevel(logging.INFO)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+def _main(arguments: list[str]) -> int:
+    first = arguments[0] if arguments else "help"
+    if first in ("-h", "--help", "help"):
         print(_usage())
         return 0
-    if arguments[0] == "--version":
-        from importlib.metadata import version
+    if first in ("-V", "--version"):
+        from visar import __version__
 
-        print(version("torch-visar"))
+        print(f"visar {__version__}")
+        return 0
+    if first not in COMMANDS and _members(first) and arguments[1:] in (["-h"], ["--help"]):
+        print(_usage(first))
         return 0
     _silence_imports()
     _show_readers()
@@ -368,12 +463,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = parse(arguments)
         status = 1
-        run()
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        ended = run()
+        return ended if isinstance(ended, int) else 0
+    except BrokenPipeError:
+        raise
     except SystemExit as stop:
+        if stop.code == 128 + signal.SIGTERM:
+            print("visar: terminated", file=sys.stderr)
         return int(stop.code or 0)
     except (ValueError, ImportError, OSError) as error:
         print(f"visar: {error}", file=sys.stderr)
@@ -381,7 +477,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("visar: interrupted", file=sys.stderr)
         return 130
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status: 0 done, 1 an error that the message explains, 2 wrong usage.
+
+    A command ended by a signal returns 128 + its number; 141 is an output that is closed, 130 Ctrl-C.
+    """
+    with _output(), _terminated_cleanly():
+        try:
+            status = _main(list(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever reads the output, such as `head`, has enough
+            _drop_output()
+            return 141
+        except OSError as error:
+            _drop_output()
+            with contextlib.suppress(OSError):
+                print(f"visar: cannot print: {error.strerror}", file=sys.stderr)
+            return 1
+    return status
 
 
 if __name__ == "__main__":

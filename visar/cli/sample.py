@@ -1,8 +1,8 @@
 """`visar sample`: images of a model, as a grid in one file or as a folder of files."""
 
+import contextlib
 import dataclasses
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -67,17 +67,16 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
         OutOfMemory: a batch does not fit; the images made before it are written.
     """
     from visar import load
-    from visar.io.files import atomic_write
-    from visar.io.pictures import WRITTEN_AS, grid
+    from visar.io.files import atomic_write, check_file_output, locked
+    from visar.io.pictures import grid
     from visar.pipelines.editing import check_previews, scale_previews
     from visar.pipelines.memory import OutOfMemory
     from visar.pipelines.requests import named_values, number_or_name
 
-    single = options.out.suffix.lower() in WRITTEN_AS
+    single = _is_file(options.out)
     attributes = named_values(options.attribute)
-    _check_writable(options.out if single else options.out / "seeds.txt")
     if options.previews:
-        _check_writable(_beside(options.out))
+        check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
     if options.previews:
@@ -104,14 +103,15 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
         if error.done is not None:
             _write_images(error.done, options.out, single, report)
         raise
-    _write_images(result, options.out, single, report)
+    with contextlib.nullcontext() if single else locked(options.out):
+        _write_images(result, options.out, single, report)
     if options.previews:
         rows = scale_previews(pipeline, result.tokens)
         with atomic_write(_beside(options.out)) as path:
             grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
-    passes = sum(result.statistics.forward_passes.values())
+    passes = describe_passes(result.statistics.forward_passes)
     count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
-    report(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes} passes: {options.out}")
+    report(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes}: {options.out}")
 
 
 def _beside(out: Path) -> Path:
@@ -120,17 +120,35 @@ def _beside(out: Path) -> Path:
     return out.with_name(f"{out.stem}-scales.png")
 
 
-def _check_writable(path: Path) -> None:
-    """Finds before the work that a file cannot be written; makes nothing.
+def _is_file(out: Path) -> bool:
+    """Whether `out` is a picture's name, else a folder's; finds before the work that it cannot be written.
 
     Raises:
-        ValueError: a part of the path is not a folder that can be written to, or the path itself is a folder.
+        ValueError: it cannot, or its ending is neither a picture's nor that of a folder that exists.
     """
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
-    if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+    from visar.io.files import check_file_output, check_folder_output
+    from visar.io.pictures import WRITTEN_AS
+
+    ending = out.suffix.lower()
+    if ending in WRITTEN_AS:
+        check_file_output(out)
+        return True
+    if any(letter.isalpha() for letter in ending) and not out.is_dir():
+        raise ValueError(
+            f"cannot write {out}: a picture's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
+            "must exist already"
+        )
+    check_folder_output(out)
+    return False
+
+
+def describe_passes(forward_passes: Mapping[str, int]) -> str:
+    """Passes of the generator, and apart from them those of each helper, which cost less or more."""
+    others = {name: count for name, count in forward_passes.items() if name != "generator"}
+    parts = [f"{count} of the {name}" for name, count in others.items()]
+    if "generator" in forward_passes:
+        return " + ".join([f"{forward_passes['generator']} passes", *parts])
+    return f"passes: {' + '.join(parts)}"
 
 
 def _write_images(result: Any, out: Path, single: bool, report: Report) -> None:

@@ -49,27 +49,31 @@ class Guidance:
         if wrong:
             raise ValueError(f"guidance scale {wrong[0]}; it must be a finite number >= 0")
 
-    def scales(self, num_blocks: int) -> list[float]:
-        """Strength of every block in the "interpolate" convention (1.0 = off).
+    def at(self, block: int, num_blocks: int) -> float:
+        """Strength of one block in the "interpolate" convention (1.0 = off); the progress is block / (num_blocks - 1).
+
+        A sampler whose steps are no blocks of the model, such as a masked one, asks with its own steps.
 
         Raises:
             ValueError: as many scales as blocks are needed.
         """
         neutral = 1.0 if self.convention == "interpolate" else 0.0
-        values: list[float]
         if isinstance(self.scale, tuple):
             if len(self.scale) != num_blocks:
                 raise ValueError(f"{len(self.scale)} guidance scales for {num_blocks} blocks")
-            values = list(self.scale)
+            value = self.scale[block]
         elif self.schedule == "linear":
             first = neutral if self.start is None else self.start
-            step = (self.scale - first) / max(num_blocks - 1, 1)
-            values = [first + step * block for block in range(num_blocks)]
+            value = first + (self.scale - first) / max(num_blocks - 1, 1) * block
         else:
-            values = [self.scale] * num_blocks
+            value = self.scale
         low, high = self.interval or (0, num_blocks - 1)
-        values = [value if low <= block <= high else neutral for block, value in enumerate(values)]
-        return values if neutral == 1.0 else [value + 1.0 for value in values]
+        value = value if low <= block <= high else neutral
+        return value if neutral == 1.0 else value + 1.0
+
+    def scales(self, num_blocks: int) -> list[float]:
+        """Strength of every block, see `at`."""
+        return [self.at(block, num_blocks) for block in range(num_blocks)]
 
     def active(self, num_blocks: int) -> bool:
         """Whether any block is guided; if none is, the null half of the batch is never run."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree, Window
 
 Callback = Callable[[int, Tensor], bool | None]
 """Called by a sampler's loop with the number of tokens that all images have, and the tokens [B, N] (later ones are 0).
@@ -51,6 +51,9 @@ class Generator(Protocol):
 class Categorical(Generator, Protocol):
     """A generator that predicts the codes of block after block.
 
+    `positions` says where the next block's tokens stand in the tokenizer's order, int64 [1 or B, K]; `result` gives
+    the image's tokens int64 [B, N] in that order, 0 where none is committed yet.
+
     Attributes:
         block_sizes: tokens of every block.
         block_kinds: blocks of one kind do the same work (visar/core/runtime.py).
@@ -64,7 +67,11 @@ class Categorical(Generator, Protocol):
 
     def predict(self, state: Any) -> Tensor: ...
 
+    def positions(self, state: Any) -> Tensor: ...
+
     def append(self, state: Any, tokens_BL: Tensor) -> None: ...
+
+    def result(self, state: Any) -> Tensor: ...
 
 
 @runtime_checkable
@@ -131,9 +138,9 @@ class Features(Generator, Protocol):
 
     def hidden(self, tokens_BN: Tensor, condition: Condition) -> Tensor: ...
 
-    def features(self, state: Any, draft_BK: Tensor | None = None, tree: DraftTree | None = None) -> Tensor: ...
+    def features(self, state: Any, window: Window | None = None) -> Tensor: ...
 
-    def guided_logits(self, state: Any, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor: ...
+    def guided_logits(self, state: Any, features_RLD: Tensor, place_BL: Tensor | None = None) -> Tensor: ...
 
     if TYPE_CHECKING:
 

@@ -15,8 +15,9 @@ from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from visar.kernels.finite import watched
 from visar.kernels.invariance import active
 
 
@@ -25,16 +26,33 @@ def places(model: Any) -> int:
     return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
 
 
+def check_inference(model: Any) -> None:
+    """Checks that a model drops nothing at random.
+
+    Raises:
+        ValueError: it is in training mode, and has dropout.
+    """
+    if not getattr(model, "training", False):
+        return
+    for layer in model.modules():
+        rates = [getattr(layer, name, 0.0) for name in ("dropout", "drop_path")]
+        rates.append(layer.p if isinstance(layer, nn.Dropout) else 0.0)
+        if any(isinstance(rate, float) and rate > 0.0 for rate in rates):
+            raise ValueError(f"{type(model).__name__} is in training mode and drops values: call eval() first")
+
+
 class Session:
     """Static tensors and captured steps of one model, batch and settings.
 
     Attributes:
         state: the generator's decoding state, kept for the next call; None at first.
         weights: where the model's weights were when the first step ran; None before that.
+        invalid_1: int32 [1], 1 once logits were not finite; None for a session that does not watch.
     """
 
-    def __init__(self, capture: bool, model: Any = None) -> None:
+    def __init__(self, capture: bool, model: Any = None, device: torch.device | None = None) -> None:
         self.state: Any = None
+        self.invalid_1 = None if device is None else torch.zeros(1, dtype=torch.int32, device=device)
         self.weights: int | None = None
         self._model = None if model is None else weakref.ref(model)
         self._capture = capture
@@ -62,20 +80,32 @@ class Session:
         """Runs a step that reads and writes tensors of this session only; steps of one kind do the same work."""
         if self.weights is None and self._model is not None:
             self.weights = places(self._model())
-        if not self._capture:
-            step()
-        elif kind in self._graphs:
+        if kind in self._graphs:
             self._graphs[kind].replay()
-        elif kind not in self._seen:
-            self._seen.add(kind)
-            step()
-        else:
+            return
+        with watched(self.invalid_1):
+            if not self._capture or kind not in self._seen:
+                self._seen.add(kind)
+                step()
+                return
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 step()
-            self._pool = self._pool or graph.pool()
-            self._graphs[kind] = graph
-            graph.replay()
+        self._pool = self._pool or graph.pool()
+        self._graphs[kind] = graph
+        graph.replay()
+
+    def check_finite(self) -> None:
+        """Checks that all logits that tokens were drawn from were finite; waits for the device.
+
+        Raises:
+            ValueError: some were not.
+        """
+        if self.invalid_1 is not None and bool(self.invalid_1):
+            raise ValueError(
+                "logits are not finite: the model's weights hold NaN or overflow in its dtype (try float32), or the "
+                "guidance scale or the temperature is too extreme"
+            )
 
 
 class Runtime:
@@ -95,13 +125,19 @@ class Runtime:
         """The session of this model and key (batch, guided or not, every setting that changes a step's work).
 
         A model whose weights were moved or cast gets a new one. On a CPU nothing is captured and nothing is kept.
+
+        Raises:
+            ValueError: the model is in training mode, and has dropout.
         """
+        check_inference(model)
         if not (self.capture and device.type == "cuda"):
-            return Session(capture=False)
+            return Session(capture=False, device=device)
         full_key = (id(model), str(device), active(), key)
         session = self._sessions.pop(full_key, None)
         if session is None or not session.serves(model):
-            session = Session(capture=True, model=model)
+            session = Session(capture=True, model=model, device=device)
+        if session.invalid_1 is not None:
+            session.invalid_1.zero_()
         self._sessions[full_key] = session
         while len(self._sessions) > self.max_sessions:
             self._sessions.popitem(last=False)

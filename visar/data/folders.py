@@ -143,7 +143,7 @@ def hold_out(names: Sequence[str], split_N: np.ndarray | None = None) -> np.ndar
     train = np.flatnonzero(split == 0)
     if len(train) < 2 or (split == 1).any():
         return split
-    share = np.array([unit_hash(names[row]) for row in train])
+    share = np.array([unit_hash(names[row]) for row in train.tolist()])
     split[train[share < 0.05]] = 1
     if not (split == 1).any():
         split[train[share.argmin()]] = 1

@@ -87,7 +87,8 @@ def read_tables(path: Path, files: dict[Path, str | None]) -> Tables:
         counts = [table.metadata.num_rows for table in tables.values()]
         if not sum(counts):
             raise ValueError(f"{shown(path)} has no rows")
-        labels_N, classes = np.zeros(sum(counts), np.int64), ("all",)
+        labels_N = np.zeros(sum(counts), np.int64)
+        classes: tuple[str, ...] = ("all",)
         if label is not None:
             labels_N, classes = _labels(tables, label)
         captions = None if caption is None else list(_cells(tables, caption, "text"))
@@ -142,8 +143,8 @@ def _labels(tables: dict[Path, Any], column: str) -> tuple[np.ndarray, tuple[str
     hub = {_class_names(table.schema_arrow.metadata, column) for table in tables.values()} - {None}
     whole = {isinstance(cell, int) for cell in cells}
     if len(hub) > 1 or len(whole) > 1:
-        names = ", ".join(shown(file) for file in tables)
-        raise ValueError(f"the column {column} has other classes or cells of another kind in each of {names}")
+        files = ", ".join(shown(file) for file in tables)
+        raise ValueError(f"the column {column} has other classes or cells of another kind in each of {files}")
     if hub and True in whole:
         names = hub.pop()
         assert names is not None

@@ -110,13 +110,14 @@ class NpzImages:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = self.path.name
-        self.key = next((key for key in IMAGE_ARRAYS if key in npz_arrays(self.path)), None)
-        if self.key is None:
+        key = next((key for key in IMAGE_ARRAYS if key in npz_arrays(self.path)), None)
+        if key is None:
             raise ValueError(
                 f"{path} holds {', '.join(npz_arrays(self.path)) or 'nothing'}; "
                 f"an array of images named {' or '.join(IMAGE_ARRAYS)} is needed"
             )
-        with open_array(self.path, self.key) as (_, shape, fortran, dtype):
+        self.key = key
+        with open_array(self.path, key) as (_, shape, fortran, dtype):
             pass
         if dtype != np.uint8 or len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
             raise ValueError(f"{path}: {self.key} is {dtype} {shape}; uint8 [N, H, W, 3] with N > 0 is needed")

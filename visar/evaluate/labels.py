@@ -61,7 +61,8 @@ class LabelTable:
         """The table in a model's class numbers.
 
         Classes are matched by name where both sides have names, whatever their Unicode form and, where that is
-        unambiguous, their case. A side that has numbers only must have as many classes as the other.
+        unambiguous, their case. Names and a model that has numbers only must be as many. A table that has numbers
+        only is taken to have the model's.
 
         Args:
             num_classes: of the model.
@@ -71,9 +72,11 @@ class LabelTable:
             ValueError: the classes cannot be matched.
         """
         if self.classes is None or names is None:
-            theirs = len(self.classes) if self.classes is not None else 1 + max(row[0] for row in self.rows)
-            if theirs != num_classes:
-                raise ValueError(f"the reference has {theirs} classes, the model {num_classes}, and no names to match")
+            largest = max(row[0] for row in self.rows)
+            fits = largest < num_classes if self.classes is None else len(self.classes) == num_classes
+            if not fits:
+                theirs = f"the class {largest}" if self.classes is None else f"{len(self.classes)} classes"
+                raise ValueError(f"the reference has {theirs}, the model {num_classes} classes, and no names to match")
             return self
         number = {theirs: match_name(name, names) for theirs, name in enumerate(self.classes)}
         missing = sorted({row[0] for row in self.rows if number[row[0]] is None})

@@ -30,7 +30,7 @@ from visar.evaluate.images import (
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
 from visar.io.arrays import npz_arrays, read_arrays
-from visar.io.files import atomic_write, sha256
+from visar.io.files import atomic_write, check_file_output, sha256
 from visar.io.progress import Progress, counted
 
 Protocol = Literal["generation", "reconstruction"]
@@ -434,9 +434,8 @@ def make_statistics(
     Raises:
         ValueError: no pictures, unreadable ones, or a path that cannot be written.
     """
+    check_file_output(out, (".npz",))
     images = open_images(source, resize, image_size)
-    with atomic_write(out) as path:
-        path.touch()  # an output that cannot be written is found now, not after the work
     reference = measure(
         images,
         extractor,

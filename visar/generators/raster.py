@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
 from visar.core.interface import TokenLayout
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree, Window
 from visar.data.vocabulary import Vocabulary
 from visar.generators import raster_fused as raster_kernels
 from visar.generators.causal_state import RasterState
@@ -334,17 +334,18 @@ class RasterGPT(ModelMixin, ConfigMixin):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, length))
 
-    def features(self, state: RasterState, draft_BK: Tensor | None = None, tree: DraftTree | None = None) -> Tensor:
-        """Last hidden vectors [R, K + 1, D] (normed) that predict the next token and those after each drafted token.
+    def features(self, state: RasterState, window: Window | None = None) -> Tensor:
+        """Last hidden vectors [R, L, D] (normed) that predict what comes after every slot of a window.
 
-        Commits nothing. `tree` instead of `draft_BK`: one vector for the root and one a node.
+        Commits nothing. window: drafted tokens, a chain or a tree; None is slot 0 alone: what predicts the next token.
         """
         if raster_kernels.usable(self):
-            return raster_kernels.features(self, state, draft_BK, tree)
-        x = self._inputs(state, draft_BK if tree is None else tree.tokens_BM)
+            return raster_kernels.features(self, state, window)
+        x = self._inputs(state, None if window is None else window.tokens_BM)
+        seen_BLL, place_BL = (None, None) if window is None else (window.seen_BLL, window.place_BL)
         root = state.length[:, None] + self.prefix_length - 1
         position = root + torch.arange(x.shape[1], device=x.device)
-        place = position if tree is None else root + tree.depth_BL
+        place = position if place_BL is None else root + place_BL
         if state.cache.ragged:
             root, position, place = (repeat(value, state.parts) for value in (root, position, place))
         table = self.rope(x.device)
@@ -352,10 +353,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
         slots = state.cache.num_slots
         if x.device.type == "cpu" and not state.cache.ragged:
             slots = self.prefix_length + state.block + x.shape[1] - 1
-        if tree is None:
+        if seen_BLL is None:
             mask = visible(position, slots, state.key_valid_RS)
         else:
-            mask = visible_tree(root, repeat(tree.seen_BLL, state.parts), slots, state.key_valid_RS)
+            mask = visible_tree(root, repeat(seen_BLL, state.parts), slots, state.key_valid_RS)
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
         return self.norm(x)
@@ -372,37 +373,45 @@ class RasterGPT(ModelMixin, ConfigMixin):
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
-        return self._head(self.features(state, draft_BK))
+        return self._head(self.features(state, None if draft_BK is None else Window.chain(draft_BK)))
 
     def _head(self, features_RLD: Tensor) -> Tensor:
         """Logits [R, L, V] of features while decoding."""
         return raster_kernels.logits(self, features_RLD) if raster_kernels.usable(self) else self.output(features_RLD)
 
-    def guided_logits(self, state: RasterState, features_RLD: Tensor, depth_BL: Tensor | None = None) -> Tensor:
-        """Guided float32 logits [B, L, V] from `features`; depth_BL: how far each slot is ahead, for trees."""
+    def guided_logits(self, state: RasterState, features_RLD: Tensor, place_BL: Tensor | None = None) -> Tensor:
+        """Guided float32 logits [B, L, V] from `features`; place_BL: see Window."""
         logits_RLV = self._head(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
         if raster_kernels.usable(self):
-            return raster_kernels.guided(logits_RLV, state.scale_N, state.length, depth_BL)
-        if depth_BL is None:
-            depth_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
-        return combine(logits_RLV, state.scale_N[state.length[:, None] + depth_BL][..., None])
+            return raster_kernels.guided(logits_RLV, state.scale_N, state.length, place_BL)
+        if place_BL is None:
+            place_BL = torch.arange(logits_RLV.shape[1], device=logits_RLV.device)
+        return combine(logits_RLV, state.scale_N[state.length[:, None] + place_BL][..., None])
 
     def verify(self, state: RasterState, draft_BK: Tensor) -> Tensor:
         """Guided float32 logits [B, K + 1, V].
 
         Slot j is the conditional of position length + j given the first j drafts.
         """
-        return self.guided_logits(state, self.features(state, draft_BK))
+        return self.guided_logits(state, self.features(state, Window.chain(draft_BK)))
 
     def verify_tree(self, state: RasterState, tree: DraftTree) -> Tensor:
         """Guided float32 logits [B, M + 1, V] of what follows the root and every node; the state is a ragged one."""
-        return self.guided_logits(state, self.features(state, tree=tree), tree.depth_BL)
+        return self.guided_logits(state, self.features(state, tree), tree.place_BL)
 
     def predict(self, state: RasterState) -> Tensor:
         """Guided float32 logits [B, 1, V] of the next token."""
         return self.guided_logits(state, self.features(state))
+
+    def positions(self, state: RasterState) -> Tensor:
+        """Where the next token stands in the tokenizer's order, int64 [1 or B, 1]."""
+        return state.length[:, None].clone()
+
+    def result(self, state: RasterState) -> Tensor:
+        """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
+        return state.tokens[:, : self.num_tokens]
 
     def append(self, state: RasterState, tokens_BK: Tensor) -> None:
         """Commits K tokens to every row."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from visar import kernels
-from visar.core.tree import DraftTree
+from visar.core.window import Window
 from visar.generators.causal_state import RasterState
 from visar.layers.llama import Block
 
@@ -28,14 +28,16 @@ def prepare(model: Any) -> None:
         layer.feed_forward.join()
 
 
-def features(model: Any, state: RasterState, draft_BK: Tensor | None, tree: DraftTree | None) -> Tensor:
+def features(model: Any, state: RasterState, window: Window | None) -> Tensor:
     """What `RasterGPT.features` does, in 5 or 8 launches a layer."""
     from visar.kernels.attention import cached_attention
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps
     from visar.layers.llama_fused import decode_layers
 
-    draft_BK = draft_BK if tree is None else tree.tokens_BM
+    draft_BK = None if window is None else window.tokens_BM
+    # A chain needs no table: the kernel knows what its slots see and where they stand.
+    tree = None if window is None or window.place_BL is None else window
     rope, cache = model.rope(state.tokens.device), state.cache
     place: dict = dict(ahead=model.prefix_length - 1, batch=state.batch, key_valid_RS=state.key_valid_RS, tree=tree)
 
@@ -60,14 +62,14 @@ def logits(model: Any, features_RLD: Tensor) -> Tensor:
         return head(model.output, features_RLD)
 
 
-def guided(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, depth_BL: Tensor | None) -> Tensor:
-    """Guided float32 logits [B, L, V]; depth_BL as in `RasterGPT.guided_logits`."""
+def guided(logits_RLV: Tensor, scale_N: Tensor, length: Tensor, place_BL: Tensor | None) -> Tensor:
+    """Guided float32 logits [B, L, V]; place_BL as in `RasterGPT.guided_logits`."""
     from visar.kernels.elementwise import guide
     from visar.kernels.overlap import overlaps
 
     with kernels.on(logits_RLV.device):
-        overlap = depth_BL is None and overlaps(logits_RLV.device)
-        return guide(logits_RLV, scale_N, length, overlap, depth_BL)
+        overlap = place_BL is None and overlaps(logits_RLV.device)
+        return guide(logits_RLV, scale_N, length, overlap, place_BL)
 
 
 def commit(model: Any, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:

@@ -150,7 +150,7 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         """Index of a scale's first position."""
         return self.ends[scale] - self.block_sizes[scale]
 
-    def positions(self, first: int, last: int) -> Tensor:
+    def embed_positions(self, first: int, last: int) -> Tensor:
         """Level plus position embedding [1, L, D] of scales first ... last (inclusive)."""
         levels = [self.lvl_embed.weight[scale].expand(self.block_sizes[scale], -1) for scale in range(first, last + 1)]
         return torch.cat(levels)[None] + self.pos_1LC[:, self.begin_of(first) : self.ends[last]]
@@ -175,7 +175,7 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         x = repeat(x, condition_RD.shape[0] // x.shape[0])
         if first == 0:
             x = torch.cat([self.start_input(condition_RD), x], dim=1)
-        return x + self.positions(first, last)
+        return x + self.embed_positions(first, last)
 
     # --------------------------------------------------------------------------------------------------- decoding
     def shared_modulation(self, condition_RD: Tensor) -> Tensor | None:
@@ -274,6 +274,14 @@ class ScaleGenerator(ModelMixin, ConfigMixin):
         """Guided float32 logits [B, L, V] of scale `state.block`."""
         logits_RLV = self.raw_logits(state)
         return logits_RLV.float() if state.scale_S is None else combine(logits_RLV, state.scale_S[state.block])
+
+    def positions(self, state: ScaleState) -> Tensor:
+        """Where the tokens of scale `state.block` stand in the tokenizer's order, int64 [1, L]."""
+        return torch.arange(self.begin_of(state.block), self.ends[state.block], device=state.tokens.device)[None]
+
+    def result(self, state: ScaleState) -> Tensor:
+        """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
+        return state.tokens
 
     def append(self, state: ScaleState, tokens_BL: Tensor, codes_BLC: Tensor | None = None) -> None:
         """Commits scale `state.block`.

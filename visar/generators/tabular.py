@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, combine, double, repeat
-from visar.core.tree import DraftTree
+from visar.core.window import DraftTree
 
 
 @dataclass
@@ -163,7 +163,7 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         for node in range(tree.num_nodes):
             parent = torch.cat(codes, dim=1).gather(1, tree.parents_BM[:, node, None])
             codes.append(parent * self.config["vocab_size"] + tree.tokens_BM[:, node, None])
-        position = length_B1 + tree.depth_BL
+        position = length_B1 + tree.place_BL
         inside = position < self.num_tokens
         row = torch.where(inside, torch.cat(codes, dim=1) + self._start(position), 0)
         parts = 1 if state.scale_N is None else 2
@@ -178,6 +178,14 @@ class TabularGenerator(ModelMixin, ConfigMixin):
     def predict(self, state: TabularState) -> Tensor:
         """Guided float32 logits [B, 1, V] of the next token."""
         return self.verify(state, state.tokens[:, :0])
+
+    def positions(self, state: TabularState) -> Tensor:
+        """Where the next token stands in the tokenizer's order, int64 [1 or B, 1]."""
+        return state.length[:, None].clone()
+
+    def result(self, state: TabularState) -> Tensor:
+        """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
+        return state.tokens[:, : self.num_tokens]
 
     def append(self, state: TabularState, tokens_BK: Tensor) -> None:
         """Commits K tokens to every row."""

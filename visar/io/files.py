@@ -1,6 +1,7 @@
 """Reading and writing files so that nothing is lost and nothing unsafe is executed."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import pickle
@@ -8,38 +9,191 @@ import pickletools
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+import safetensors
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+# What file systems that keep no modes or cannot flush (network mounts, FUSE) answer; the data is written all the same.
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG}
+# How safetensors and torch.save, which do not raise OSError, say that a write failed.
+_FAILED_WRITE = re.compile("I/O error|IoError|os error|PytorchStreamWriter|unexpected pos")
+_LONGEST_NAME = 255
+# Names of `atomic_write`: the output's, eight characters, its ending again.
+_TEMPORARY = re.compile(r"\..+(\.\w+)\.[a-z0-9_]{8}\1")
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Region in which failed writes become one error that names the output.
+
+    Raises:
+        ValueError: no space, a limit on sizes, a mount that is gone or read-only.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise ValueError(f"cannot write {path}: {error.strerror} (what was there is unchanged)") from error
+    except (safetensors.SafetensorError, RuntimeError) as error:
+        if not _FAILED_WRITE.search(str(error)):
+            raise
+        reason = "no space left, or a limit on the size of files (what was there is unchanged)"
+        raise ValueError(f"cannot write {path}: {reason}") from error
+
+
+def _flush(path: Path) -> None:
+    """Has a file written to its disk, where its file system can."""
+    with open(path, "rb") as file:
+        try:
+            os.fsync(file.fileno())
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    """The mode that a file or folder made without a temporary name would have, where there are modes."""
+    umask = os.umask(0)
+    os.umask(umask)
+    with contextlib.suppress(OSError):
+        path.chmod(mode & ~umask)
+
+
+def _temporary_prefix(path: Path) -> str:
+    """Begins the names of temporaries of an output; short enough for a file system, whatever the output's name."""
+    return f".{path.name}." if len(os.fsencode(path.name)) <= _LONGEST_NAME - 32 else f".{path.name[:32]}."
+
+
+def _check_name(path: Path) -> None:
+    try:
+        str(path).encode()
+        names = [os.fsencode(part) for part in path.parts]
+    except UnicodeEncodeError as error:
+        raise ValueError(f"cannot write {str(path)!r}: the name cannot be encoded as {error.encoding}") from error
+    if any(len(name) > _LONGEST_NAME for name in names):
+        raise ValueError(f"cannot write {path}: a name is longer than {_LONGEST_NAME} bytes")
+    if "\0" in str(path):
+        raise ValueError(f"cannot write {str(path)!r}: a name holds a null character")
+
+
+def _check_place(path: Path) -> None:
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"cannot write {path}: {folder} is not a folder that can be written to")
+
+
+def check_file_output(path: str | Path, endings: Collection[str] = ()) -> None:
+    """Finds before the work that a file cannot be written; makes nothing.
+
+    Args:
+        path: of the file.
+        endings: allowed ones, with their dot; none = all.
+
+    Raises:
+        ValueError: another ending, a folder or a device, a name that cannot be, or a place that cannot be written to.
+    """
+    path = Path(path)
+    if endings and path.suffix.lower() not in endings:
+        raise ValueError(f"cannot write {path}: its name must end in {' or '.join(endings)}")
+    _check_name(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    _check_place(path)
+    if path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a folder")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot write {path}: it is not a regular file")
+
+
+def check_folder_output(path: str | Path) -> None:
+    """Finds before the work that nothing can be written into a folder; makes nothing.
+
+    Raises:
+        ValueError: a file or a dead link, a name that cannot be, or a place that cannot be written to.
+    """
+    path = Path(path)
+    _check_name(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"cannot write into {path}: it is a link to {os.readlink(path)}, which does not exist")
+    _check_place(path / "file")
+
+
+def _remove_temporaries(folder: Path) -> None:
+    for path in folder.iterdir():
+        if _TEMPORARY.fullmatch(path.name) and path.is_file() and not path.is_symlink():
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds a folder, which is made if need be, for one run; the system frees it however the process ends.
+
+    Temporaries that killed runs left in it are removed, and so are folders made for it if nothing was written. File
+    systems without locks are used without.
+
+    Raises:
+        ValueError: another run holds the folder, or it cannot be made.
+    """
+    if os.name == "nt":
+        yield
+        return
+    import fcntl
+
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise ValueError(f"cannot write into {folder}: {error.strerror} (choose another out)") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_temporaries(folder)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder} is in use by another run: wait for its end, or choose another out") from error
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED | {errno.ENOLCK, errno.EBADF}:
+                raise
+        yield
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            for each in made:
+                each.rmdir()
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`, flushed and renamed to `path` on success, removed on failure.
 
-    A reader therefore sees the old file or the new one, never half of one.
+    A reader therefore sees the old file or the new one, never half of one. A link stays, and what it points to is
+    replaced.
 
     Raises:
-        ValueError: the folder does not exist and cannot be made, or is not writable.
+        ValueError: the folder does not exist and cannot be made, or is not writable; no space; `path` is a folder or a
+            device.
     """
     path = Path(path)
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"cannot write {path}: it is not a regular file")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(path), suffix=path.suffix, dir=path.parent)
     except OSError as error:
         raise ValueError(f"cannot write {path}: {error.strerror or error} (choose another output path)") from error
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        with writing(path):
+            yield temporary
+            _flush(temporary)
+        _set_mode(temporary, 0o666)
         temporary.replace(path)
     except IsADirectoryError as error:
         raise ValueError(f"cannot write {path}: it is a folder") from error
@@ -207,32 +361,57 @@ def _new_folder(out: Path) -> Iterator[Path]:
         raise ValueError(f"{out} exists and is not an empty folder; choose another out")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(out), dir=out.parent))
     except OSError as error:
         raise ValueError(f"cannot write {out}: {error.strerror or error} (choose another out)") from error
     try:
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                with open(path, "rb") as handle:
-                    os.fsync(handle.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
+        with writing(out):
+            yield temporary
+            _finish_folder(temporary)
+        _set_mode(temporary, 0o777)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace_folder(temporary: Path, final: Path) -> None:
-    """Puts a finished folder in the place of `final`, which may exist."""
-    for file in temporary.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-    old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)
-    temporary.rename(final)
+def _finish_folder(folder: Path) -> None:
+    """Flushes the files of a folder, and gives them the modes of files that were just opened."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _flush(path)
+            _set_mode(path, 0o666)  # safetensors makes files that nobody else can read
+
+
+@contextlib.contextmanager
+def replaced_folder(final: Path) -> Iterator[Path]:
+    """Yields the path of a new folder, put in the place of `final` on success, removed on failure.
+
+    Raises:
+        ValueError: no space.
+    """
+    temporary = final.with_name(f".{final.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with writing(final):
+            temporary.mkdir(parents=True)
+            yield temporary
+            _finish_folder(temporary)
+        restore_folder(final)
+        if final.exists():
+            final.rename(_set_aside(final))
+        temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(_set_aside(final), ignore_errors=True)
+
+
+def _set_aside(final: Path) -> Path:
+    return final.with_name(f".{final.name}.old")
+
+
+def restore_folder(final: Path) -> None:
+    """Puts back, or removes, the old folder that a process killed inside of `replaced_folder` had set aside."""
+    old = _set_aside(final)
+    if old.exists() and not final.exists():
+        old.rename(final)
     shutil.rmtree(old, ignore_errors=True)

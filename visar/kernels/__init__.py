@@ -19,6 +19,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+REACHED = 1.0 - 1e-6
+"""Share of top-p at which probabilities count as having reached it: float32 sums are no more exact."""
 MAX_CODES = 65536
 """Largest vocabulary of which a program holds a whole law."""
 

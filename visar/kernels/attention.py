@@ -295,7 +295,7 @@ def cached_attention(
     # A window has no table of ancestors: its pointers are never followed.
     table, strides = (qkv_RLX, qkv_RLX), (0, 0, 0)
     if tree is not None:
-        table = (tree.depth_BL, tree.seen_BLL.view(torch.uint8))
+        table = (tree.place_BL, tree.seen_BLL.view(torch.uint8))
         assert table[0].stride(1) == table[1].stride(2) == 1
         depth_image, seen_image = (each.stride(0) if each.shape[0] > 1 else 0 for each in table)
         strides = (depth_image, seen_image, table[1].stride(1))

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from visar.kernels.laws import codes_of, filtered, filters_of, inverted, tile
+from visar.kernels import finite
+from visar.kernels.laws import codes_of, filtered, filters_of, inverted, note, tile
 from visar.kernels.overlap import launch, overlaps
 
 
@@ -43,13 +44,15 @@ def filter_codes(logits_MV: Tensor, temperature: float, top_k: int, top_p: float
 
 @triton.jit
 def _law(
-    logits_ptr, out_ptr, codes, temperature, top_k, top_p,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
+    logits_ptr, out_ptr, flag_ptr, codes, temperature, top_k, top_p,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WATCHED: tl.constexpr,
 ):  # fmt: skip
     line = tl.program_id(0).to(tl.int64) * codes
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
     x = tl.load(logits_ptr + line + code, mask=inside, other=float("-inf")).to(tl.float32) / temperature
+    if WATCHED:
+        note(x, flag_ptr)
     _, mass = filtered(x, inside, top_k, top_p, TOP_K, TOP_P)
     tl.store(out_ptr + line + code, mass / tl.sum(mass), mask=inside)
 
@@ -58,17 +61,21 @@ def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """`visar.samplers.filtering.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
     logits = logits.contiguous()
     codes = logits.shape[-1]
-    out = torch.empty(logits.shape, device=logits.device)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
     settings, switches = filters_of(codes, temperature, top_k, top_p)
+    flag_1 = finite.flag()
     if out.numel():
-        _law[(logits.numel() // codes,)](logits, out, codes, *settings, **switches, **tile(codes))
+        pointers = (logits, out, out if flag_1 is None else flag_1)
+        watched = dict(WATCHED=flag_1 is not None)
+        _law[(logits.numel() // codes,)](*pointers, codes, *settings, **switches, **watched, **tile(codes))
     return out
 
 
 @triton.jit
 def _draw(
-    logits_ptr, uniform_ptr, out_ptr, codes, temperature, top_k, top_p,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, uniform_ptr, out_ptr, flag_ptr, codes, temperature, top_k, top_p,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WATCHED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -77,6 +84,8 @@ def _draw(
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
     x = tl.load(logits_ptr + line * codes + code, mask=inside, other=float("-inf")) / temperature
+    if WATCHED:
+        note(x, flag_ptr)
     _, mass = filtered(x, inside, top_k, top_p, TOP_K, TOP_P)
     tl.store(out_ptr + line, inverted(mass, tl.load(uniform_ptr + line), ROWS, COLUMNS))
 
@@ -92,8 +101,10 @@ def draw_codes(logits_MV: Tensor, uniform_M: Tensor, temperature: float, top_k: 
     lines, codes = logits_MV.shape
     out_M = torch.empty(lines, dtype=torch.int64, device=logits_MV.device)
     settings, switches = filters_of(codes, temperature, top_k, top_p)
-    overlap = launch(overlaps(logits_MV.device))
-    _draw[(lines,)](logits_MV, uniform_M, out_M, codes, *settings, **switches, **tile(codes), **overlap)
+    flag_1 = finite.flag()
+    pointers = (logits_MV, uniform_M, out_M, out_M if flag_1 is None else flag_1)
+    switches |= dict(WATCHED=flag_1 is not None) | launch(overlaps(logits_MV.device))
+    _draw[(lines,)](*pointers, codes, *settings, **switches, **tile(codes))
     return out_M
 
 

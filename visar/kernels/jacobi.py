@@ -1,6 +1,6 @@
 """The next pass of Jacobi decoding (arXiv 2410.01699): rows behind the committed tokens move up, the rest is guessed.
 
-One program a slot. The plain counterparts are `shift` and `guess` of visar/samplers/jacobi.py.
+One program a slot. The plain counterparts are `shift` and `guess` of visar/samplers/jacobi_drafts.py.
 
 B images, K drafts, L = K + 1 slots, V codes, T positions with slack, S remembered laws.
 """

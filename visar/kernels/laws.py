@@ -12,6 +12,8 @@ the same; sums are rounded in another order.
 import triton
 import triton.language as tl
 
+from visar.kernels import REACHED
+
 COLUMNS = 128
 """Codes of a block of the inversion, as in visar.samplers.filtering.draw."""
 
@@ -26,7 +28,7 @@ def tile(codes: int) -> dict:
 
 def filters_of(codes: int, temperature: float, top_k: int, top_p: float) -> tuple[tuple, dict]:
     """Arguments and options of a kernel that calls `filtered`; 1.0, 0 and 1.0 filter nothing."""
-    return (float(temperature), min(top_k, codes), float(top_p)), dict(TOP_K=0 < top_k < codes, TOP_P=top_p < 1.0)
+    return (float(temperature), min(top_k, codes), top_p * REACHED), dict(TOP_K=0 < top_k < codes, TOP_P=top_p < 1.0)
 
 
 @triton.jit
@@ -51,16 +53,23 @@ def filtered(x, inside, top_k, top_p, TOP_K: tl.constexpr, TOP_P: tl.constexpr):
             limit = tl.where(enough, limit, middle)
         mass = tl.where(key >= threshold, mass, 0.0)
     if TOP_P:
-        # A code stays while the mass strictly above it is at most p.
+        # A code stays while the mass strictly above it is below p.
         allowed = top_p * tl.sum(mass)
         limit_p = above
         for _ in range(32):
             middle = (threshold & limit_p) + ((threshold ^ limit_p) >> 1)
-            beyond = tl.sum(tl.where(key >= middle, mass, 0.0)) > allowed
+            beyond = tl.sum(tl.where(key >= middle, mass, 0.0)) >= allowed
             threshold = tl.where(beyond, middle, threshold)
             limit_p = tl.where(beyond, limit_p, middle)
         mass = tl.where(key >= threshold, mass, 0.0)
     return key >= threshold, mass
+
+
+@triton.jit
+def note(x, flag_ptr):
+    """`visar.kernels.finite.note` of one row."""
+    largest = tl.max(tl.where(x != x, float("inf"), x))
+    tl.store(flag_ptr, 1, mask=tl.abs(largest) == float("inf"))
 
 
 @triton.jit

@@ -91,7 +91,7 @@ def ngram_laws(
         first: slot of the first of the W nodes; depth: of all of them.
     """
     batch = tokens_BT.shape[0]
-    law_BWV = torch.empty(batch, nodes, vocab_size, device=tokens_BT.device)
+    law_BWV = torch.empty(batch, nodes, vocab_size, dtype=torch.float32, device=tokens_BT.device)
     parents = draft_BM if parents_BM is None else parents_BM
     _ngram[(batch, nodes)](
         tokens_BT,

@@ -201,7 +201,9 @@ class Growth:
         self.grown = (depth - 1) * children
         self.candidates = children + self.grown * children
         self.token_BC, self.parent_BC = self._new(self.candidates), self._new(self.candidates)
-        self.scores_BC, self.score_BW = (torch.empty(batch, n, device=device) for n in (self.candidates, children))
+        self.scores_BC, self.score_BW = (
+            torch.empty(batch, n, dtype=torch.float32, device=device) for n in (self.candidates, children)
+        )
         self.of_slot_BL, self.depth_BL = self._new(self.grown + 1), self._new(self.grown + 1)
         self.tokens_BM, self.parents_BM = self._new(self.grown), self._new(self.grown)
         self.seen_BLL = torch.empty(batch, self.grown + 1, self.grown + 1, dtype=torch.bool, device=device)
@@ -236,7 +238,7 @@ class Growth:
     def expand(self) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], int]:
         """Takes the likeliest of the candidates added last into the tree.
 
-        Returns: tokens_BM, parents_BM, depth_BL and seen_BLL of a draft tree, and the slot of the first new node.
+        Returns: tokens_BM, seen_BLL, place_BL and parents_BM of a draft tree, and the slot of the first new node.
         """
         count = self.width * self.children
         _expand[(self.batch,)](
@@ -265,9 +267,9 @@ class Growth:
         nodes = self.begin + self.width - 1
         tree = (
             self.tokens_BM[:, :nodes],
-            self.parents_BM[:, :nodes],
-            self.depth_BL[:, : nodes + 1],
             self.seen_BLL[:, : nodes + 1, : nodes + 1],
+            self.depth_BL[:, : nodes + 1],
+            self.parents_BM[:, :nodes],
         )
         return tree, self.begin
 
@@ -292,4 +294,4 @@ class Growth:
             SLOTS=triton.next_power_of_2(nodes + 1),
             num_warps=8,
         )
-        return tokens_BM, parents_BM, depth_BL, seen_BLL
+        return tokens_BM, seen_BLL, depth_BL, parents_BM

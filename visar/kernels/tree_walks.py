@@ -114,7 +114,7 @@ def _way(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tupl
     kept_B = torch.empty(batch, dtype=torch.int64, device=device)
     judged_BD = torch.empty_like(slots_BD)
     refused_B = torch.empty(batch, dtype=torch.bool, device=device)
-    law_BV = torch.empty(batch, codes, device=device)
+    law_BV = torch.empty(batch, codes, dtype=torch.float32, device=device)
     way = (slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
     return way, (*way[:4], refused_B.view(torch.uint8), law_BV)
 

@@ -2,7 +2,7 @@
 
 The accept/resample rule (arXiv 2211.17192, algorithm 1) is applied to all rows of the window at once, one program a
 row; then one program an image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
-`refresh` of visar/samplers/jacobi.py for the new drafts.
+`refresh` of visar/samplers/jacobi_drafts.py for the new drafts.
 
 B images, K drafts, L = K + 1 slots, V codes, W largest window, T positions with slack.
 """
@@ -16,20 +16,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import at, chance_of, codes_of, filtered, filters_of, inverted, likeliest, residual_of, tile
+from visar.kernels import finite
+from visar.kernels.laws import (
+    at,
+    chance_of,
+    codes_of,
+    filtered,
+    filters_of,
+    inverted,
+    likeliest,
+    note,
+    residual_of,
+    tile,
+)
 
 _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
-"""Numbers of the couplings of visar.samplers.jacobi.refresh."""
+"""Numbers of the couplings of visar.samplers.jacobi_drafts.refresh."""
 
 
 @triton.jit
 def _judge(
-    given_ptr, p_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, judged_ptr, chance_ptr, gumbel_ptr,
+    given_ptr, p_ptr, flag_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, judged_ptr, chance_ptr, gumbel_ptr,
     length_ptr, accepted_ptr, emitted_ptr, next_ptr,
     codes, slots, q_image, draft_image, fresh_image, fresh_slot, accept_image, accept_slot, emit_image, emit_slot,
     gumbel_image, temperature, top_k, top_p,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
-    LOGITS: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
+    LOGITS: tl.constexpr, WATCHED: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
 ):  # fmt: skip
     """One row: its law, its draft's own outcome, the token if this row is where the pass ends, and a new draft."""
     line = tl.program_id(0).to(tl.int64)
@@ -39,6 +51,8 @@ def _judge(
     inside = code < codes
     if LOGITS:
         x = tl.load(given_ptr + line * codes + code, mask=inside, other=float("-inf")) / temperature
+        if WATCHED:
+            note(x, flag_ptr)
         _, p = filtered(x, inside, top_k, top_p, TOP_K, TOP_P)
         p = p / tl.sum(p)
         tl.store(p_ptr + line * codes + code, p, mask=inside)
@@ -58,8 +72,11 @@ def _judge(
     tl.store(accepted_ptr + place, accepted.to(tl.uint8), mask=drafted)
     left = residual_of(p, q)
     mass = left
+    # Behind the drafts that an image had itself stands what was read for images with longer windows.
+    own = drafted
     if LIMITED:
-        mass = tl.where(slot < tl.load(judged_ptr + image), left, p)
+        own = slot < tl.load(judged_ptr + image)
+        mass = tl.where(own, left, p)
     emit = tl.load(emit_ptr + image * emit_image + slot * emit_slot)
     emitted = inverted(mass, emit, ROWS, COLUMNS)
     tl.store(emitted_ptr + line, emitted)
@@ -69,7 +86,7 @@ def _judge(
         fresh = tl.load(fresh_ptr + image * fresh_image + slot * fresh_slot)
         tl.store(next_ptr + line, inverted(p, fresh, ROWS, COLUMNS))
     if REFRESH == 2:
-        if drafted:
+        if own:
             again = inverted(left, emit, ROWS, COLUMNS)
             tl.store(next_ptr + line, tl.where(accepted, token, again))
         else:
@@ -149,8 +166,8 @@ def judge(
         q_BKV, draft_BK, accept_BL, emit_BL, judged_B, chance_BK: see `visar.samplers.verify.verify`; of accept_BL the
             last slot is not read.
         filters: temperature, top_k and top_p of the laws.
-        coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi.refresh`, the noise of all positions; None draws no
-            new drafts.
+        coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi_drafts.refresh`, the noise of all positions; None
+            draws no new drafts.
         length_B: int64 committed tokens, for the noise and the counts.
         counts: num_tokens and the counters of `visar.samplers.verify.Counts` to add this pass to.
 
@@ -170,10 +187,12 @@ def judge(
     gumbel_BTV = p_BLV if gumbel_BTV is None else gumbel_BTV
     judged = emitted_BL if judged_B is None else judged_B
     length = emitted_BL if length_B is None else length_B
+    flag_1 = finite.flag()
     settings, switches = filters_of(codes, *(filters or (1.0, 0, 1.0)))
     _judge[(batch * slots,)](
         given_BLV,
         p_BLV,
+        p_BLV if flag_1 is None else flag_1,
         q_BKV,
         draft_BK,
         fresh_BL,
@@ -197,6 +216,7 @@ def judge(
         *settings,
         **switches,
         LOGITS=filters is not None,
+        WATCHED=flag_1 is not None,
         LIMITED=judged_B is not None,
         CHANCE=chance_BK is not None,
         REFRESH=_REFRESH[coupling],

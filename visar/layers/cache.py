@@ -65,6 +65,8 @@ class KVCache:
         Returns: keys and values [R, N, T, E] (views).
         """
         keys, values = self.keys[layer], self.values[layer]
+        # Autocast makes keys and values of another dtype than the weights', which is the cache's.
+        key_RNLE, value_RNLE = key_RNLE.to(keys.dtype), value_RNLE.to(values.dtype)
         if self.ragged:
             index = (self._rows, self._heads, position[:, None, :])
             keys.index_put_(index, key_RNLE)
@@ -96,7 +98,7 @@ def visible_tree(root_R1: Tensor, seen_RLL: Tensor, num_slots: int, key_valid_RT
 
     Args:
         root_R1: int64 cache slot of the root; node i is at root + i.
-        seen_RLL: see visar/core/tree.py.
+        seen_RLL: see visar/core/window.py.
         num_slots: T. key_valid_RT: as in `visible`.
     """
     nodes = seen_RLL.shape[-1]

@@ -159,7 +159,10 @@ class TokenPipeline(DiffusionPipeline):
     def _invariant(self) -> bool:
         """Whether images are to be the same bits in every batch, by kernels that can be had here."""
         check_deterministic(self.deterministic)
-        return wanted(self.deterministic, batching.largest_weight(self.generator).dtype, self._execution_device)
+        # Of the last part, the head: the first ones may stay float32, and all of them take milliseconds to look at.
+        parts = list(self.generator.children())
+        weight = next((parts[-1] if parts else self.generator).parameters())
+        return wanted(self.deterministic, weight.dtype, weight.device)
 
     def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
         return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()

@@ -226,6 +226,16 @@ def _weights(folder: Path) -> State:
     return state
 
 
+def _is_there(device: torch.device) -> bool:
+    if device.type == "meta":
+        return False  # it holds no data
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError):
+        return False
+    return True
+
+
 def placement(
     device: str | torch.device | None, dtype: str | torch.dtype | None = None
 ) -> tuple[torch.device, torch.dtype]:
@@ -240,6 +250,10 @@ def placement(
         raise ValueError(f"unknown device {device!r}; such as cpu, cuda or cuda:1") from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device!r}: this machine or this build of torch has no CUDA device; use cpu")
+    if target.type == "cuda" and (target.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {device!r}: the machine's CUDA devices are 0 ... {torch.cuda.device_count() - 1}")
+    if target.type not in ("cpu", "cuda") and not _is_there(target):
+        raise ValueError(f"device {device!r}: this machine or this build of torch has none; use cpu or cuda")
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"dtype {dtype!r}; choose one of {', '.join(DTYPES)}")

@@ -97,7 +97,9 @@ def edit_images(
     seeds = pipeline.prepare_seeds(len(pictures), seed)
     finest = tokenizer.layout.shapes[-1]
     images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
-    kept_pixels = box_mask(images.shape[-2:], box, keep=keep) if box is not None else torch.as_tensor(mask)
+    kept_pixels = (
+        box_mask((images.shape[-2], images.shape[-1]), box, keep=keep) if box is not None else torch.as_tensor(mask)
+    )
     kept = box_mask(finest, box, keep=keep) if box is not None else grid_mask(kept_pixels, finest)
     condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
     if unconditional:

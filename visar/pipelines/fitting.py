@@ -19,9 +19,9 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
     layout, config = tokenizer.layout, generator.config
     found: dict[str, tuple[Any, Any]] = {"codes": (config.get("vocab_size"), layout.vocab_size)}
     if "scales" in config:
-        found["scales"] = _shown(scale_pairs(config["scales"])), _shown(layout.scales)
+        found["scales"] = _shown(scale_pairs(config["scales"])), _shown(layout.shapes)
     elif "grid" in config:
-        found["grid"] = _shown([config["grid"]]), _shown(layout.scales)
+        found["grid"] = _shown([config["grid"]]), _shown(layout.shapes)
     else:
         found["tokens"] = generator.num_tokens, layout.num_tokens
     # Generators that read code vectors have a copy of the tokenizer's.

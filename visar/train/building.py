@@ -62,7 +62,7 @@ def build_generator(
     arguments = family.arguments(tokenizer, vocabulary, options, caption_width)
     try:
         model: Any = family.model(**{**arguments, **json_options(options.model_options)})
-    except TypeError as error:
+    except (TypeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"{family.model.__name__} does not take these model_options: {error}") from error
     model.reset_parameters(torch.Generator().manual_seed(step_seed(options.seed, 0, Draw.INITIAL)))
     family.connect(model, tokenizer)

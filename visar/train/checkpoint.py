@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from visar.io.files import replace_folder
+from visar.io.files import replaced_folder, restore_folder
 
 _PREFIX = "step-"
+_REMOVE = "remove its folder to resume from an older checkpoint, or begin anew with resume=restart"
 
 
 def options_to_json(options: Any) -> dict[str, Any]:
@@ -61,9 +62,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, rising."""
-        return sorted(
-            int(path.name.removeprefix(_PREFIX)) for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()
-        )
+        numbers = {path: path.name.removeprefix(_PREFIX) for path in self.folder.glob(f"{_PREFIX}*") if path.is_dir()}
+        return sorted(int(number) for number in numbers.values() if number.isdecimal())
 
     def save(self, step: int, state: dict[str, Any], config: dict[str, Any]) -> Path:
         """Writes a checkpoint beside the others, then removes those that are too old.
@@ -72,36 +72,58 @@ class CheckpointStore:
             step: finished steps.
             state: nested dicts of tensors and plain data.
             config: options of the run.
+
+        Raises:
+            ValueError: no space; the checkpoints that are there stay.
         """
         final = self.folder / f"{_PREFIX}{step:08d}"
-        temporary = self.folder / f".{final.name}.part"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        torch.save(state, temporary / "state.pt")
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        replace_folder(temporary, final)
+        with replaced_folder(final) as temporary:
+            torch.save(state, temporary / "state.pt")
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for old in self.steps()[: -self.keep]:
             shutil.rmtree(self.folder / f"{_PREFIX}{old:08d}")
         return final
 
     def config(self, step: int) -> dict[str, Any]:
-        """Options saved with a checkpoint."""
-        return json.loads((self.folder / f"{_PREFIX}{step:08d}" / "config.json").read_text(encoding="utf-8"))
+        """Options saved with a checkpoint.
+
+        Raises:
+            ValueError: the file is missing or damaged.
+        """
+        path = self.folder / f"{_PREFIX}{step:08d}" / "config.json"
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); {_REMOVE}") from error
+        if not isinstance(config, dict):
+            raise ValueError(f"{path} holds a {type(config).__name__}, not the options of a run; {_REMOVE}")
+        return config
 
     def load(self, step: int) -> dict[str, Any]:
         """State of a checkpoint, on the CPU.
 
         Raises:
-            ValueError: the file is damaged.
+            ValueError: the file is missing, damaged, or not a checkpoint.
         """
         path = self.folder / f"{_PREFIX}{step:08d}" / "state.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove its folder to go on from an older one") from error
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{path} is damaged ({reason}); {_REMOVE}") from error
+        if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+            raise ValueError(f"{path} is not a checkpoint of this program; {_REMOVE}")
+        return state
+
+    def misfit(self, step: int, error: Exception) -> ValueError:
+        """What to raise where the state of a checkpoint does not fit the run."""
+        path = self.folder / f"{_PREFIX}{step:08d}" / "state.pt"
+        return ValueError(f"{path} does not fit this run ({type(error).__name__}: {error}); {_REMOVE}")
 
     def remove_parts(self) -> None:
         """Removes what a killed run left half written."""
+        for path in self.folder.glob(f".{_PREFIX}*.old"):
+            restore_folder(path.with_name(path.stem.removeprefix(".")))
         for path in self.folder.glob(f".{_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 

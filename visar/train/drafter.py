@@ -123,7 +123,7 @@ class HeadsKind:
         return list(heads_predictions(model, hidden_RND))
 
 
-KINDS = {"eagle": EagleKind(), "heads": HeadsKind()}
+KINDS: dict[str, EagleKind | HeadsKind] = {"eagle": EagleKind(), "heads": HeadsKind()}
 """Drafters by the name of --kind: how one is built, its loss, and (offset, predicted hidden vectors from there on)."""
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,13 +39,19 @@ class RunLog:
 
     Raises:
         ImportError: the tracker is not installed.
+        ValueError: metrics.jsonl holds something else.
     """
 
     def __init__(self, options: RunOptions, accelerator: Any, begin: int) -> None:
         self.active = accelerator.is_main_process
         self.folder = options.out
         self._bar = tqdm(
-            total=options.steps, initial=begin, desc=options.out.name, unit="step", disable=not self.active
+            total=options.steps,
+            initial=begin,
+            desc=options.out.name,
+            unit="step",
+            disable=not self.active,
+            mininterval=0.1 if sys.stderr.isatty() else 10.0,
         )
         self._tracker: Any = None
         if not self.active:
@@ -60,8 +67,11 @@ class RunLog:
         if not path.exists():
             return []
         # The last line may be half written; it is then beyond the newest checkpoint.
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        return [line for line in lines if json.loads(line)["step"] <= begin]
+        lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        try:
+            return [line.decode() for line in lines if json.loads(line)["step"] <= begin]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path} holds lines that are not of a training run ({error}); move it away") from error
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends a line, and points to the curves."""
@@ -74,9 +84,12 @@ class RunLog:
         logger.info("step %d: %s", step, ", ".join(f"{name} {value:.5g}" for name, value in values.items()))
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Moves the bar on and shows the loss and the speed beside it."""
+        """Shows the loss and the speed beside the bar."""
         shown = {"loss": f"{values['train/loss']:.4f}", "images/s": f"{values['train/images_per_second']:.0f}"}
         self._bar.set_postfix(shown, refresh=False)
+
+    def advance(self, step: int) -> None:
+        """Moves the bar on."""
         bar: Any = self._bar
         bar.update(step - bar.n)
 
@@ -94,6 +107,7 @@ class RunLog:
         self._bar.close()
         if self._tracker is not None:
             self._tracker.finish()
+            self._tracker = None
 
 
 def _tensorboard(options: RunOptions, begin: int) -> Any:

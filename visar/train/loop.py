@@ -8,10 +8,13 @@ optimisers, the step, the best validation and the sums of the log line in progre
 The host waits for the device only at log lines, validations, pictures and checkpoints.
 """
 
+import contextlib
 import logging
-import shutil
+import signal
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +24,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from visar.io.files import replace_folder
+from visar.io.files import check_folder_output, locked, replaced_folder, restore_folder, writing
 from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json
 from visar.train.log import RunLog, Sheet
 from visar.train.options import FREE_OPTIONS
 from visar.train.run import Averages, Part, Run, fast_math
 
 logger = logging.getLogger(__name__)
+
+# Seconds from which on it is worth saying, on a CPU, how long a run takes.
+_LONG_RUN = 120.0
 
 
 @dataclass(frozen=True)
@@ -37,14 +43,47 @@ class TrainResult:
     Attributes:
         out: folder of the run.
         steps: optimiser steps done since its beginning.
-        finished: False if the time limit stopped it.
+        finished: False if the time limit or a signal stopped it.
         best: best value of the validation metric that models are chosen by; None without a validation.
+        stopped_by: number of the signal that stopped it; None if none did.
     """
 
     out: Path
     steps: int
     finished: bool
     best: float | None
+    stopped_by: int | None = None
+
+
+class StopRequest:
+    """Whether SIGINT (Ctrl-C) or SIGTERM (a scheduler's notice) asks a run to stop.
+
+    Attributes:
+        number: of the signal; None while nothing asks.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+        name = signal.Signals(number).name
+        logger.warning("%s: a checkpoint will be written after this step (once more: stop at once)", name)
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Region in which the first signal only asks and the second interrupts; handlers are put back after it."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 class Task(ABC):
@@ -118,12 +157,13 @@ class Loop:
         task: the recipe.
 
     Raises:
-        ValueError: the folder holds a run with other options.
+        ValueError: the folder holds a run with other options, or a damaged one.
     """
 
     def __init__(self, run: Run, task: Task) -> None:
         self.run, self.task, self.options = run, task, run.options
         self.folder = run.options.out
+        self.stop = StopRequest()
         self.store = CheckpointStore(self.folder / "checkpoints", run.options.keep_checkpoints)
         self.averages = Averages()
         self.best: float | None = None
@@ -142,6 +182,7 @@ class Loop:
     def _resume(self) -> int:
         if self.run.is_main:
             self.store.remove_parts()
+            restore_folder(self.folder / "model")
             if self.options.resume == "restart":
                 self.store.clear()
         self.run.accelerator.wait_for_everyone()
@@ -150,6 +191,15 @@ class Loop:
             return 0
         check_same_options(self.store.config(steps[-1]), self.options, FREE_OPTIONS, self.folder)
         state = self.store.load(steps[-1])
+        try:
+            self._take(state)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise self.store.misfit(steps[-1], error) from error
+        if self.run.is_main:
+            logger.warning("resuming %s after step %d of %d", self.folder, state["step"], self.options.steps)
+        return state["step"]
+
+    def _take(self, state: dict[str, Any]) -> None:
         for name, part in self.task.parts.items():
             part.module.load_state_dict(state["parts"][name]["module"])
             for optimizer, saved in zip(part.optimizers, state["parts"][name]["optimizers"], strict=True):
@@ -158,7 +208,6 @@ class Loop:
         self.task.load_state_dict(state["task"])
         self.averages.load_state_dict(state["averages"], self.run.device)
         self.best = state["best"]
-        return state["step"]
 
     def _save(self, step: int) -> None:
         if self.run.is_main:
@@ -184,10 +233,8 @@ class Loop:
         self.run.accelerator.wait_for_everyone()
 
     def _save_model(self) -> None:
-        temporary = self.folder / ".model.part"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.task.save_model(self.ema, temporary)
-        replace_folder(temporary, self.folder / "model")
+        with replaced_folder(self.folder / "model") as temporary:
+            self.task.save_model(self.ema, temporary)
 
     # -------------------------------------------------------------------------------------------------- measurements
     def _validate(self, step: int) -> None:
@@ -211,9 +258,9 @@ class Loop:
         self.run.accelerator.wait_for_everyone()
 
     def _log(self, step: int, deadline: float | None) -> bool:
-        """Writes the means since the last line; returns whether time is up, agreed on by all processes."""
+        """Writes the means since the last line; returns whether to stop, agreed on by all processes."""
         averages = self.averages.means()
-        late = deadline is not None and time.monotonic() > deadline
+        late = self.stop.number is not None or (deadline is not None and time.monotonic() > deadline)
         flag = torch.tensor(float(late), dtype=torch.float64, device=self.run.device)
         reduced: Any = self.run.accelerator.reduce(torch.stack([*averages.values(), flag]), reduction="mean")
         both = reduced.tolist()
@@ -233,20 +280,36 @@ class Loop:
         return step == self.options.steps or (every > 0 and step % every == 0)
 
     def train(self) -> TrainResult:
-        """Runs the loop."""
+        """Runs the loop.
+
+        SIGINT and SIGTERM stop it with a checkpoint: after the step at hand in a run of one process, at the next line
+        of the log in one of several, which have to agree.
+        """
+        with self.stop.listening(), writing(self.folder):
+            try:
+                return self._train()
+            finally:
+                self.log.close()
+
+    def _train(self) -> TrainResult:
         options, task = self.options, self.task
         deadline = time.monotonic() + 60.0 * options.max_minutes if options.max_minutes else None
         step, late = self.begin, False
         model = task.parts["model"].module
         for part in task.parts.values():
             part.module.train()
+        first_steps: list[float] = []
         while step < options.steps and not late:
+            first_steps = self._say_how_long(step, first_steps)
             self.averages.add(task.step(step))
             update_average(self.ema, model, min(options.ema_decay, (1 + step) / (10 + step)))
             step += 1
             self.window_steps += 1
             if self._due(step, options.log_every):
                 late = self._log(step, deadline)
+            elif self.run.accelerator.num_processes == 1:
+                late = self.stop.number is not None
+            self.log.advance(step)
             begun = time.perf_counter()
             if self._due(step, options.validate_every):
                 self._validate(step)
@@ -260,16 +323,45 @@ class Loop:
         if not finished and self.run.is_main:
             if self.best is None:
                 self._save_model()
+            asked = self.stop.number
+            reason = f"after {options.max_minutes:g} minutes" if asked is None else f"by {signal.Signals(asked).name}"
             logger.warning(
-                "stopped after %g minutes at step %d of %d: give the same command again to go on from there",
-                options.max_minutes,
+                "stopped %s at step %d of %d: give the same command again to resume from there",
+                reason,
                 step,
                 options.steps,
             )
-        return TrainResult(self.folder, step, finished, self.best)
+        return TrainResult(self.folder, step, finished, self.best, None if finished else self.stop.number)
+
+    def _say_how_long(self, step: int, begun: list[float]) -> list[float]:
+        """Says on a CPU, once the second and third step have shown it, how long the rest takes if that is long.
+
+        Args:
+            step: about to begin.
+            begun: when the steps before it began, at most four.
+        """
+        if self.run.device.type != "cpu" or not self.run.is_main or len(begun) == 4:
+            return begun
+        begun = [*begun, time.monotonic()]
+        if len(begun) == 4:
+            each = (begun[3] - begun[1]) / 2
+            left = each * (self.options.steps - step)
+            if left > _LONG_RUN:
+                hours, minutes = divmod(round(left / 60), 60)
+                logger.warning(
+                    "on this CPU a step takes %.2g s, the %d steps that are left about %d h %d min; a smaller "
+                    "batch_size, fewer steps or a GPU make it shorter",
+                    each,
+                    self.options.steps - step,
+                    hours,
+                    minutes,
+                )
+        return begun
 
 
 def run_task(run: Run, task: Task) -> TrainResult:
     """Trains a task to its end or to the time limit, going on from its newest checkpoint; see `Loop`."""
-    with fast_math(run.options.tf32):
+    folder = run.options.out
+    check_folder_output(folder)
+    with locked(folder) if run.is_main else contextlib.nullcontext(), fast_math(run.options.tf32):
         return Loop(run, task).train()

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from visar.core.checks import BELOW_ONE, COUNT, COUNT_OR_OFF, SEED, SHARE, WEIGHT, Range, check_ranges
 from visar.generators import families as generators
 from visar.tokenizers import families as tokenizers
 from visar.train.schedule import Schedule, check_schedule
@@ -12,7 +13,8 @@ OptimizerName = Literal["adamw", "muon"]
 AugmentKind = Literal["none", "drawings", "photographs"]
 PerceptualKind = Literal["lite0", "lpips"]
 if TYPE_CHECKING:
-    GeneratorName = TokenizerName = str
+    GeneratorName: TypeAlias = str
+    TokenizerName: TypeAlias = str
 else:
     GeneratorName = Literal["auto", *generators.FAMILIES]
     TokenizerName = Literal[*tokenizers.FAMILIES]
@@ -21,6 +23,70 @@ else:
 FREE_OPTIONS = frozenset(
     {"out", "log_every", "sample_every", "save_every", "keep_checkpoints", "resume", "max_minutes", "tracker"}
 )
+
+
+_RATE = Range(0, 1000, open_low=True)
+
+# Of the options of all recipes, by name; schedules have further checks.
+RANGES = {
+    "steps": COUNT,
+    "batch_size": Range(1, 2**20),
+    "gradient_accumulation": Range(1, 2**20),
+    "learning_rate": _RATE,
+    "warmup_steps": COUNT_OR_OFF,
+    "decay_steps": COUNT_OR_OFF,
+    "final_fraction": SHARE,
+    "clip_norm": WEIGHT,
+    "ema_decay": BELOW_ONE,
+    "seed": SEED,
+    "log_every": COUNT,
+    "validate_every": COUNT_OR_OFF,
+    "sample_every": COUNT_OR_OFF,
+    "save_every": COUNT_OR_OFF,
+    "keep_checkpoints": COUNT,
+    "max_minutes": Range(0, 10**7),
+    "weight_decay": Range(0, 1000),
+    "image_size": Range(1, 16_384),
+    "codebook_size": Range(1, 2**20),
+    "codebook_decay": BELOW_ONE,
+    "commitment_weight": WEIGHT,
+    "codebook_weight": WEIGHT,
+    "revive_every": COUNT_OR_OFF,
+    "revive_below": WEIGHT,
+    "revive_until": SHARE,
+    "l1_weight": WEIGHT,
+    "l2_weight": WEIGHT,
+    "gradient_weight": WEIGHT,
+    "perceptual_weight": WEIGHT,
+    "adversarial_weight": WEIGHT,
+    "adversarial_start": COUNT_OR_OFF,
+    "adversarial_learning_rate": _RATE,
+    "adversarial_layers": Range(1, 16),
+    "adversarial_maximum": WEIGHT,
+    "variants": Range(1, 65_536),
+    "width": Range(1, 65_536),
+    "num_layers": Range(1, 1024),
+    "dropout": BELOW_ONE,
+    "label_dropout": SHARE,
+    "class_dropout": SHARE,
+    "attribute_dropout": SHARE,
+    "word_dropout": SHARE,
+    "word_omission": SHARE,
+    "class_balance": Range(0, 100),
+    "scale_weights": WEIGHT,
+    "self_correction": SHARE,
+    "initial_layers": Range(0, 1023),
+    "sample_images": Range(1, 4096),
+    "sample_guidance": Range(0, 1000),
+    "num_right": Range(1, 1024),
+    "law_weight": WEIGHT,
+    "input_noise": WEIGHT,
+    "offset_decay": SHARE,
+    "guidance_scale": Range(0, 1000),
+}
+# A drafter's are the model's where they are 0.
+_SIZES = {"num_heads": Range(1, 1024), "hidden_width": Range(1, 2**20)}
+_SIZES_OR_MODEL = {"num_heads": Range(0, 1024), "hidden_width": Range(0, 2**20)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,21 +323,12 @@ class TrainDrafter(RunOptions):
 
 
 def check_run_options(options: RunOptions, num_processes: int) -> None:
-    """Checks the options that all recipes share.
+    """Checks the numbers among the options of a recipe, and what processes and schedule ask for.
 
     Raises:
         ValueError: an option outside its range.
     """
-    for name in ("steps", "batch_size", "gradient_accumulation", "log_every", "keep_checkpoints"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"{name} {getattr(options, name)}; it must be at least 1")
-    for name in ("validate_every", "sample_every", "save_every", "clip_norm", "max_minutes", "seed"):
-        if getattr(options, name) < 0:
-            raise ValueError(f"{name} {getattr(options, name)}; it must not be negative")
-    if not options.learning_rate > 0:
-        raise ValueError(f"learning_rate {options.learning_rate}; it must be above 0")
-    if not 0.0 <= options.ema_decay < 1.0:
-        raise ValueError(f"ema_decay {options.ema_decay}; allowed: 0 <= ema_decay < 1")
+    check_ranges(options, RANGES | (_SIZES_OR_MODEL if isinstance(options, TrainDrafter) else _SIZES))
     parts = num_processes * options.gradient_accumulation
     if options.batch_size % parts:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import safetensors
 import torch
+from diffusers.utils.logging import tqdm
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -102,7 +103,9 @@ def build_token_cache(
     vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
     dtype = torch.int16 if vocab_size <= 2**15 else torch.int32
     ids = torch.empty(len(image_set), variants, length, dtype=dtype)
-    for number, pixels in enumerate(in_batches(image_set.images, batch_size)):
+    # Augmented variants of many images take minutes on a CPU.
+    batches = tqdm(in_batches(image_set.images, batch_size), desc="ids of images", unit="batch", disable=None)
+    for number, pixels in enumerate(batches):
         first = number * batch_size
         part = slice(first, first + batch_size)
         image = as_float(torch.from_numpy(np.array(pixels)).to(device))

@@ -1,0 +1,153 @@
+"""An image depends on its seed and condition only: every setting of every sampler, in batches of any make-up."""
+
+import runpy
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.samplers.drafters.eagle import FeatureDrafter
+from visar.samplers.drafters.heads import SpatialHeads
+from visar.samplers.drafters.model import ModelDrafter
+from visar.samplers.drafters.ngram import NgramDrafter
+from visar.samplers.index import SAMPLERS
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
+IMAGES = 16
+FILTERS = dict(temperature=0.9, top_k=7, top_p=0.9)
+BOOK = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+GRID = (2, 5)
+SHAPE = dict(vocab_size=8, grid=GRID, width=16)
+
+
+def random_drafter(kind):
+    """A drafter with weights that make its drafts differ."""
+    torch.manual_seed(1)
+    if kind is ModelDrafter:
+        return ModelDrafter(TINY.transformer(8, GRID, seed=1, layers=1))
+    drafter = kind(**SHAPE, **(dict(num_heads=2, hidden_width=16) if kind is FeatureDrafter else {})).eval()
+    for parameter in drafter.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return drafter
+
+
+DRAFTERS = [NgramDrafter(4.0), *(random_drafter(kind) for kind in (ModelDrafter, FeatureDrafter, SpatialHeads))]
+STATIC = [dict(branches=(3, 2, 1)), dict(paths=((0,), (1,), (0, 0), (1, 0), (0, 0, 0)))]
+DYNAMIC = dict(depth=3, children=3, nodes=8)
+RELAXED = [
+    dict(codebook=BOOK, num_neighbours=3, max_moved=0.3, tree="dynamic", **DYNAMIC),
+    dict(codebook=BOOK, max_moved=0.3, greedy=True, **DYNAMIC),
+    dict(neighbours=torch.tensor([[(code + 1) % 8] for code in range(8)]), max_ratio=3.0, tree="static", **STATIC[0]),
+    dict(codebook=BOOK, max_ratio=3.0, tree="static", drafter=DRAFTERS[2], **STATIC[1]),
+]
+WINDOWS = [(1, 8), (5, 3), (12, 1), (12, 4)]
+GROUPED = [
+    dict(group=4, max_gap=0.5, max_distance=9.0, codebook=BOOK, window=6, initial="left"),
+    dict(group=3, groups="static", codebook=BOOK, window=6, check_every=2),
+]
+SCALES = [
+    dict(),
+    dict(temperature=[1.0, 0.9, 0.8], top_k=[0, 4, 5], top_p=[1.0, 0.9, 0.8], temperature_after_filter=True),
+]
+CASES = {
+    "ancestral": [dict(), dict()],
+    "jacobi": [
+        dict(initial=initial, coupling=coupling, adaptive=adaptive, window=12, check_every=2)
+        for coupling, adaptive, initial in product(COUPLINGS, (False, True), INITIALS)
+    ]
+    + [
+        dict(window=window, check_every=every, coupling="maximal", adaptive=adaptive)
+        for (window, every), adaptive in product(WINDOWS, (False, True))
+    ],
+    "speculative": [dict(drafter=drafter, num_drafts=3, check_every=2) for drafter in DRAFTERS],
+    "static_tree": [dict(drafter=each, check_every=2, **tree) for each, tree in product(DRAFTERS, STATIC)],
+    "dynamic_tree": [dict(drafter=each, check_every=2, **DYNAMIC) for each in DRAFTERS],
+    "k_seq": [dict(drafter=each, num_chains=2, num_drafts=3, check_every=2) for each in DRAFTERS],
+    "grouped": GROUPED,
+    "lantern": [dict(check_every=2, **each) for each in RELAXED],
+    "next_scale": [
+        dict(smooth=True),
+        dict(num_scales=2),
+        dict(prefix_tokens=torch.arange(IMAGES * 5).view(-1, 5) % 16),
+    ]
+    + SCALES,
+    "masked_refinement": [
+        dict(schedule="1/2/3", refinement_guidance=2.0),
+        dict(schedule="1/1,3/2,3,4", greedy=True, num_scales=3, **SCALES[1]),
+    ],
+    "collaborative": [
+        dict(followers=(TINY.over_scales(layers=1),), takes_over=(1,), num_scales=3, **each) for each in SCALES
+    ],
+    "edit": [
+        dict(strategy=strategy, smooth=smooth, always_keep=2, **SCALES[smooth])
+        for strategy, smooth in (("codes", True), ("map", False), ("map", True), ("refine", False))
+    ],
+}
+OVER_SCALES = ("next_scale", "masked_refinement", "collaborative", "edit")
+# Settings of an image, which are split with the batch.
+PER_IMAGE = ("prefix_tokens", "given_tokens", "keep")
+
+
+def model_of(sampler: str):
+    if sampler in OVER_SCALES:
+        return TINY.over_scales(HierarchicalMaskedTransformer)
+    # Windows of an adaptive call grow from 4 slots: they differ within a batch where an image has many tokens.
+    return TINY.transformer(8, (3, 4) if sampler == "jacobi" else GRID, layers=1)
+
+
+def given(sampler: str, settings: dict) -> dict:
+    if sampler != "edit":
+        return settings
+    random = torch.Generator().manual_seed(0)
+    tokens = torch.randint(16, (IMAGES, 14), generator=random)
+    return settings | dict(given_tokens=tokens, keep=torch.rand(IMAGES, 3, 3, generator=random) < 0.5)
+
+
+def splits() -> list[torch.Tensor]:
+    """Images alone, in pairs, threes and eights, and all of them in another order."""
+    order = torch.randperm(IMAGES, generator=torch.Generator().manual_seed(3))
+    return [order[:1], order[1:3], order[3:6], order[8:], order]
+
+
+# Every other case is guided and filtered.
+@pytest.mark.parametrize(
+    ("sampler", "settings", "guided"),
+    [
+        pytest.param(name, each, bool(i % 2) or "refinement_guidance" in each, id=f"{name}-{i}")
+        for name, every in CASES.items()
+        for i, each in enumerate(every)
+    ],
+)
+def test_image_depends_on_its_seed_and_condition_only(sampler, settings, guided):
+    model, settings = model_of(sampler), given(sampler, settings)
+    guidance = Guidance(2.0, schedule="linear") if guided else Guidance()
+    general = {name: value for name, value in FILTERS.items() if guided and name not in settings}
+    seeds, label = torch.tensor(image_seeds(7, IMAGES)), torch.arange(IMAGES) % 3
+
+    def drawn(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mine = {name: value[rows] if name in PER_IMAGE else value for name, value in settings.items()}
+        out = SAMPLERS[sampler].load()(
+            model, TINY.labels(*label[rows].tolist()), noise=Noise(seeds[rows]), guidance=guidance, **general, **mine
+        )
+        return out.tokens, out.outcome_BN
+
+    tokens, outcome = drawn(torch.arange(IMAGES))
+    assert len(tokens.unique(dim=0)) > 2
+    for rows in splits():
+        some_tokens, some_outcome = drawn(rows)
+        assert torch.equal(some_tokens, tokens[rows]), rows
+        assert some_outcome is None or torch.equal(some_outcome, outcome[rows]), rows
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_setting_is_split(sampler):
+    tried = {name for case in CASES[sampler] for name in given(sampler, case)}
+    assert tried - set(FILTERS) == set(SAMPLERS[sampler].settings())
