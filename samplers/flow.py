@@ -21,9 +21,9 @@ from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Categorical
 from visar.core.noise import Noise, Use
-from visar.core.output import SampleOutput, SampleStatistics
+from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.ancestral import check_ancestral
+from visar.samplers.ancestral import check_ancestral, run_blocks
 from visar.samplers.filtering import filter_logits
 
 # Numbers float32 of one intermediate [rows, V] at a time: 256 MiB.
@@ -148,37 +148,18 @@ def sample_flow(
         ValueError: a setting out of range, a codebook of another size, or a condition that does not fit the model.
     """
     check_flow(model, guidance, temperature, top_k, top_p, codebook, steps)
-    sizes, device = model.block_sizes, noise.device
     begun = time.perf_counter()
-    guided = guidance.active(len(sizes))
-    work = ("flow", condition.batch, guided, temperature, top_k, top_p, steps)
+    batch, device = condition.batch, noise.device
+    work = ("flow", batch, guidance.active(len(model.block_sizes)), temperature, top_k, top_p, steps)
     session = runtime.session(model, device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
     codes_VC = session.hold("codes", codebook.to(device).float() * code_scale(codebook))
-    every_position = torch.arange(sum(sizes), device=device)[None]
+    every_position = torch.arange(model.num_tokens, device=device)[None]
     noise_BNC = session.hold("noise", initial_noise(noise, every_position, codes_VC.shape[1]))
 
     def step() -> None:
         logits_BLV = filter_logits(model.predict(state), temperature=temperature, top_k=top_k, top_p=top_p)
-        position_BL = (state.length[:, None] + torch.arange(logits_BLV.shape[1], device=device)).expand(
-            noise.batch, -1
-        )
-        noise_BLC = noise_BNC.gather(1, position_BL[..., None].expand(-1, -1, codes_VC.shape[1]))
-        model.append(state, flow_map(noise_BLC, logits_BLV, codes_VC, steps))
+        place_BLC = model.positions(state)[..., None].expand(batch, -1, codes_VC.shape[1])
+        model.append(state, flow_map(noise_BNC.gather(1, place_BLC), logits_BLV, codes_VC, steps))
 
-    done = 0
-    for block, (size, kind) in enumerate(zip(sizes, model.block_kinds, strict=True)):
-        state.block = block
-        session.run(step, kind)
-        done += size
-        if callback is not None and callback(done, state.tokens[:, : sum(sizes)]):
-            break
-    tokens, made = state.tokens[:, :done].clone(), sizes[: block + 1]
-    if tokens.is_cuda:
-        torch.cuda.synchronize(tokens.device)
-    statistics = SampleStatistics(
-        forward_passes={"generator": len(made)},
-        tokens_per_pass={size: condition.batch * made.count(size) for size in sorted(set(made))},
-        seconds=time.perf_counter() - begun,
-    )
-    return SampleOutput(tokens, statistics)
+    return run_blocks(model, session, step, batch, callback, begun)

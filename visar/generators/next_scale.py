@@ -183,7 +183,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             condition: of the B images.
         """
         condition_RD = self.condition_vector(condition)
-        x = self.embed_map(vectors_BNC) + self.positions(0, len(self.scales) - 1) + extra_BND
+        x = self.embed_map(vectors_BNC) + self.embed_positions(0, len(self.scales) - 1) + extra_BND
         cell_B1D = self.start_input(condition_RD)[:, :1].to(x.dtype)
         modulations = self.modulate(condition_RD)
         hidden_BLD = run_blocks(
