@@ -23,6 +23,7 @@ from visar.core.interface import Callback, Categorical
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
+from visar.kernels import finite
 from visar.samplers.ancestral import check_ancestral, run_blocks
 from visar.samplers.filtering import filter_logits
 
@@ -159,6 +160,7 @@ def sample_flow(
 
     def step() -> None:
         logits_BLV = filter_logits(model.predict(state), temperature=temperature, top_k=top_k, top_p=top_p)
+        finite.note(logits_BLV)
         place_BLC = model.positions(state)[..., None].expand(batch, -1, codes_VC.shape[1])
         model.append(state, flow_map(noise_BNC.gather(1, place_BLC), logits_BLV, codes_VC, steps))
 

@@ -20,6 +20,7 @@ from visar.core.interface import Callback, OneStep
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
+from visar.kernels import finite
 from visar.samplers.flow import initial_noise
 
 Output = Literal["soft", "codes", "vectors"]
@@ -106,6 +107,7 @@ def sample_one_step(
         known_N = position_N < first
         inputs_BNC = torch.where(known_N[:, None], model.codes[ids_BN], noise_BNC)
         logits_BNV, vectors_BNC = model(inputs_BNC, known_N, held)
+        finite.note(logits_BNV)
         made_BNC = made_of(model, logits_BNV, vectors_BNC, output, late)
         source_BNC.copy_(torch.where(known_N[:, None], source_BNC, made_BNC))
         ids_BN.copy_(torch.where(known_N, ids_BN, logits_BNV.argmax(-1)))
@@ -117,8 +119,7 @@ def sample_one_step(
         if callback is not None and callback(model.num_tokens, ids_BN):
             break
     latent_BChw = model.latents(source_BNC)
-    if latent_BChw.is_cuda:
-        torch.cuda.synchronize(device)
+    session.check_finite()  # waits for the device
     statistics = SampleStatistics(
         forward_passes={"generator": passes},
         tokens_per_pass={model.num_tokens: noise.batch},

@@ -28,7 +28,7 @@ from visar.samplers.one_step import sample_one_step
 from visar.train.building import in_dtype, load_initial
 from visar.train.log import Sheet
 from visar.train.loop import Task, TrainResult, run_task
-from visar.train.randomness import Draw
+from visar.train.randomness import Draw, step_seed
 from visar.train.run import Run
 
 
@@ -72,7 +72,8 @@ class DD1Task(Task):
         self.held_out = max(1, min(round(options.held_out * options.num_pairs), 4096, block * (self.first_blocks - 1)))
         codebook_VC = pipeline.tokenizer.codebook.float()
         starts = tuple(options.starts) or default_starts(pipeline.generator)
-        student = student_of(pipeline.generator, code_scale(codebook_VC), starts, codebook_VC)
+        seed = step_seed(options.seed, 0, Draw.INITIAL)
+        student = student_of(pipeline.generator, code_scale(codebook_VC), starts, codebook_VC, seed)
         if options.initial is not None:
             load_initial(student, options.initial)
         student.network.requires_grad_(True)
@@ -138,8 +139,8 @@ class DD1Task(Task):
         entropy_BN = functional.cross_entropy(logits_BNV.float().transpose(1, 2), ids_BN, reduction="none")
         entropy = (entropy_BN * weight_BN).sum()
         error = ((vectors_BNC.float() - codes_BNC).square().mean(-1) * weight_BN).sum()
-        scalars = {"cross_entropy": entropy, "vector_error": error}
-        return entropy + self.options.vector_weight * error, scalars
+        loss = entropy + self.options.vector_weight * error
+        return loss, {"loss": loss, "cross_entropy": entropy, "vector_error": error}
 
     # ------------------------------------------------------------------------------------------------- measurements
     def validate(self, model: Any) -> dict[str, float]:

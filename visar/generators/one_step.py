@@ -11,6 +11,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -71,8 +72,12 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
             raise ValueError(f"starts {tuple(starts)}; needed: rising numbers from 0 on, below {blocks}")
         self.kind = nn.Embedding(2, width)
         self.vector_head = nn.Linear(width, channels)
+        self.reset_heads(None)
+
+    def reset_heads(self, generator: torch.Generator | None) -> None:
+        """Weights to train what the teacher does not have from."""
         nn.init.zeros_(self.kind.weight)
-        nn.init.trunc_normal_(self.vector_head.weight, std=0.02)
+        nn.init.trunc_normal_(self.vector_head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.vector_head.bias)
 
     @property
@@ -153,7 +158,9 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
 OUTPUTS = ("soft", "codes", "vectors")
 
 
-def student_of(teacher: Any, code_scale: float, starts: tuple[int, ...], codebook_VC: Tensor) -> OneStepGenerator:
+def student_of(
+    teacher: Any, code_scale: float, starts: tuple[int, ...], codebook_VC: Tensor, seed: int = 0
+) -> OneStepGenerator:
     """A student with a teacher's weights, ready to be trained.
 
     Dropout is off. A teacher that embeds ids gets a new linear map of code vectors instead of its table.
@@ -162,6 +169,7 @@ def student_of(teacher: Any, code_scale: float, starts: tuple[int, ...], codeboo
         teacher: a generator of one of the classes in NETWORKS.
         code_scale, starts: see `OneStepGenerator`.
         codebook_VC: code vectors of the tokenizer, as looked up.
+        seed: of the weights that the teacher does not have.
 
     Raises:
         ValueError: a teacher of another class.
@@ -175,12 +183,14 @@ def student_of(teacher: Any, code_scale: float, starts: tuple[int, ...], codeboo
         {"token_input": "codebook", "codebook_width": codebook_VC.shape[1]} if "token_input" in arguments else {}
     )
     student = OneStepGenerator(name, arguments, code_scale, starts)
+    generator = torch.Generator().manual_seed(seed)
+    student.reset_heads(generator)
     state = {key: value.float() for key, value in teacher.state_dict().items()}
     found = student.network.load_state_dict(state, strict=False)
     lacking = [key for key in found.missing_keys if not key.startswith(("codebook", "codebook_proj"))]
     assert not lacking, lacking
     if "codebook" in found.missing_keys:
         student.network.set_codebook(codebook_VC.cpu().float())
-        nn.init.normal_(student.network.codebook_proj.weight, std=0.02)
+        nn.init.normal_(student.network.codebook_proj.weight, std=0.02, generator=generator)
         nn.init.zeros_(student.network.codebook_proj.bias)
     return student
