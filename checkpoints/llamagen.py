@@ -175,7 +175,7 @@ def convert_gpt(
             known = ", ".join(f"{layers} x {size}" for layers, size in NUM_HEADS)
             raise ValueError(
                 f"{source}: the number of heads of {num_layers} layers x {width} is not in the file and not known "
-                f"(known: {known}); say num_heads="
+                f"(known: {known}); give num_heads (--num-heads)"
             )
         num_heads = NUM_HEADS[num_layers, width]
     config = dict(
@@ -241,7 +241,7 @@ def _read_generator(options: Convert, content: Content, second: Content | None) 
     if options.grid is None:
         raise ValueError(
             f"{file}: the grid of tokens is not in the file; say grid, image size / 16 for the released models "
-            "(16 16 for 256 px, 24 24 for 384 px, 32 32 for 512 px), or like=NAME"
+            "(16 16 for 256 px, 24 24 for 384 px, 32 32 for 512 px), or an official name (--like NAME)"
         )
     config, state = convert_gpt(
         content,

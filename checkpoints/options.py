@@ -18,11 +18,11 @@ class Convert:
     tokenizer: Path | None = None
     """Weights of the tokenizer that the generator was trained with."""
     source: str | None = None
-    """Project that the files are from, such as var; found out from the file when not given."""
+    """Project that the files are from, such as var; without it, the file tells."""
     weights: Literal["ema", "plain"] | None = None
-    """Averaged (ema) weights or those of the last step (plain), of files with both; None: what the project takes."""
+    """Averaged weights (ema) or those of the last step (plain), for files with both; None: the project's choice."""
     second: Path | None = None
-    """CoDe's refiner, or the file of HMAR's second training phase."""
+    """Weights of CoDe's refiner, or of HMAR's second training phase."""
     like: str | None = None
     """Official name (`visar models`) whose grid and sampling settings apply."""
     grid: tuple[int, int] | None = None
@@ -32,8 +32,8 @@ class Convert:
     rope: Literal["1d", "2d"] = "2d"
     """Rotary positions of LlamaGen's layout: 2d, or 1d for D-AR's files."""
     num_heads: int | None = None
-    """Attention heads, for sizes that were not released."""
+    """Number of attention heads, for sizes that were not released."""
     refinement_layers: int = 8
-    """Blocks that HMAR's second training phase trained."""
+    """Number of blocks that HMAR's second training phase trained."""
     dtype: str = "float32"
-    """Of the stored weights: float32, bfloat16 or float16."""
+    """Dtype of the stored weights: float32, bfloat16 or float16."""

@@ -92,7 +92,7 @@ def expect(content: Content, row: Row, file: str | Path) -> None:
 
 
 def choose_weights(content: Content, marks: tuple[str, ...], asked: Weights | None, own: Weights) -> Weights:
-    """Which weights to take of a file: what is asked for where the file has both kinds, else what there is."""
+    """Which weights to take of a file: those asked for where the file has both kinds, else those it has."""
     kinds = kinds_of_weights(content, marks)
     if len(kinds) == 2:
         return asked or own

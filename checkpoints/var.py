@@ -199,7 +199,9 @@ def transformer_config(
         require(state, {f"{block}.attn.scale_mul_1H11": 4}, source, "transformer in VAR's layout")
     if num_heads is None:
         if scale_mul is None and width % _HEAD_WIDTH:
-            raise ValueError(f"{source}: width {width} is not a number of heads of {_HEAD_WIDTH}; say num_heads=")
+            raise ValueError(
+                f"{source}: width {width} is not a number of heads of {_HEAD_WIDTH}; give num_heads (--num-heads)"
+            )
         num_heads = width // _HEAD_WIDTH if scale_mul is None else scale_mul.shape[1]
     return dict(
         codebook_width=codebook_width,

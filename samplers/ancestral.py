@@ -1,4 +1,4 @@
-"""Ancestral sampling: each block from its conditional. Exact by definition, and the law others are held to."""
+"""Ancestral sampling: each block from its conditional. Exact by definition; exact samplers have its distribution."""
 
 import time
 from collections.abc import Callable
@@ -41,7 +41,7 @@ def sample_ancestral(
     Args:
         model: a generator with start, predict, append, positions, result, block_sizes and block_kinds.
         condition: of the B images.
-        noise: one seed an image; one uniform number a token.
+        noise: one seed per image; one uniform number per token.
         guidance: classifier-free guidance over blocks.
         temperature: > 0; 1.0 = off. LlamaGen, VAR: 1.0.
         top_k: 0 = off. LlamaGen: 0 for FID, 2000 for demos; VAR: 900.
@@ -61,7 +61,7 @@ def sample_ancestral(
     session = runtime.session(model, noise.device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         logits_BLV = model.predict(state)

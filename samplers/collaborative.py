@@ -29,7 +29,7 @@ class Stage:
 
 
 def plan_stages(model: Scales, followers: Sequence[Scales], takes_over: Sequence[int], last: int) -> list[Stage]:
-    """Which model predicts which scales; a model that follows itself goes on in its own state.
+    """Which model predicts which scales; a model that follows itself continues in its own state.
 
     Args:
         model: predicts from the first scale.
@@ -86,7 +86,7 @@ def _run_stage(
         history=history,
     )
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, noise))
@@ -136,7 +136,7 @@ def sample_collaborative(
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
-    """Draws the first scales from one model and later ones from others. Lossy: not the law of any of them alone.
+    """Draws the first scales from one model and later ones from others. Lossy: no single model's distribution.
 
     CoDe, arXiv 2411.17787 section 3 (there: one drafter, one refiner). What is handed over is the map and the
     resized maps of all scales; a model that takes over reads the coarser scales in the pass of its first own scale.
@@ -151,11 +151,11 @@ def sample_collaborative(
         condition: of the B images.
         followers: models after it, in order (the refiner).
         takes_over: scale at which each follower begins. CoDe: [N] with N = 9, 8, 7 or 6 of 10 scales.
-        noise: one seed an image; one uniform number a token.
-        guidance: blocks are scales. CoDe: Guidance(1.5, "extrapolate", "linear") for FID, 4 for pictures.
-        temperature: > 0, for all scales or one a scale; 1.0 = off. CoDe: 1.1 on the first 7 scales, then 1.0.
-        top_k: 0 = off; for all scales or one a scale. CoDe: 600.
-        top_p: in (0, 1]; 1.0 = off. CoDe: 0.96 for FID, 0.95 for pictures.
+        noise: one seed per image; one uniform number per token.
+        guidance: blocks are scales. CoDe: Guidance(1.5, "extrapolate", "linear") for FID, 4 for visual quality.
+        temperature: > 0, for all scales or one per scale; 1.0 = off. CoDe: 1.1 on the first 7 scales, then 1.0.
+        top_k: 0 = off; for all scales or one per scale. CoDe: 600.
+        top_p: in (0, 1]; 1.0 = off. CoDe: 0.96 for FID, 0.95 for visual quality.
         temperature_after_filter: divide by the temperature after top-k and top-p (CoDe) or before.
         num_scales: stop after so many scales; None is all.
         callback: called after every scale, see `Callback`; True ends the sampling.

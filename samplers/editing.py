@@ -17,7 +17,7 @@ from visar.core.runtime import EAGER, Runtime
 from visar.generators.scales import ScaleState
 from visar.samplers.filtering import categorical
 from visar.samplers.next_scale import ScaleSettings, check_next_scale, draw_scale, finish, open_session
-from visar.samplers.verify import held_noise
+from visar.samplers.verify import static_noise
 
 Strategy = Literal["codes", "map", "refine"]
 
@@ -121,7 +121,7 @@ def check_edit(
         raise ValueError(f"strategy refine needs a model with masked passes; {type(model).__name__} has none")
     batch = len(given_tokens)
     if given_tokens.ndim != 2 or given_tokens.shape[1] != model.num_tokens:
-        raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: [one an image, {model.num_tokens}]")
+        raise ValueError(f"given_tokens {tuple(given_tokens.shape)}; needed: [one per image, {model.num_tokens}]")
     if keep.shape[0] not in (1, batch) or tuple(keep.shape[1:]) != model.scales[-1]:
         raise ValueError(f"keep {tuple(keep.shape)}; needed: [1 or {batch}, *{model.scales[-1]}]")
     extras = (temperature_after_filter, smooth, None, None)
@@ -147,7 +147,7 @@ def sample_edit(
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
-    """Inpaints, outpaints or edits a given image. Lossy: not the model's law given what is kept.
+    """Inpaints, outpaints or edits a given image. Lossy: not the model's distribution given what is kept.
 
     VAR, arXiv 2404.02905 section 4.4. The mask and the condition say what is done: a box whose outside is kept is
     inpainted under the null condition and edited under a class, one whose inside is kept is outpainted. VAR's authors
@@ -165,7 +165,7 @@ def sample_edit(
             positions of the finest grid. "refine" (after HMAR, arXiv 2506.04421; no released code): as "codes", then
             one masked pass draws the other positions anew, given the kept ones; needs a model with masked passes.
             Codes blend at the mask's edge, because phi and the resizing mix neighbours; the map's cut is exact.
-        noise: one seed an image; one uniform number a token.
+        noise: one seed per image; one uniform number per token.
         guidance: blocks are scales. VAR: Guidance(3, "extrapolate", "linear").
         temperature, top_k, top_p, temperature_after_filter, smooth: see `sample_next_scale`. VAR: top_k 900, top_p
             0.95, smooth.
@@ -174,7 +174,7 @@ def sample_edit(
         runtime: eager, or CUDA graphs.
 
     Returns: tokens int64 [B, N] (kept positions have the given ones, but with "map" all are drawn ones), the
-        accumulated map, which is the picture (`tokenizer.decode_latents`), and statistics.
+        accumulated map, which is the image (`tokenizer.decode_latents`), and statistics.
 
     Raises:
         ValueError: an unknown strategy, tokens or a mask that do not fit, a setting out of range.
@@ -188,14 +188,14 @@ def sample_edit(
     options = ("edit", settings, strategy, always_keep, keep.shape[0])
     session = open_session(runtime, model, condition, guidance, noise, *options)
     state = session.state = model.start(condition, guidance, state=session.state)
-    source = held_noise(session, noise)
+    source = static_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
-    again_BN = session.hold("again", noise.uniform(Use.TOKEN, every_position, counter=1))
-    given_BN = session.hold("given", given_tokens.to(noise.device))
-    keep_Bhw = session.hold("keep", keep.to(noise.device))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
+    again_BN = session.static("again", noise.uniform(Use.TOKEN, every_position, counter=1))
+    given_BN = session.static("given", given_tokens.to(noise.device))
+    keep_Bhw = session.static("keep", keep.to(noise.device))
     given_maps = (
-        [session.hold(f"map {scale}", each) for scale, each in enumerate(model.pyramid.running_maps(given_BN))]
+        [session.static(f"map {scale}", each) for scale, each in enumerate(model.pyramid.running_maps(given_BN))]
         if strategy == "map"
         else []
     )

@@ -1,4 +1,4 @@
-"""Temperature, top-k, top-p and the draw of a token: what turns logits into the law that is sampled.
+"""Temperature, top-k, top-p and the draw of a token: what turns logits into the distribution that is sampled.
 
 Order: temperature, then top-k, then top-p on what top-k left (FoundationVision/LlamaGen@ce98ec4,
 autoregressive/models/generate.py). B batch, L positions, V codes.
@@ -61,7 +61,7 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
 
 
 def fits_kernels(logits: Tensor) -> bool:
-    """Whether kernels that hold a whole law (visar/kernels/laws.py) take these logits or laws [..., V]."""
+    """Whether kernels that hold a whole distribution (visar/kernels/distributions.py) take such logits or probs."""
     fits = logits.dtype == torch.float32 and logits.dim() > 1 and logits.shape[-1] <= kernels.MAX_CODES
     return fits and not logits.requires_grad and kernels.usable(logits)
 
@@ -135,14 +135,14 @@ def sample_logits(
     return codes_M.view(uniform.shape)
 
 
-def token_law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """The law that is sampled, float32 [..., V]: filtered logits made probabilities."""
+def filtered_probs(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """The distribution that is sampled, float32 [..., V]: filtered logits made probabilities."""
     logits = logits.float()
     if fits_kernels(logits):
-        from visar.kernels.draw import law
+        from visar.kernels.draw import probs_of
 
         with kernels.on(logits.device):
-            return law(logits, temperature, top_k, top_p)
+            return probs_of(logits, temperature, top_k, top_p)
     filtered = filter_logits(logits, temperature=temperature, top_k=top_k, top_p=top_p)
     finite.note(filtered)
     return torch.softmax(filtered, dim=-1)

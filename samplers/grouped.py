@@ -1,9 +1,10 @@
 """Grouped speculative decoding: a draft stands for the codes that are as likely and look alike. Lossy.
 
 Source: GSD, arXiv 2508.07747 (junhyukso/GSD@4216c7c); it is speculative Jacobi decoding with another acceptance rule.
-A draft x is kept with probability min(1, p(C) / q(C)) for a group C of codes around x; what is kept is x itself. So
-inside a group the proportions of q survive, and the law changes. How much for one draft: with f the chance of keeping
-it, the total variation distance of the token's law from p is at most E_q |f - min(1, p / q)|.
+A draft x is accepted with probability min(1, p(C) / q(C)) for a group C of codes around x; what is accepted is x
+itself. So inside a group the proportions of q survive, and the distribution changes. The bound for one draft: the
+total variation distance of its token's distribution from p is at most E_q |f - min(1, p / q)|, where f is the chance
+of accepting it.
 
 B batch, K drafts, V codes, G codes of a group, C code width.
 """
@@ -64,9 +65,9 @@ def group_chance(
     max_gap: float,
     max_distance: float,
 ) -> Tensor:
-    """Probability min(1, p(C) / q(C)) of keeping drafts, [B, K]; arXiv 2508.07747, dynamic groups.
+    """Probability min(1, p(C) / q(C)) of accepting drafts, [B, K]; arXiv 2508.07747, dynamic groups.
 
-    Arguments as in `group_members`. A draft that p excludes is never kept.
+    Arguments as in `group_members`. A draft that p excludes is never accepted.
     """
     codes_BKG, member_BKG = group_members(
         p_BKV, draft_BK, codebook_VC, below=below, above=above, max_gap=max_gap, max_distance=max_distance
@@ -81,7 +82,7 @@ def _ratio(target: Tensor, drafted: Tensor) -> Tensor:
 
 
 def static_chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, group_V: Tensor) -> Tensor:
-    """Probability min(1, p(C) / q(C)) of keeping drafts, [B, K], for a fixed partition int64 [V] of the codes."""
+    """Probability min(1, p(C) / q(C)) of accepting drafts, [B, K], for a fixed partition int64 [V] of the codes."""
     same_BKV = group_V == group_V[draft_BK][..., None]
     chance_BK = _ratio((p_BKV * same_BKV).sum(-1), (q_BKV * same_BKV).sum(-1))
     return chance_BK * (p_BKV.gather(-1, draft_BK[..., None]).squeeze(-1) > 0)
@@ -169,14 +170,14 @@ def sample_grouped(
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
-    """Draws tokens by grouped speculative decoding. Lossy: faster than SJD, and away from the model's law.
+    """Draws tokens by grouped speculative decoding. Lossy: faster than SJD, and away from the model's distribution.
 
     GSD, arXiv 2508.07747, on top of SJD, arXiv 2410.01699, algorithm 1.
 
     Args:
-        model: a generator of one token a step with start, verify and commit.
+        model: a generator of one token per step with start, verify and commit.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance. GSD: 3 (Lumina-mGPT).
         temperature: > 0; 1.0 = off. GSD: 1.0.
         top_k: 0 = off. GSD: 2000 (Lumina-mGPT).
@@ -201,12 +202,12 @@ def sample_grouped(
     below = group // 2
     table = group_table(codebook, groups, group, noise.device)
 
-    def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, held: Tensor | None) -> Tensor:
+    def chance(p_BKV: Tensor, q_BKV: Tensor, draft_BK: Tensor, static: Tensor | None) -> Tensor:
         if groups == "static":
-            assert held is not None
-            return static_chance(p_BKV, q_BKV, draft_BK, held)
+            assert static is not None
+            return static_chance(p_BKV, q_BKV, draft_BK, static)
         limits = dict(max_gap=max_gap, max_distance=max_distance)
-        return group_chance(p_BKV, q_BKV, draft_BK, held, below=below, above=group - 1 - below, **limits)
+        return group_chance(p_BKV, q_BKV, draft_BK, static, below=below, above=group - 1 - below, **limits)
 
     return run_jacobi(
         model,

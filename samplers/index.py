@@ -9,7 +9,7 @@ from typing import Any
 from visar.core.interface import Categorical, OneStep, Refining, Scales, Trees, Windowed
 
 ARGUMENTS = ("model", "condition", "noise", "guidance", "callback", "runtime")
-"""What a caller makes for every sampler; a sampler's other arguments are its settings."""
+"""Arguments that the caller makes for every sampler; a sampler's other arguments are its settings."""
 GENERAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 """Settings that pipelines and commands name for all samplers, and their neutral values.
 
@@ -22,10 +22,11 @@ class SamplerEntry:
     """One row of the index.
 
     Attributes:
-        module, name: it is `sample_NAME` of visar/samplers/MODULE.py, and `check_NAME` there checks its arguments.
-        exact: True when the tokens follow the law of ancestral sampling, False for a lossy one.
-        paper: what it is from.
-        needs: the protocol of visar/core/interface.py that its generator has.
+        module, name: the sampler is `sample_NAME` of visar/samplers/MODULE.py; `check_NAME` there checks its
+            arguments.
+        exact: True when the tokens follow the distribution of ancestral sampling, False for a lossy sampler.
+        paper: arXiv ids of the papers that it implements.
+        needs: the protocol of visar/core/interface.py that its generator must have.
     """
 
     module: str
@@ -35,31 +36,31 @@ class SamplerEntry:
     needs: type
 
     def load(self, verb: str = "sample") -> Callable[..., Any]:
-        """The function, or with "check" that of its checks."""
+        """The sampler's function; with verb "check", the function that checks its arguments."""
         return getattr(importlib.import_module(f"visar.samplers.{self.module}"), f"{verb}_{self.name}")
 
     def parameters(self) -> dict[str, inspect.Parameter]:
-        """All its settings."""
+        """Parameters of the sampler's function that are settings."""
         parameters = inspect.signature(self.load()).parameters
         return {name: parameter for name, parameter in parameters.items() if name not in ARGUMENTS}
 
     def settings(self) -> dict[str, inspect.Parameter]:
-        """Its own settings, those of GENERAL left out."""
+        """The settings without those of GENERAL."""
         return {name: parameter for name, parameter in self.parameters().items() if name not in GENERAL}
 
     def fits(self, generator: Any) -> bool:
-        """Whether a generator has what it needs."""
+        """Whether a generator has the capabilities that the sampler needs."""
         return isinstance(generator, self.needs)
 
     def check(self, generator: Any, arguments: Mapping[str, Any]) -> None:
         """Runs the sampler's checks alone.
 
         Args:
-            generator: that it fits.
+            generator: one that `fits`.
             arguments: guidance and settings, by name; those with a default may be missing.
 
         Raises:
-            ValueError: what the sampler would raise of them.
+            ValueError: as the sampler itself raises for these arguments.
         """
         check = self.load("check")
         given = {name: parameter.default for name, parameter in self.parameters().items()} | dict(arguments)
@@ -90,7 +91,7 @@ def find_sampler(name: str) -> SamplerEntry:
     """The row of that name.
 
     Raises:
-        ValueError: no sampler of that name; lists those there are.
+        ValueError: no sampler has that name; the message lists all names.
     """
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")

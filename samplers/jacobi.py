@@ -3,11 +3,12 @@
 Sources: SJD, Teng et al., arXiv 2410.01699, algorithm 1 (tyshiwo1/Accelerating-T2I-AR-with-SJD@b389cfb); the couplings
 are arXiv 2510.24211's (coupled SJD, "MC" and "GS").
 
-Why it is exact. Call a draft y of a position fair if, given all that happened at earlier positions, it follows the law
-q that is stored with it. A fair draft judged against q yields a token of the target law. A draft stays fair from pass
-to pass if it is (a) drawn anew from the new conditional p, with q := p; (b) put through the accept/resample rule with
-the new p, with q := p in both outcomes; or (c) the arg-max of log p plus Gumbel noise that is fixed for the position,
-with q := p. Guesses of slots that were never predicted are fair too: they are chosen without a look at p.
+Why it is exact. Call a draft y of a position fair if, given all that happened at earlier positions, it follows the
+distribution q that is stored with it. A fair draft verified against q yields a token of the target distribution. A
+draft stays fair from pass to pass if it is (a) drawn anew from the new conditional p, with q := p; (b) put through the
+accept/resample rule with the new p, with q := p in both outcomes; or (c) the arg-max of log p plus Gumbel noise that
+is fixed for the position, with q := p. Guesses of slots that were never predicted are fair too: they are chosen
+without a look at p.
 
 B batch, K drafts, L = K + 1 slots, V codes, N tokens.
 """
@@ -24,8 +25,8 @@ from visar.core.interface import Callback, Windowed
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, judge
-from visar.samplers.verify import Counts, check_passes, held_noise, run_passes
+from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, verify_drafts
+from visar.samplers.verify import Counts, check_passes, run_passes, static_noise
 
 TableChance = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
@@ -70,24 +71,24 @@ def sample_jacobi(
     """Draws tokens by speculative Jacobi decoding. Exact.
 
     SJD, arXiv 2410.01699, algorithm 1; with a coupling, coupled SJD, arXiv 2510.24211. Each pass reads the last token
-    and window - 1 drafts, keeps the drafts up to the first rejection, draws one more token, and makes the conditionals
-    of the other slots the drafts of the next pass.
+    and window - 1 drafts, accepts the drafts up to the first rejection, draws one more token, and makes the
+    conditionals of the other slots the drafts of the next pass.
 
     Args:
-        model: a generator of one token a step with start, verify and commit.
+        model: a generator of one token per step with start, verify and commit.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance; SJD: scale 3 (Lumina-mGPT, Emu3), 7.5 (LlamaGen).
         temperature: > 0; 1.0 = off. SJD: 1.0.
         top_k: 0 = off. SJD: 2000 (Lumina-mGPT), 2048 (Emu3), 1000 (LlamaGen).
         top_p: in (0, 1]; 1.0 = off. SJD: 1.0.
         window: slots L of a pass, 1 = ancestral. SJD: 16; coupled SJD: 32 to 64. Nearly free at batch 1, dear at 8.
         initial: first guess of a slot: "random" code (SJD's default); "left" neighbour's token, "left_mode" the
-            likeliest code of its law, "left_law" a draw from it; "above", "above_law" the same one row up (SJD's
-            fastest). Where there is no neighbour the guess is random.
-        coupling: "none" draws drafts anew (SJD); "maximal" keeps them where the laws agree (MC); "gumbel" keeps the
-            noise of a position (GS; V floats a position). Couplings pay with long windows.
-        adaptive: each image reads 4 times as many slots as it lately committed a pass, at least 4 and at most
+            likeliest code of its distribution, "left_law" a draw from it; "above", "above_law" the same one row up
+            (SJD's fastest). Where there is no neighbour the guess is random.
+        coupling: "none" draws drafts anew (SJD); "maximal" keeps them where the distributions agree (MC); "gumbel"
+            keeps the noise of a position (GS; V floats per position). Couplings pay with long windows.
+        adaptive: each image reads 4 times as many slots as it lately committed per pass, at least 4 and at most
             `window`; worth it where long windows cost time. Not in the papers.
         check_every: passes between two looks of the host; with adaptive, between two changes of the window.
         callback: called at every look, see `Callback`; True ends the sampling.
@@ -99,9 +100,9 @@ def sample_jacobi(
         ValueError: a setting out of range, or a condition that does not fit the model.
 
     Differs from the paper: rows of a batch advance each at its own pace (the released code commits the minimum and
-    tests accepted tokens again, which changes the law); nothing is filtered twice; with "maximal", q := p also for
-    drafts that were kept (the released code leaves the old q, which changes the law); the first pass already carries
-    guesses.
+    tests accepted tokens again, which changes the distribution); nothing is filtered twice; with "maximal", q := p
+    also for drafts that were accepted (the released code leaves the old q, which changes the distribution); the first
+    pass already carries guesses.
     """
     check_jacobi(model, guidance, temperature, top_k, top_p, window, initial, coupling, check_every)
     return run_jacobi(
@@ -141,7 +142,8 @@ def run_jacobi(
     """The loop of sample_jacobi, and of lossy samplers that accept by another rule.
 
     Args:
-        chance: (p_BKV, q_BKV, draft_BK, table) -> probabilities [B, K] of keeping the drafts; None is the exact rule.
+        chance: (p_BKV, q_BKV, draft_BK, table) -> probabilities [B, K] of accepting the drafts; None is the exact
+            rule.
         table: a tensor that the rule reads; the session keeps a copy for captured passes.
         key: what else the rule depends on.
     """
@@ -152,19 +154,19 @@ def run_jacobi(
     session = runtime.session(model, device, work)
     drafts = Drafts.start(session, noise, model, window, initial, coupling, adaptive)
     state = session.state = model.start(condition, guidance, ragged=True, window=window - 1, state=session.state)
-    source = held_noise(session, noise)
-    pass_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
-    slot_L = session.hold("slot", torch.arange(window, device=device))
+    source = static_noise(session, noise)
+    pass_11 = session.static("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    slot_L = session.static("slot", torch.arange(window, device=device))
     counts = Counts.start(session, window, batch, num_tokens, device)
-    held_table = None if table is None else session.hold("table", table)
-    rule = None if chance is None else lambda p_BKV, q_BKV, draft_BK: chance(p_BKV, q_BKV, draft_BK, held_table)
+    static_table = None if table is None else session.static("table", table)
+    rule = None if chance is None else lambda p_BKV, q_BKV, draft_BK: chance(p_BKV, q_BKV, draft_BK, static_table)
 
     def turn(slots: int) -> None:
         # Predict all slots in parallel from the last token and the drafts.
         logits_BLV = model.verify(state, drafts.tokens_BK[:, : slots - 1])
         # Accept the drafts up to the first rejection, and draw one token more.
         uniform_BL3 = source.uniform(Use.DRAFT, state.length[:, None] + slot_L[:slots], (3,), pass_11)
-        p_BLV, verdict, next_BL = judge(drafts, logits_BLV, uniform_BL3, state.length, counts, filters, rule)
+        p_BLV, verdict, next_BL = verify_drafts(drafts, logits_BLV, uniform_BL3, state.length, counts, filters, rule)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         # The conditionals of the slots behind them draft the next pass; what the window lacks is guessed.
         carry(drafts, state, next_BL, p_BLV, verdict.count_B)

@@ -1,7 +1,7 @@
-"""The drafts of speculative Jacobi decoding: how a pass judges them, and what it leaves for the next pass.
+"""The drafts of speculative Jacobi decoding: how a pass verifies them, and what it leaves for the next pass.
 
 Sources: SJD, arXiv 2410.01699; the couplings, 2510.24211. Why the drafts stay fair is said in samplers/jacobi.py.
-`judge` and `carry` take the kernels of visar/kernels/verify.py and visar/kernels/jacobi.py where these run.
+`verify_drafts` and `carry` take the kernels of visar/kernels/verify.py and visar/kernels/jacobi.py where these run.
 
 B batch, K drafts, L = K + 1 slots, V codes, N tokens, T = N + K + 1 positions with slack, S remembered positions,
 M = S + K.
@@ -19,7 +19,7 @@ from visar import kernels
 from visar.core.interface import Windowed
 from visar.core.noise import Noise, Use
 from visar.core.runtime import Session
-from visar.samplers.filtering import draw, fits_kernels, token_law
+from visar.samplers.filtering import draw, filtered_probs, fits_kernels
 from visar.samplers.verify import Counts, Verdict, one_hot, residual, verify
 
 Coupling = Literal["none", "maximal", "gumbel"]
@@ -44,18 +44,18 @@ def gumbel_table(noise: Noise, length: int, vocab_size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Drafts:
-    """Drafts of the next pass, and what new ones are made with. The tensors are a session's, changed in place.
+    """Drafts of the next pass, and what new ones are made from. The tensors are static: changed in place.
 
     Attributes:
         initial, coupling, adaptive: see `visar.samplers.jacobi.sample_jacobi`.
         columns: of the token grid.
         tokens_BK: int64 drafts.
-        law_BKV: float32, what they were drawn from.
+        probs_BKV: float32, the distributions that they were drawn from.
         sizes: int64, windows to choose from; size_B: slots that every image reads in the next pass.
         mark_B: int64 [B], length at the last choice.
-        guess_uniform_BT: float32 in (0, 1), one a position, for first guesses.
+        guess_uniform_BT: float32 in (0, 1), one per position, for first guesses.
         gumbel_BTV: noise of every position, for coupling "gumbel"; else None.
-        recent_BSV: laws of the last S committed positions, for the guesses that use laws.
+        recent_BSV: distributions of the last S committed positions, for the guesses that use distributions.
     """
 
     initial: Initial
@@ -63,7 +63,7 @@ class Drafts:
     adaptive: bool
     columns: int
     tokens_BK: Tensor
-    law_BKV: Tensor
+    probs_BKV: Tensor
     sizes: Tensor
     size_B: Tensor
     mark_B: Tensor
@@ -91,32 +91,32 @@ class Drafts:
         )
         positions = model.num_tokens + window
         every_position = torch.arange(positions, device=device).expand(batch, -1)
-        uniform_BT = session.hold("guess", noise.uniform(Use.INITIAL, every_position))
+        uniform_BT = session.static("guess", noise.uniform(Use.INITIAL, every_position))
         first_BK = (uniform_BT[:, : window - 1] * vocab_size).long().clamp(max=vocab_size - 1)
         remembered = columns if initial.endswith(("law", "mode")) else 0
         gumbel_BTV = None
         if coupling == "gumbel":
-            gumbel_BTV = session.hold("gumbel", gumbel_table(noise, positions, vocab_size))
-        sizes = session.hold("sizes", torch.tensor(window_sizes(window), device=device))
+            gumbel_BTV = session.static("gumbel", gumbel_table(noise, positions, vocab_size))
+        sizes = session.static("sizes", torch.tensor(window_sizes(window), device=device))
         return cls(
             initial,
             coupling,
             adaptive,
             columns,
-            tokens_BK=session.hold("draft", first_BK),
-            law_BKV=session.hold("law", one_hot(first_BK, vocab_size)),
+            tokens_BK=session.static("draft", first_BK),
+            probs_BKV=session.static("probs", one_hot(first_BK, vocab_size)),
             sizes=sizes,
-            size_B=session.hold("size", (sizes[:1] if adaptive else sizes[-1:]).expand(batch)),
-            mark_B=session.hold("mark", torch.zeros(batch, dtype=torch.int64, device=device)),
+            size_B=session.static("size", (sizes[:1] if adaptive else sizes[-1:]).expand(batch)),
+            mark_B=session.static("mark", torch.zeros(batch, dtype=torch.int64, device=device)),
             guess_uniform_BT=uniform_BT,
             gumbel_BTV=gumbel_BTV,
-            recent_BSV=session.hold(
+            recent_BSV=session.static(
                 "recent", torch.zeros(batch, remembered, vocab_size, dtype=torch.float32, device=device)
             ),
         )
 
     def adapt(self, length_B: Tensor, passes_11: Tensor, check_every: int) -> None:
-        """Every check_every passes: 4 times as many slots as an image lately committed a pass."""
+        """Every check_every passes: 4 times as many slots as an image lately committed per pass."""
         due = (passes_11[0] % check_every) == 0
         wanted_B = 4 * (length_B - self.mark_B) / check_every
         index_B = (self.sizes < wanted_B[:, None]).sum(-1).clamp(max=len(self.sizes) - 1)
@@ -124,8 +124,8 @@ class Drafts:
         self.mark_B.copy_(torch.where(due, length_B, self.mark_B))
 
 
-# ----------------------------------------------------------------------------------------------------------- judging
-def judge(
+# --------------------------------------------------------------------------------------------------------- verifying
+def verify_drafts(
     drafts: Drafts,
     logits_BLV: Tensor,
     uniform_BL3: Tensor,
@@ -134,52 +134,52 @@ def judge(
     filters: tuple[float, int, float],
     chance: Chance | None,
 ) -> tuple[Tensor, Verdict, Tensor]:
-    """The laws of a pass, what it commits, and a new draft of every slot; the pass is counted.
+    """The distributions of a pass, what it commits, and a new draft of every slot; the pass is counted.
 
     Args:
         drafts: those that were read, L - 1 of them.
         logits_BLV: guided logits of the window.
         uniform_BL3: float32 in (0, 1), for new drafts, acceptance and the token after the accepted drafts.
         length_B: tokens committed before the pass.
-        filters: temperature, top_k and top_p of the laws.
-        chance: (p_BKV, q_BKV, draft_BK) -> probabilities [B, K] of keeping the drafts; None is the exact rule.
+        filters: temperature, top_k and top_p of the distributions.
+        chance: (p_BKV, q_BKV, draft_BK) -> probabilities [B, K] of accepting the drafts; None is the exact rule.
 
-    Returns: laws p [B, L, V], the verdict, and new drafts int64 [B, L], each fair for its row of p.
+    Returns: distributions p [B, L, V], the verdict, and new drafts int64 [B, L], each fair for its row of p.
     """
     last = logits_BLV.shape[1] - 1
     fresh_BL, accept_BL, emit_BL = uniform_BL3.unbind(-1)
-    now_BK, q_BKV = drafts.tokens_BK[:, :last], drafts.law_BKV[:, :last]
-    judged_B = drafts.size_B - 1 if drafts.adaptive else None
+    now_BK, q_BKV = drafts.tokens_BK[:, :last], drafts.probs_BKV[:, :last]
+    verified_B = drafts.size_B - 1 if drafts.adaptive else None
     if fits_kernels(logits_BLV):
-        from visar.kernels.verify import judge as judge_all
+        from visar.kernels.verify import verify_window
 
         with kernels.on(logits_BLV.device):
-            given_BLV = logits_BLV if chance is None else token_law(logits_BLV, *filters)
-            p_BLV, verdict, next_BL = judge_all(
+            given_BLV = logits_BLV if chance is None else filtered_probs(logits_BLV, *filters)
+            p_BLV, fields, next_BL = verify_window(
                 given_BLV,
                 q_BKV,
                 now_BK,
                 accept_BL,
                 emit_BL,
                 filters=filters if chance is None else None,
-                judged_B=judged_B,
+                verified_B=verified_B,
                 chance_BK=None if chance is None else chance(given_BLV[:, :-1], q_BKV, now_BK),
                 coupling=drafts.coupling,
                 fresh_BL=fresh_BL,
                 gumbel_BTV=drafts.gumbel_BTV,
                 length_B=length_B,
-                counts=counts.held,
+                counts=counts.counters,
             )
-        return p_BLV, Verdict(*verdict), next_BL
-    p_BLV = token_law(logits_BLV, *filters)
+        return p_BLV, Verdict(*fields), next_BL
+    p_BLV = filtered_probs(logits_BLV, *filters)
     chance_BK = None if chance is None else chance(p_BLV[:, :-1], q_BKV, now_BK)
-    verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, judged_B=judged_B, chance_BK=chance_BK)
+    verdict = verify(p_BLV, q_BKV, now_BK, accept_BL[:, :-1], emit_BL, verified_B=verified_B, chance_BK=chance_BK)
     gumbel_BLV = None
     if drafts.gumbel_BTV is not None:
         place_BL = length_B[:, None] + torch.arange(last + 1, device=length_B.device)
         gumbel_BLV = drafts.gumbel_BTV.gather(1, place_BL[..., None].expand(-1, -1, p_BLV.shape[-1]))
-    next_BL = refresh(drafts.coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV, judged_B)
-    counts.add_chain(verdict, last if judged_B is None else judged_B, length_B)
+    next_BL = refresh(drafts.coupling, p_BLV, q_BKV, now_BK, verdict, fresh_BL, emit_BL, gumbel_BLV, verified_B)
+    counts.add_chain(verdict, last if verified_B is None else verified_B, length_B)
     return p_BLV, verdict, next_BL
 
 
@@ -192,11 +192,11 @@ def refresh(
     fresh_uniform_BL: Tensor,
     emit_uniform_BL: Tensor,
     gumbel_BLV: Tensor | None = None,
-    judged_B: Tensor | None = None,
+    verified_B: Tensor | None = None,
 ) -> Tensor:
     """A new fair draft of every row of p, int64 [B, L]: the rules (a) "none", (b) "maximal", (c) "gumbel".
 
-    Rule (b) holds for the drafts that an image had, its first judged_B (all K if None). What stands behind them was
+    Rule (b) holds for the drafts that an image had, its first verified_B (all K if None). What stands behind them was
     read for other images with longer windows: it is drawn anew, so that an image does not depend on its batch.
     """
     if coupling == "gumbel":
@@ -206,7 +206,7 @@ def refresh(
         return draw(p_BLV, fresh_uniform_BL)
     drafts = draft_BK.shape[1]
     slot_L = torch.arange(drafts + 1, device=p_BLV.device)
-    drafted_BL = (slot_L < (drafts if judged_B is None else judged_B[:, None])).expand(len(p_BLV), -1)
+    drafted_BL = (slot_L < (drafts if verified_B is None else verified_B[:, None])).expand(len(p_BLV), -1)
     mass_BLV = torch.where(drafted_BL[..., None], residual(p_BLV, functional.pad(q_BKV, (0, 0, 0, 1))), p_BLV)
     drawn_BL = draw(mass_BLV, torch.where(drafted_BL, emit_uniform_BL, fresh_uniform_BL))
     stays_BL = functional.pad(verdict.accepted_BK, (0, 1)) & drafted_BL
@@ -239,7 +239,7 @@ def guess(
     known_B: Tensor,
     columns: int,
     tokens_BT: Tensor,
-    laws_BMV: Tensor | None,
+    probs_BMV: Tensor | None,
     first_B: Tensor | None,
     uniform_BK: Tensor,
     vocab_size: int,
@@ -250,10 +250,11 @@ def guess(
         initial: see sample_jacobi.
         position_BK: where; known_B, columns: see guess_source.
         tokens_BT: committed and drafted tokens.
-        laws_BMV, first_B: laws of the positions first_B ... first_B + M - 1, for the kinds that use laws.
-        uniform_BK: one uniform number a position.
+        probs_BMV, first_B: distributions of the positions first_B ... first_B + M - 1, for the kinds that use
+            distributions.
+        uniform_BK: one uniform number per position.
 
-    Returns: guesses, and the laws [B, K, V] they were drawn from; None when all are one-hot.
+    Returns: guesses, and the distributions [B, K, V] they were drawn from; None when all are one-hot.
     """
     random_BK = (uniform_BK * vocab_size).long().clamp(max=vocab_size - 1)
     if initial == "random":
@@ -262,13 +263,13 @@ def guess(
     found_BK = source_BK >= 0
     if initial in ("left", "above"):
         return torch.where(found_BK, tokens_BT.gather(1, source_BK.clamp(min=0)), random_BK), None
-    assert laws_BMV is not None and first_B is not None
-    index_BK = (source_BK - first_B[:, None]).clamp(0, laws_BMV.shape[1] - 1)
-    law_BKV = laws_BMV.gather(1, index_BK[..., None].expand(-1, -1, vocab_size))
+    assert probs_BMV is not None and first_B is not None
+    index_BK = (source_BK - first_B[:, None]).clamp(0, probs_BMV.shape[1] - 1)
+    probs_BKV = probs_BMV.gather(1, index_BK[..., None].expand(-1, -1, vocab_size))
     if initial == "left_mode":
-        return torch.where(found_BK, law_BKV.argmax(-1), random_BK), None
-    law_BKV = torch.where(found_BK[..., None], law_BKV, one_hot(random_BK, vocab_size))
-    return draw(law_BKV, uniform_BK), law_BKV
+        return torch.where(found_BK, probs_BKV.argmax(-1), random_BK), None
+    probs_BKV = torch.where(found_BK[..., None], probs_BKV, one_hot(random_BK, vocab_size))
+    return draw(probs_BKV, uniform_BK), probs_BKV
 
 
 def carry(drafts: Drafts, state: Any, next_BL: Tensor, p_BLV: Tensor, count_B: Tensor) -> None:
@@ -277,7 +278,7 @@ def carry(drafts: Drafts, state: Any, next_BL: Tensor, p_BLV: Tensor, count_B: T
     Args:
         drafts: changed in place.
         state: the generator's, with the pass committed.
-        next_BL, p_BLV: new drafts of the pass and their laws.
+        next_BL, p_BLV: new drafts of the pass and their distributions.
         count_B: how many tokens it committed.
     """
     if fits_kernels(p_BLV):
@@ -293,31 +294,31 @@ def carry(drafts: Drafts, state: Any, next_BL: Tensor, p_BLV: Tensor, count_B: T
                 drafts.size_B,
                 *places,
                 drafts.tokens_BK,
-                drafts.law_BKV,
+                drafts.probs_BKV,
                 drafts.columns,
             )
     num_drafts, vocab_size = drafts.tokens_BK.shape[1], p_BLV.shape[-1]
     slot_K = torch.arange(num_drafts, device=count_B.device)
     carried_B = drafts.size_B - count_B
     carried_BK = slot_K < carried_B[:, None]
-    tokens_BK, laws_BKV = shift(next_BL, count_B, num_drafts), shift(p_BLV, count_B, num_drafts)
+    tokens_BK, probs_BKV = shift(next_BL, count_B, num_drafts), shift(p_BLV, count_B, num_drafts)
     position_BK = state.length[:, None] + slot_K
-    laws_BMV, first_B, remembered = None, None, drafts.recent_BSV.shape[1]
+    probs_BMV, first_B, remembered = None, None, drafts.recent_BSV.shape[1]
     if remembered:
         drafts.recent_BSV.copy_(shift(torch.cat([drafts.recent_BSV, p_BLV], dim=1), count_B, remembered))
-        laws_BMV, first_B = torch.cat([drafts.recent_BSV, laws_BKV], dim=1), state.length - remembered
-    guess_BK, guess_law_BKV = guess(
+        probs_BMV, first_B = torch.cat([drafts.recent_BSV, probs_BKV], dim=1), state.length - remembered
+    guess_BK, guess_probs_BKV = guess(
         drafts.initial,
         position_BK,
         state.length + carried_B,
         drafts.columns,
         torch.scatter(state.tokens, 1, position_BK, tokens_BK),
-        laws_BMV,
+        probs_BMV,
         first_B,
         drafts.guess_uniform_BT.gather(1, position_BK),
         vocab_size,
     )
-    if guess_law_BKV is None:
-        guess_law_BKV = one_hot(guess_BK, vocab_size)
+    if guess_probs_BKV is None:
+        guess_probs_BKV = one_hot(guess_BK, vocab_size)
     drafts.tokens_BK.copy_(torch.where(carried_BK, tokens_BK, guess_BK))
-    drafts.law_BKV.copy_(torch.where(carried_BK[..., None], laws_BKV, guess_law_BKV))
+    drafts.probs_BKV.copy_(torch.where(carried_BK[..., None], probs_BKV, guess_probs_BKV))

@@ -76,7 +76,7 @@ def least_certain(confidence_BL: Tensor, candidate_BL: Tensor, count: int) -> Te
 def draw_with_confidence(
     logits_BLV: Tensor, settings: ScaleSettings, uniform_BL: Tensor, greedy: bool
 ) -> tuple[Tensor, Tensor]:
-    """Ids int64 [B, L] and their probabilities under the filtered law, float32 [B, L]."""
+    """Ids int64 [B, L] and their probabilities under the filtered distribution, float32 [B, L]."""
     filtered = settings.filter(logits_BLV)
     tokens_BL = filtered.argmax(-1) if greedy else categorical(filtered, uniform_BL)
     confidence = torch.softmax(filtered, dim=-1).gather(-1, tokens_BL[..., None])
@@ -142,17 +142,17 @@ def sample_masked_refinement(
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
-    """Draws scale after scale, each with a next-scale pass and masked passes. Lossy: not the next-scale law.
+    """Draws scale after scale, each with a next-scale pass and masked passes. Lossy: not the next-scale distribution.
 
-    HMAR, arXiv 2506.04421 section 3. With one pass a scale it is plain next-scale sampling, bit for bit.
+    HMAR, arXiv 2506.04421 section 3. With one pass per scale it is plain next-scale sampling, bit for bit.
 
     Args:
         model: a generator over scales with `refine`.
         condition: of the B images.
-        noise: one seed an image; one uniform number a token and pass.
+        noise: one seed per image; one uniform number per token and pass.
         guidance: of the next-scale passes. HMAR: Guidance(t, "extrapolate", "linear") with t 1.7, 1.9, 2.1 for depth
             16, 20, 24, and 1.6 for 30.
-        temperature: > 0, for all scales or one a scale; 1.0 = off (HMAR).
+        temperature: > 0, for all scales or one per scale; 1.0 = off (HMAR).
         top_k: 0 = off. HMAR: 1000, 950, 900, 650 for depth 16, 20, 24, 30. With 1 every confidence is 1 and the
             choice of masked tokens means nothing: use `greedy`.
         top_p: in (0, 1]; 1.0 = off. HMAR: 0.99.
@@ -178,7 +178,7 @@ def sample_masked_refinement(
     state = session.state = model.start(condition, guidance, state=session.state)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
     uniforms = [
-        session.hold(f"uniform {index}", noise.uniform(Use.TOKEN, every_position, counter=index))
+        session.static(f"uniform {index}", noise.uniform(Use.TOKEN, every_position, counter=index))
         for index in range(max(len(counts) for counts in passes))
     ]
 

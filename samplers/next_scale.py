@@ -1,4 +1,4 @@
-"""Ancestral sampling scale by scale, with settings a scale: all that VAR's released sampler offers."""
+"""Ancestral sampling scale by scale, with settings per scale: all that VAR's released sampler offers."""
 
 import time
 from collections.abc import Hashable, Sequence
@@ -17,7 +17,7 @@ from visar.core.runtime import EAGER, Runtime, Session
 from visar.generators.scales import ScaleState
 from visar.kernels import finite
 from visar.samplers.filtering import categorical, check_filters, filter_logits
-from visar.samplers.verify import held_noise
+from visar.samplers.verify import static_noise
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def scale_settings(
     temperature_after_filter: bool = False,
     smooth: bool = False,
 ) -> tuple[ScaleSettings, ...]:
-    """Settings of every scale from values for all scales, or lists with one a scale.
+    """Settings of every scale from values for all scales, or lists with one per scale.
 
     Raises:
         ValueError: a list of another length, or a value out of range.
@@ -87,9 +87,9 @@ def draw_scale(
     """Predicts scale `state.block` and draws it.
 
     Args:
-        model, state: the generator and where it is.
+        model, state: the generator and its decoding state.
         settings: of this scale.
-        uniform_BN: float32 in (0, 1), one a token.
+        uniform_BN: float32 in (0, 1), one per token.
         noise: further draws (smoothing).
 
     Returns: ids int64 [B, L], and smoothed codes [B, L, C] or None for the ids' own.
@@ -177,20 +177,21 @@ def sample_next_scale(
 ) -> SampleOutput:
     """Draws scale after scale from the model's conditionals. Exact, unless smoothing is on.
 
-    VAR, arXiv 2404.02905 section 3.2; smoothing: FoundationVision/VAR@78b9539 (`more_smooth`), for pictures only. With
-    values for all scales and no extras it gives the tokens of `sample_ancestral`.
+    VAR, arXiv 2404.02905 section 3.2; smoothing: FoundationVision/VAR@78b9539 (`more_smooth`), for visual
+    quality only. With values for all scales and no extras it gives the tokens of `sample_ancestral`.
 
     Args:
         model: a generator over scales.
         condition: of the B images.
-        noise: one seed an image; one uniform number a token.
-        guidance: blocks are scales. VAR: Guidance(1.5, "extrapolate", "linear") for FID, 4 for pictures.
-        temperature: > 0, for all scales or one a scale; 1.0 = off (VAR).
-        top_k: 0 = off; for all scales or one a scale. VAR: 900.
-        top_p: in (0, 1]; 1.0 = off; for all scales or one a scale. VAR: 0.96 for FID, 0.95 for pictures.
+        noise: one seed per image; one uniform number per token.
+        guidance: blocks are scales. VAR: Guidance(1.5, "extrapolate", "linear") for FID, 4 for visual quality.
+        temperature: > 0, for all scales or one per scale; 1.0 = off (VAR).
+        top_k: 0 = off; for all scales or one per scale. VAR: 900.
+        top_p: in (0, 1]; 1.0 = off; for all scales or one per scale. VAR: 0.96 for FID, 0.95 for visual
+            quality.
         temperature_after_filter: divide by the temperature after top-k and top-p (CoDe) instead of before (Infinity).
         smooth: add Gumbel-weighted means of codes to the map instead of the drawn tokens' codes. The tokens are
-            returned, but only the map is the picture.
+            returned, but only the map is the image.
         num_scales: stop after so many scales; None is all.
         prefix_tokens: int64 ids of the first scales, taken as they are; None is none.
         callback: called after every scale, see `Callback`; True ends the sampling.
@@ -209,9 +210,9 @@ def sample_next_scale(
     session.state = state
     if prefix_tokens is not None:
         append_prefix(model, state, prefix_tokens)
-    source = held_noise(session, noise)
+    source = static_noise(session, noise)
     every_position = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    uniform_BN = session.hold("uniform", noise.uniform(Use.TOKEN, every_position))
+    uniform_BN = session.static("uniform", noise.uniform(Use.TOKEN, every_position))
 
     def step() -> None:
         model.append(state, *draw_scale(model, state, settings[state.block], uniform_BN, source))

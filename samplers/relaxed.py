@@ -1,17 +1,17 @@
 """LANTERN: a draft may take over the probability of codes that look like it. Lossy.
 
 Sources: LANTERN, arXiv 2410.03355; LANTERN++, arXiv 2502.06352 (jadohu/LANTERN@3a56e45). Image codes have many near
-twins, so that a drafter's first choice is seldom the target's. Judging a draft x, the probabilities of its nearest
-codes n_1 ... n_m are moved onto x, as many as the bound allows:
+twins, so that a drafter's first choice is seldom the target's. When a draft x is verified, the probabilities of its
+nearest codes n_1 ... n_m are moved onto x, as many as the bound allows:
 
     p_hat(x) = p(x) + S_m,    p_hat(n_1) = ... = p_hat(n_m) = 0,    S_m = p(n_1) + ... + p(n_m)
 
 with the largest m <= k for which S_m <= delta (additive, LANTERN: the total variation distance of p_hat from p) or
-S_m <= (lambda - 1) p(x) (multiplicative, LANTERN++). Then x is judged against p_hat instead of p, and so is the
-residual. The bound is for one decision: a token's law may move by delta for every sibling that is judged before it,
-and depends on which x was drafted. On a toy of 8 codes with three siblings a position's marginal moved by 0.005, 0.04,
-0.30 and 0.48 (total variation) at delta 0.05, 0.1, 0.2 and 0.4 in dynamic trees, by 0.004, 0.007, 0.17 and 0.24 in
-static ones.
+S_m <= (lambda - 1) p(x) (multiplicative, LANTERN++). Then x is verified against p_hat instead of p, and so is the
+residual. The bound is for one decision: a token's distribution may move by delta for every sibling that is verified
+before it, and depends on which x was drafted. On a toy of 8 codes with three siblings a position's marginal moved by
+0.005, 0.04, 0.30 and 0.48 (total variation) at delta 0.05, 0.1, 0.2 and 0.4 in dynamic trees, by 0.004, 0.007, 0.17
+and 0.24 in static ones.
 
 B batch, M nodes, L = M + 1 slots, D depth of a tree, V codes, k neighbours, C code width.
 """
@@ -33,7 +33,7 @@ from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
-from visar.samplers.trees import Judge, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
+from visar.samplers.trees import NodeRule, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
 from visar.samplers.verify import acceptance, check_passes, one_hot, residual
 
 
@@ -65,8 +65,8 @@ def chosen_neighbours(
     return neighbour_table(codebook.to(device), min(num_neighbours, codebook.shape[0] - 1))
 
 
-def relaxed_law(
-    law_BV: Tensor,
+def relaxed_probs(
+    probs_BV: Tensor,
     token_B: Tensor,
     neighbours_Vk: Tensor,
     max_moved: float | None = None,
@@ -75,38 +75,38 @@ def relaxed_law(
     """p_hat of each row for its draft, float32 [B, V]; arXiv 2410.03355, section 4, and 2502.06352, section 3.
 
     Args:
-        law_BV: p; token_B: int64 drafts x.
+        probs_BV: p; token_B: int64 drafts x.
         neighbours_Vk: see neighbour_table.
         max_moved: delta, most probability that is moved; None = no such bound.
         max_ratio: lambda, p_hat(x) / p(x) at most; None = no such bound.
     """
     near_Bk = neighbours_Vk[token_B].long()
-    moved_Bk = law_BV.gather(1, near_Bk).cumsum(1)
-    own_B1 = law_BV.gather(1, token_B[:, None])
+    moved_Bk = probs_BV.gather(1, near_Bk).cumsum(1)
+    own_B1 = probs_BV.gather(1, token_B[:, None])
     allowed_Bk = torch.ones_like(moved_Bk, dtype=torch.bool)
     if max_moved is not None:
         allowed_Bk = allowed_Bk & (moved_Bk <= max_moved)
     if max_ratio is not None:
         allowed_Bk = allowed_Bk & (moved_Bk <= (max_ratio - 1) * own_B1)
     sum_B1 = (moved_Bk * allowed_Bk).amax(1, keepdim=True)
-    left_Bk = law_BV.gather(1, near_Bk) * ~allowed_Bk
-    return law_BV.scatter(1, near_Bk, left_Bk).scatter(1, token_B[:, None], own_B1 + sum_B1)
+    left_Bk = probs_BV.gather(1, near_Bk) * ~allowed_Bk
+    return probs_BV.scatter(1, near_Bk, left_Bk).scatter(1, token_B[:, None], own_B1 + sum_B1)
 
 
 Relax = Callable[[Tensor, Tensor], Tensor]
 
 
-def judge_relaxed(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> Judge:
-    """Judges nodes against p_hat = relax(p, x): drawn from q, or chosen without a draw (q None)."""
+def relaxed_rule(tree: DraftTree, q_BMV: Tensor | None, relax: Relax) -> NodeRule:
+    """The rule of p_hat = relax(p, x) for nodes drawn from q, or chosen without a draw (q None)."""
 
-    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
+    def rule(probs_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
         token_B = tree.tokens_BM[:, node]
-        hat_BV = relax(law_BV, token_B)
+        hat_BV = relax(probs_BV, token_B)
         if q_BMV is None:
             return hat_BV.gather(1, token_B[:, None]).squeeze(1), without(hat_BV, token_B)
         return acceptance(hat_BV, q_BMV[:, node], token_B), residual(hat_BV, q_BMV[:, node])
 
-    return judge
+    return rule
 
 
 def walk_relaxed(
@@ -118,11 +118,11 @@ def walk_relaxed(
     depth: int,
     **bounds: Any,
 ) -> Walk:
-    """`walk` with `judge_relaxed`; bounds: neighbours_Vk, max_moved and max_ratio of `relaxed_law`."""
+    """`walk` with `relaxed_rule`; bounds: neighbours_Vk, max_moved and max_ratio of `relaxed_probs`."""
     if fits_kernels(p_BLV):
         return walk_by_kernel(p_BLV, tree, q_BMV, accept_uniform_BM, emit_uniform_B, depth, **bounds)
-    judge = judge_relaxed(tree, q_BMV, functools.partial(relaxed_law, **bounds))
-    return walk(p_BLV, tree, judge, accept_uniform_BM, emit_uniform_B, depth)
+    rule = relaxed_rule(tree, q_BMV, functools.partial(relaxed_probs, **bounds))
+    return walk(p_BLV, tree, rule, accept_uniform_BM, emit_uniform_B, depth)
 
 
 def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Walk:
@@ -133,28 +133,28 @@ def walk_greedy(p_BLV: Tensor, tree: DraftTree, relax: Relax, depth: int) -> Wal
     """
     batch = p_BLV.shape[0]
     reached = [torch.ones(batch, dtype=torch.bool, device=p_BLV.device)]
-    judged_BD = torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device)
+    verified_BD = torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device)
     for node in range(tree.num_nodes):
         parent_B1, token_B = tree.parents_BM[:, node, None], tree.tokens_BM[:, node]
-        law_BV = p_BLV.gather(1, parent_B1[..., None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
-        mine_B1 = relax(law_BV, token_B).gather(1, token_B[:, None])
-        likeliest_B = law_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
+        probs_BV = p_BLV.gather(1, parent_B1[..., None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
+        mine_B1 = relax(probs_BV, token_B).gather(1, token_B[:, None])
+        likeliest_B = probs_BV.scatter(1, token_B[:, None], mine_B1).argmax(1) == token_B
         open_B = torch.stack(reached, dim=1).gather(1, parent_B1).squeeze(1)
         reached.append(open_B & likeliest_B)
-        judged_BD = judged_BD.scatter_add(1, tree.place_BL[:, node + 1, None] - 1, open_B[:, None].long())
+        verified_BD = verified_BD.scatter_add(1, tree.place_BL[:, node + 1, None] - 1, open_B[:, None].long())
     reached_BL = torch.stack(reached, dim=1)
     deepest_B = (tree.place_BL * reached_BL).argmax(1)
     line_BL = tree.seen_BLL.gather(1, deepest_B[:, None, None].expand(-1, 1, tree.num_nodes + 1)).squeeze(1)
-    kept_B = line_BL.sum(1) - 1
+    accepted_B = line_BL.sum(1) - 1
     slot_BL = torch.arange(tree.num_nodes + 1, device=p_BLV.device).expand_as(line_BL)
     # Column d - 1 for the ancestor at depth d; what is not on the path is written to the spare column.
     column_BL = torch.where(line_BL & (slot_BL > 0), tree.place_BL - 1, depth)
     slots_BD = torch.zeros(batch, depth + 1, dtype=torch.int64, device=p_BLV.device).scatter(1, column_BL, slot_BL)
     last_BV = p_BLV.gather(1, deepest_B[:, None, None].expand(-1, 1, p_BLV.shape[-1])).squeeze(1)
-    law_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
+    probs_BV = one_hot(last_BV.argmax(1), p_BLV.shape[-1])
     half_B = torch.full((batch,), 0.5, dtype=torch.float32, device=p_BLV.device)
     refused_B = (tree.parents_BM == deepest_B[:, None]).any(1)
-    return finish(tree, slots_BD[:, :depth], kept_B, judged_BD, refused_B, law_BV, half_B)
+    return finish(tree, slots_BD[:, :depth], accepted_B, verified_BD, refused_B, probs_BV, half_B)
 
 
 def check_lantern(
@@ -234,9 +234,9 @@ def sample_lantern(
     LANTERN, arXiv 2410.03355 (dynamic trees, max_moved), and LANTERN++, arXiv 2502.06352 (static trees, max_ratio).
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too. LANTERN: 7.5 (text to image).
         temperature: > 0; 1.0 = off. LANTERN: 1.0.
         top_k: 0 = off.
@@ -257,8 +257,8 @@ def sample_lantern(
     Raises:
         ValueError: no bound at all, a setting out of range, or a condition, codebook or drafter that does not fit.
 
-    Differs from the released code: it takes all k + 1 listed neighbours out of the law after a rejection (dynamic), or
-    out of the drafter's (static); here the m that were moved, as the papers define p_hat.
+    Differs from the released code: it takes all k + 1 listed neighbours out of the distribution after a rejection
+    (dynamic), or out of the drafter's (static); here the m that were moved, as the papers define p_hat.
     """
     shape, depth, nodes = check_lantern(
         model,
@@ -291,7 +291,7 @@ def sample_lantern(
             drafted, q_BMV = draft_dynamic(drafting, depth, children, nodes), None
         p_BLV = read(drafted)
         if greedy:
-            return walk_greedy(p_BLV, drafted, functools.partial(relaxed_law, **bounds), depth)
+            return walk_greedy(p_BLV, drafted, functools.partial(relaxed_probs, **bounds), depth)
         return walk_relaxed(p_BLV, drafted, q_BMV, accept_BM, emit_B, depth, **bounds)
 
     return run_trees(

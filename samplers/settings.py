@@ -1,6 +1,6 @@
 """Settings of samplers: as text, on a command line or in a list of samplers to compare, and as values from Python.
 
-A setting is an argument of the sampler's function, and takes what its annotation says.
+A setting is an argument of the sampler's function, and takes the values that its annotation says.
 """
 
 import ast
@@ -34,10 +34,10 @@ WORDS = {
 
 
 def annotations(sampler: str, general: bool = False) -> dict[str, Any]:
-    """What every setting of a sampler takes; with `general` also those of GUIDANCE and of GENERAL that it has.
+    """The annotation of every setting of a sampler; with `general` also those of GUIDANCE and of its GENERAL settings.
 
     Raises:
-        ValueError: no such sampler; lists those there are.
+        ValueError: no such sampler; the message lists all names.
     """
     entry = find_sampler(sampler)
     every = {name: parameter.annotation for name, parameter in entry.parameters().items()}
@@ -52,7 +52,8 @@ def take_setting(sampler: str, name: str, value: Any, general: bool = False) -> 
     numbers are numbers, any sequence is a tuple, and so is one value alone; a pipeline stands for its generator.
 
     Raises:
-        ValueError: no such sampler or setting, or no value of it; names the allowed ones.
+        ValueError: an unknown sampler or setting, or a value that it does not take; the message names the allowed
+            ones.
     """
     known = annotations(sampler, general)
     if name not in known:
@@ -61,7 +62,7 @@ def take_setting(sampler: str, name: str, value: Any, general: bool = False) -> 
         taken = _take(known[name], value)
     except (ValueError, SyntaxError, TypeError) as error:
         several = _several(name) if name in GENERAL else []
-        hint = f" (one a scale: {', '.join(several)})" if several and sampler not in several else ""
+        hint = f" (one per scale: {', '.join(several)})" if several and sampler not in several else ""
         raise ValueError(f"sampler {sampler}: {name} {value!r}; allowed: {describe(known[name])}{hint}") from error
     for each in taken if isinstance(taken, tuple) else (taken,):
         if name in GENERAL:
@@ -78,10 +79,10 @@ def _several(name: str) -> list[str]:
 
 
 def take_settings(sampler: str, given: Mapping[str, Any], general: bool = False, flag: str = "") -> dict[str, Any]:
-    """A sampler's settings by name, each as of `take_setting`; flag: what a command line writes before the names.
+    """A sampler's settings by name, each taken by `take_setting`; flag: prefix of the names on a command line.
 
     Raises:
-        ValueError: as of `take_setting`, or a setting that the sampler needs is not given.
+        ValueError: see `take_setting`; or a setting that the sampler needs is not given.
     """
     taken = {name: take_setting(sampler, name, value, general) for name, value in given.items()}
     own = find_sampler(sampler).settings()
@@ -133,7 +134,7 @@ def describe(annotation: Any) -> str:
 
 
 def _take(annotation: Any, value: Any) -> Any:
-    """See `take_setting`; ValueError, SyntaxError or TypeError for what is no value of the annotation."""
+    """See `take_setting`; ValueError, SyntaxError or TypeError for a value that the annotation excludes."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     text = value.strip() if isinstance(value, str) else None
     if origin in UNIONS:
@@ -164,7 +165,7 @@ def _take(annotation: Any, value: Any) -> Any:
 
 
 def _members(member: Any, value: Any) -> Sequence[Any]:
-    """What a sequence of `member` is made of."""
+    """The elements of a sequence of `member`, given as text or as a value."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return value.tolist()
     if isinstance(value, str) and get_origin(member) in SEQUENCES:

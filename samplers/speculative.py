@@ -1,9 +1,9 @@
-"""Drafted speculation: a cheap drafter proposes a chain of tokens, the generator judges them in one pass.
+"""Drafted speculation: a cheap drafter proposes a chain of tokens, the generator verifies them in one pass.
 
-Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts a position are in
-visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
+Sources: Leviathan et al., arXiv 2211.17192; Chen et al., arXiv 2302.01318. Trees and several drafts per position are
+in visar/samplers/trees.py, drafters in visar/samplers/drafters/interface.py and visar/samplers/drafters/eagle.py.
 
-B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D width.
+B batch, K drafts, L = K + 1 slots, V codes, N tokens, R rows (2B when guided), D hidden size.
 """
 
 import time
@@ -23,8 +23,8 @@ from visar.core.runtime import EAGER, Runtime, Session
 from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
-from visar.samplers.filtering import draw, token_law
-from visar.samplers.verify import Counts, check_passes, held_noise, run_passes, verify
+from visar.samplers.filtering import draw, filtered_probs
+from visar.samplers.verify import Counts, check_passes, run_passes, static_noise, verify
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,21 @@ class Speculation:
     begun: float
 
     def run(self, turn: Callable[[int], None], check_every: int, callback: Callback | None) -> SampleOutput:
-        """Runs passes until every image is done; turn: one pass, except that this counts it."""
+        """Runs passes until every image is done; turn: one pass, which is counted here."""
 
         def step(slots: int) -> None:
             turn(slots)
             self.passes_11.add_(1)
 
-        sizes = dict(num_tokens=self.counts.num_tokens, window=self.depth + 1)
-        passes, done = run_passes(self.session, self.state, step, **sizes, check_every=check_every, callback=callback)
+        passes, done = run_passes(
+            self.session,
+            self.state,
+            step,
+            num_tokens=self.counts.num_tokens,
+            window=self.depth + 1,
+            check_every=check_every,
+            callback=callback,
+        )
         passed, calls = {"generator": passes}, self.drafting.calls(self.depth)
         if calls:
             passed["drafter"] = passes * calls
@@ -96,18 +103,18 @@ def begin_speculation(
     kept = session.state = session.state or Kept()
     state = kept.target = model.start(condition, guidance, ragged=True, window=room, state=kept.target)
     drafting = drafter.start(session, kept, Target(model, state, condition, guidance, room, depth, filters, chain))
-    passes_11 = session.hold("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
+    passes_11 = session.static("pass", torch.zeros(1, 1, dtype=torch.int64, device=device))
     counts = Counts.start(session, depth + 1, batch, num_tokens, device)
-    return Speculation(session, state, drafting, held_noise(session, noise), passes_11, counts, depth, begun)
+    return Speculation(session, state, drafting, static_noise(session, noise), passes_11, counts, depth, begun)
 
 
 def draft_chain(drafting: Drafting, uniform_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws K drafts one after another; int64 [B, K], and the laws [B, K, V] they were drawn from."""
-    laws, drafts = [], uniform_BK[:, :0].long()
+    """Draws K drafts one after another; int64 [B, K], and the distributions [B, K, V] they were drawn from."""
+    probs, drafts = [], uniform_BK[:, :0].long()
     for k in range(uniform_BK.shape[1]):
-        laws.append(drafting.extend(drafts) if k else drafting.begin())
-        drafts = torch.cat([drafts, draw(laws[-1], uniform_BK[:, k])[:, None]], dim=1)
-    return drafts, torch.stack(laws, dim=1)
+        probs.append(drafting.extend(drafts) if k else drafting.begin())
+        drafts = torch.cat([drafts, draw(probs[-1], uniform_BK[:, k])[:, None]], dim=1)
+    return drafts, torch.stack(probs, dim=1)
 
 
 def read_window(model: Windowed, state: Any, drafting: Drafting, draft_BK: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -153,20 +160,21 @@ def sample_speculative(
     """Draws tokens by speculative sampling with a chain of drafts. Exact.
 
     Speculative sampling, arXiv 2211.17192, algorithm 1 (and 2302.01318, algorithm 2). The gain depends on the drafter:
-    plain drafted speculation on image tokens at temperature 1 often does not pay, because their laws are flat.
+    plain drafted speculation on image tokens at temperature 1 often does not pay, because their distributions are
+    flat.
 
     Args:
-        model: a generator of one token a step with start, verify and commit; with features and guided_logits for
+        model: a generator of one token per step with start, verify and commit; with features and guided_logits for
             drafters that read hidden vectors.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
         top_p: in (0, 1]; 1.0 = off.
-        drafter: who proposes; None is the free n-gram drafter. A generator: ModelDrafter; trained on the target's
-            hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
-        num_drafts: K drafts a pass, >= 1. arXiv 2211.17192: 3 to 7.
+        drafter: proposes the tokens; None is the free n-gram drafter. A generator: ModelDrafter; trained on the
+            target's hidden vectors: FeatureDrafter (EAGLE), SpatialHeads.
+        num_drafts: K drafts per pass, >= 1. arXiv 2211.17192: 3 to 7.
         check_every: passes between two looks of the host.
         callback: called at every look, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
@@ -199,7 +207,7 @@ def sample_speculative(
         draft_BL, accept_BL, emit_BL = work.source.uniform(Use.DRAFT, position_BL, (3,), work.passes_11).unbind(-1)
         draft_BK, q_BKV = draft_chain(drafting, draft_BL[:, :-1])
         logits_BLV, features_RLD = read_window(model, state, drafting, draft_BK)
-        verdict = verify(token_law(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
+        verdict = verify(filtered_probs(logits_BLV, *filters), q_BKV, draft_BK, accept_BL[:, :-1], emit_BL)
         model.commit(state, verdict.tokens_BL, verdict.count_B)
         work.counts.add_chain(verdict, num_drafts, start_B)
         drafting.observe(start_B, features_RLD, verdict.count_B)

@@ -1,4 +1,4 @@
-"""Speculation with several drafts a position: trees of drafts, and K-SEQ.
+"""Speculation with several drafts per position: trees of drafts, and K-SEQ.
 
 Sources: EAGLE, arXiv 2401.15077; EAGLE-2, 2406.16858; LANTERN++'s static trees, 2502.06352; SpecTr, 2310.15141. The
 pure parts are in visar/samplers/trees.py.
@@ -19,7 +19,7 @@ from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.speculative import begin_speculation
 from visar.samplers.trees import (
     Walk,
@@ -59,12 +59,12 @@ def run_trees(
     """The loop of all samplers that draft trees.
 
     Args:
-        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B], table) -> the way
-            through a tree that it drafts, where read(tree) are the target's laws [B, L, V].
+        speculate: (drafting, read, draft uniforms [B, M], accept uniforms [B, M], emit uniform [B], table) -> the
+            accepted path through a tree that it drafts, where read(tree) are the target's distributions [B, L, V].
         key: what a captured pass depends on besides model, batch, filters and drafter.
         depth, nodes: D and M of its trees.
         table: a tensor that it reads; the session keeps a copy for captured passes.
-        grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = it grows none.
+        grown: nodes that a drafter reads while it grows a tree, of which `nodes` stay; 0 = trees are not grown.
     """
     work = begin_speculation(
         model,
@@ -80,7 +80,7 @@ def run_trees(
         chain=nodes == depth and not grown,
     )
     state, drafting, num_tokens = work.state, work.drafting, model.num_tokens
-    held_table = None if table is None else work.session.hold("table", table)
+    static_table = None if table is None else work.session.static("table", table)
 
     def turn(slots: int) -> None:
         start_B = state.length.clone()
@@ -88,26 +88,27 @@ def run_trees(
 
         def read(tree: DraftTree) -> Tensor:
             if not drafting.reads_features:
-                return token_law(model.verify_tree(state, tree), *filters)
+                return filtered_probs(model.verify_tree(state, tree), *filters)
             assert isinstance(model, Features)
             shown.append(model.features(state, tree))
-            return token_law(model.guided_logits(state, shown[0], tree.place_BL), *filters)
+            return filtered_probs(model.guided_logits(state, shown[0], tree.place_BL), *filters)
 
         uniform = work.source.uniform(Use.DRAFT, start_B[:, None], (2 * nodes + 1,), work.passes_11)[:, 0]
-        way = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], held_table)
-        count_B = way.kept_B + 1
-        model.commit_path(state, way.slots_BD, way.tokens_BL, count_B)
+        path = speculate(drafting, read, uniform[:, :nodes], uniform[:, nodes:-1], uniform[:, -1], static_table)
+        count_B = path.accepted_B + 1
+        model.commit_path(state, path.slots_BD, path.tokens_BL, count_B)
         left_B = num_tokens - start_B
-        judged_B = torch.where(torch.arange(depth, device=noise.device) < left_B[:, None], way.judged_BD, 0).sum(1)
-        work.counts.add(count_B, way.kept_B, judged_B, left_B, way.refused_B)
-        drafting.observe(start_B, features_on_path(shown[0], way, state.parts) if shown else None, count_B)
+        within_BD = torch.arange(depth, device=noise.device) < left_B[:, None]
+        verified_B = torch.where(within_BD, path.verified_BD, 0).sum(1)
+        work.counts.add(count_B, path.accepted_B, verified_B, left_B, path.refused_B)
+        drafting.observe(start_B, features_on_path(shown[0], path, state.parts) if shown else None, count_B)
 
     return work.run(turn, check_every, callback)
 
 
-def features_on_path(features_RLD: Tensor, way: Walk, parts: int) -> Tensor:
+def features_on_path(features_RLD: Tensor, path: Walk, parts: int) -> Tensor:
     """Hidden vectors of the root and of the accepted nodes after it, of all slots' [R, L, D]."""
-    slots_BL = torch.cat([torch.zeros_like(way.slots_BD[:, :1]), way.slots_BD], dim=1)
+    slots_BL = torch.cat([torch.zeros_like(path.slots_BD[:, :1]), path.slots_BD], dim=1)
     slots_RL = repeat(slots_BL, parts)
     return features_RLD.gather(1, slots_RL[..., None].expand(-1, -1, features_RLD.shape[-1]))
 
@@ -151,9 +152,9 @@ def sample_static_tree(
     its relaxation. A tree's depth does not depend on the drafter's confidence, which is low on images.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
@@ -161,7 +162,7 @@ def sample_static_tree(
         drafter: see sample_speculative.
         branches: children of a node at each depth; (1, 1, 1, 1) is a chain.
         paths: another shape instead: rank paths of all nodes, such as ((0,), (1,), (0, 0)). LANTERN++: 57 nodes, up to
-            10 children a node.
+            10 children per node.
         check_every, callback, runtime: see sample_speculative.
 
     Returns: tokens int64 [B, N] and statistics.
@@ -232,20 +233,20 @@ def sample_dynamic_tree(
 ) -> SampleOutput:
     """Draws tokens by speculation with trees that grow where the drafter is confident. Exact.
 
-    EAGLE-2, arXiv 2406.16858, section 4. The nodes are chosen without a draw, so each is kept with the target's
-    probability, and its elder siblings are taken out of the law first.
+    EAGLE-2, arXiv 2406.16858, section 4. The nodes are chosen without a draw, so each is accepted with the target's
+    probability, and its elder siblings are taken out of the distribution first.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
         top_p: in (0, 1]; 1.0 = off.
         drafter: see sample_speculative.
         depth: D. EAGLE-2, LANTERN: 5 (4 expansions).
-        children: children of an expanded node, and nodes expanded a level. EAGLE-2: 10.
+        children: children of an expanded node, and nodes expanded per level. EAGLE-2: 10.
         nodes: M, nodes that the target reads. EAGLE-2, LANTERN: 58.
         check_every, callback, runtime: see sample_speculative.
 
@@ -291,12 +292,12 @@ def static_shape(
     if paths is not None:
         shape = check_paths([tuple(path) for path in paths])
     elif not branches or min(branches) < 1:
-        raise ValueError(f"branches {branches}; they must be >= 1, one a depth")
+        raise ValueError(f"branches {branches}; they must be >= 1, one per depth")
     else:
         shape = full_paths(tuple(branches))
     most = max(path[-1] for path in shape) + 1
     if most > model.config["vocab_size"]:
-        raise ValueError(f"{most} children a node of a vocabulary of {model.config['vocab_size']}")
+        raise ValueError(f"{most} children per node of a vocabulary of {model.config['vocab_size']}")
     return shape
 
 
@@ -355,12 +356,13 @@ def sample_k_seq(
     """Draws tokens by speculation with several independent chains of drafts. Exact.
 
     SpecTr, arXiv 2310.15141, algorithm 3 (K-SEQ), which is within 1 - 1/e of the best acceptance of k independent
-    drafts. Independent drafts often repeat each other where the law is narrow: there a static tree wastes fewer slots.
+    drafts. Independent drafts often repeat each other where the distribution is narrow: there a static tree wastes
+    fewer slots.
 
     Args:
-        model: a generator of one token a step with start, verify_tree and commit_path.
+        model: a generator of one token per step with start, verify_tree and commit_path.
         condition: of the B images.
-        noise: one seed an image.
+        noise: one seed per image.
         guidance: classifier-free guidance, for the drafter too.
         temperature: > 0; 1.0 = off.
         top_k: 0 = off.
@@ -380,9 +382,9 @@ def sample_k_seq(
     def speculate(
         drafting: Drafting, read: Read, draft_BM: Tensor, accept_BM: Tensor, emit_B: Tensor, table: Tensor | None
     ) -> Walk:
-        tree, laws = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
+        tree, probs = draft_chains(drafting, num_drafts, draft_BM.unflatten(1, (num_drafts, num_chains)))
         accept_BDk = accept_BM.unflatten(1, (num_drafts, num_chains))
-        return walk_chains(read(tree), tree, laws, accept_BDk, emit_B)
+        return walk_chains(read(tree), tree, probs, accept_BDk, emit_B)
 
     return run_trees(
         model,

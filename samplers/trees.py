@@ -1,12 +1,12 @@
-"""Trees of drafts: how they are drafted, and how a tree that the target has read is judged.
+"""Trees of drafts: how they are drafted, and how a tree that the target has read is verified.
 
 Sources: static trees, Medusa, arXiv 2401.10774, and EAGLE, 2401.15077; dynamic trees, EAGLE-2, 2406.16858; siblings
 without replacement, Jeon et al., 2402.14160, and LANTERN++, 2502.06352; K-SEQ, SpecTr, 2310.15141, algorithm 3.
 
-A node's siblings are judged one after another. A rejected sibling leaves the residual as the law that the next one is
-judged against, so the token that is committed at last follows the target's law, whether the siblings were drawn
-without replacement (each against the drafter's law without its elder siblings) or chosen without a draw (a one-hot
-law).
+A node's siblings are verified one after another. A rejected sibling leaves the residual as the distribution that the
+next one is verified against, so the token that is committed at last follows the target's distribution, whether the
+siblings were drawn without replacement (each against the drafter's distribution without its elder siblings) or chosen
+without a draw (a one-hot distribution).
 
 B batch, M nodes, L = M + 1 slots (0 is the root), D largest depth, W nodes of a level, V codes, k chains, K = D.
 """
@@ -26,18 +26,18 @@ from visar.samplers.drafters.interface import Drafting
 from visar.samplers.filtering import draw, fits_kernels
 from visar.samplers.verify import acceptance, residual, row_at
 
-Judge = Callable[[Tensor, int], tuple[Tensor, Tensor]]
+NodeRule = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 
 
 def normalised(mass: Tensor) -> Tensor:
-    """Mass [..., V] as a law."""
+    """Mass [..., V] as a distribution."""
     return mass / mass.sum(-1, keepdim=True)
 
 
-def without(law: Tensor, token: Tensor) -> Tensor:
-    """The law [..., V] without one token [...], normalised; the law itself where nothing else is left."""
-    mass = law.scatter(-1, token[..., None], 0.0)
-    return normalised(torch.where(mass.sum(-1, keepdim=True) > 0, mass, law))
+def without(probs: Tensor, token: Tensor) -> Tensor:
+    """The distribution [..., V] without one token [...], normalised; unchanged where nothing else is left."""
+    mass = probs.scatter(-1, token[..., None], 0.0)
+    return normalised(torch.where(mass.sum(-1, keepdim=True) > 0, mass, probs))
 
 
 # ------------------------------------------------------------------------------------------------------------ shapes
@@ -71,7 +71,7 @@ def path_parents(paths: list[tuple[int, ...]]) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------- drafting
 @functools.cache
 def fixed_tree(parents: tuple[int, ...], device: torch.device) -> DraftTree:
-    """A tree of one row with these parents and no tokens yet; made once a device."""
+    """A tree of one row with these parents and no tokens yet; made once per device."""
     parents_1M = torch.tensor([parents], dtype=torch.int64, device=device)
     return DraftTree.from_parents(torch.zeros_like(parents_1M), parents_1M)
 
@@ -90,52 +90,53 @@ def level_children(paths: tuple[tuple[int, ...], ...]) -> list[tuple[tuple[int, 
 
 @functools.cache
 def children_table(children: tuple[tuple[int, int], ...], device: torch.device) -> Tensor:
-    """A level of `level_children`, int64 [W, 2]; made once a device."""
+    """A level of `level_children`, int64 [W, 2]; made once per device."""
     return torch.tensor(children, dtype=torch.int64, device=device)
 
 
 def draw_siblings(
-    law_BWV: Tensor, children: tuple[tuple[int, int], ...], uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
+    probs_BWV: Tensor, children: tuple[tuple[int, int], ...], uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
 ) -> None:
-    """Draws the children of a level's nodes without replacement, and notes the law of each.
+    """Draws the children of a level's nodes without replacement, and notes the distribution of each.
 
     Args:
-        law_BWV: the laws behind the level's nodes.
+        probs_BWV: the distributions behind the level's nodes.
         children: of each node, see level_children.
-        uniform_BM: one uniform number a node of the tree.
+        uniform_BM: one uniform number per node of the tree.
         q_BMV, tokens_BM: written at the children's places.
     """
-    if fits_kernels(law_BWV):
+    if fits_kernels(probs_BWV):
         from visar.kernels.tree_drafting import draw_siblings as draw_all
 
-        with kernels.on(law_BWV.device):
-            return draw_all(law_BWV, children_table(children, law_BWV.device), uniform_BM, q_BMV, tokens_BM)
-    level_W = list(law_BWV.unbind(1))
+        with kernels.on(probs_BWV.device):
+            return draw_all(probs_BWV, children_table(children, probs_BWV.device), uniform_BM, q_BMV, tokens_BM)
+    level_W = list(probs_BWV.unbind(1))
     # First the eldest children of all nodes at once, then the second ones, ...
     for rank in range(max(count for _, count in children)):
         parents = [w for w, (_, count) in enumerate(children) if count > rank]
         nodes = [children[w][0] + rank for w in parents]
-        law_BXV = torch.stack([level_W[w] for w in parents], dim=1)
-        tokens_BX = draw(law_BXV, torch.stack([uniform_BM[:, node] for node in nodes], dim=1))
-        rest_BXV = without(law_BXV, tokens_BX)
+        probs_BXV = torch.stack([level_W[w] for w in parents], dim=1)
+        tokens_BX = draw(probs_BXV, torch.stack([uniform_BM[:, node] for node in nodes], dim=1))
+        rest_BXV = without(probs_BXV, tokens_BX)
         for i, (w, node) in enumerate(zip(parents, nodes, strict=True)):
-            tokens_BM[:, node], q_BMV[:, node], level_W[w] = tokens_BX[:, i], law_BXV[:, i], rest_BXV[:, i]
+            tokens_BM[:, node], q_BMV[:, node], level_W[w] = tokens_BX[:, i], probs_BXV[:, i], rest_BXV[:, i]
 
 
 def draft_static(drafting: Drafting, paths: list[tuple[int, ...]], uniform_BM: Tensor) -> tuple[DraftTree, Tensor]:
     """Draws a tree of fixed shape, siblings without replacement.
 
-    Returns: the tree, and the law [B, M, V] that each node was drawn from: the drafter's without its elder siblings.
+    Returns: the tree, and the distribution [B, M, V] that each node was drawn from: the drafter's without its elder
+        siblings.
     """
     shape = fixed_tree(tuple(path_parents(paths)), uniform_BM.device)
-    law_BWV = drafting.begin()[:, None]
+    probs_BWV = drafting.begin()[:, None]
     tokens_BM = torch.empty(uniform_BM.shape, dtype=torch.int64, device=uniform_BM.device)
-    q_BMV = law_BWV.new_empty(*uniform_BM.shape, law_BWV.shape[-1])
+    q_BMV = probs_BWV.new_empty(*uniform_BM.shape, probs_BWV.shape[-1])
     for depth, children in enumerate(level_children(tuple(paths)), 1):
-        draw_siblings(law_BWV, children, uniform_BM, q_BMV, tokens_BM)
+        draw_siblings(probs_BWV, children, uniform_BM, q_BMV, tokens_BM)
         if depth < len(paths[-1]):
             shorter, nodes = children[0][0], sum(children[-1])
-            law_BWV = drafting.extend_tree(shape.begun(tokens_BM, nodes), shorter + 1, depth)
+            probs_BWV = drafting.extend_tree(shape.begun(tokens_BM, nodes), shorter + 1, depth)
     return shape.begun(tokens_BM, len(paths)), q_BMV
 
 
@@ -145,13 +146,13 @@ def draft_dynamic(drafting: Drafting, depth: int, children: int, nodes: int) -> 
     At each level the `children` likeliest paths are expanded by their `children` likeliest tokens; of all candidates
     the `nodes` with the largest products of the drafter's probabilities stay (with them all their ancestors).
     """
-    law_BWV = drafting.begin()[:, None]
-    growth = begin_growth(law_BWV, depth, children)
+    probs_BWV = drafting.begin()[:, None]
+    growth = begin_growth(probs_BWV, depth, children)
     for level in range(1, depth):
-        growth.add(law_BWV)
+        growth.add(probs_BWV)
         tree, first = growth.expand()
-        law_BWV = drafting.extend_tree(tree, first, level)
-    growth.add(law_BWV)
+        probs_BWV = drafting.extend_tree(tree, first, level)
+    growth.add(probs_BWV)
     return growth.pruned(nodes)
 
 
@@ -165,7 +166,7 @@ class Growth:
     """Candidates of a dynamic tree, and the part of it that the drafter has read.
 
     Args:
-        batch, device: of the laws.
+        batch, device: of the distributions.
         children: likeliest tokens of a node, and likeliest nodes of a level that are expanded.
     """
 
@@ -180,9 +181,9 @@ class Growth:
         self.score_BW = torch.zeros(batch, 1, dtype=torch.float32, device=device)
         self.candidate_BS = torch.full((batch, 1), -1, dtype=torch.int64, device=device)
 
-    def add(self, law_BWV: Tensor) -> None:
+    def add(self, probs_BWV: Tensor) -> None:
         """Adds the likeliest children of the nodes expanded last (at first: of the root) to the candidates."""
-        probability_BWc, token_BWc = ordered(law_BWV, self.children)
+        probability_BWc, token_BWc = ordered(probs_BWV, self.children)
         # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
         score_BWc = self.score_BW[..., None] + probability_BWc.clamp(min=1e-30).log() - 1e-3
         parent_BW = self.candidate_BS.gather(1, self.slots_BW)
@@ -215,16 +216,16 @@ class Growth:
 
 
 class KernelGrowth:
-    """What Growth does, in two launches a level and one in the end."""
+    """What Growth does, in two launches per level and one in the end."""
 
     def __init__(self, batch: int, depth: int, children: int, device: torch.device) -> None:
         from visar.kernels.tree_drafting import Growth as Launches
 
         self.device, self.launches = device, Launches(batch, depth, children, device)
 
-    def add(self, law_BWV: Tensor) -> None:
+    def add(self, probs_BWV: Tensor) -> None:
         with kernels.on(self.device):
-            self.launches.add(law_BWV)
+            self.launches.add(probs_BWV)
 
     def expand(self) -> tuple[DraftTree, int]:
         with kernels.on(self.device):
@@ -236,118 +237,118 @@ class KernelGrowth:
             return DraftTree(*self.launches.pruned(nodes))
 
 
-def begin_growth(law_BWV: Tensor, depth: int, children: int) -> Growth | KernelGrowth:
-    """A dynamic tree of its root alone; law_BWV: what follows the root."""
-    batch, _, vocab_size = law_BWV.shape
-    children, device = min(children, vocab_size), law_BWV.device
-    return KernelGrowth(batch, depth, children, device) if fits_kernels(law_BWV) else Growth(batch, children, device)
+def begin_growth(probs_BWV: Tensor, depth: int, children: int) -> Growth | KernelGrowth:
+    """A dynamic tree of its root alone; probs_BWV: what follows the root."""
+    batch, _, vocab_size = probs_BWV.shape
+    children, device = min(children, vocab_size), probs_BWV.device
+    return KernelGrowth(batch, depth, children, device) if fits_kernels(probs_BWV) else Growth(batch, children, device)
 
 
 def draft_chains(drafting: Drafting, depth: int, uniform_BDk: Tensor) -> tuple[DraftTree, list[Tensor]]:
     """Draws k independent chains; slot 1 + d k + j is the draft at depth d + 1 of chain j.
 
-    Returns: the tree, and per depth the laws [B, k, V] that the drafts were drawn from.
+    Returns: the tree, and per depth the distributions [B, k, V] that the drafts were drawn from.
     """
-    chains, laws = uniform_BDk.shape[2], []
+    chains, probs = uniform_BDk.shape[2], []
     parents = [max(0, node + 1 - chains) for node in range(depth * chains)]
     shape = fixed_tree(tuple(parents), uniform_BDk.device)
-    law_BkV = drafting.begin()[:, None].expand(-1, chains, -1)
+    probs_BkV = drafting.begin()[:, None].expand(-1, chains, -1)
     tokens_BM = uniform_BDk[:, 0, :0].long()
     for level in range(depth):
         if level:
-            law_BkV = drafting.extend_tree(shape.begun(tokens_BM, level * chains), 1 + (level - 1) * chains, level)
-        laws.append(law_BkV)
-        tokens_BM = torch.cat([tokens_BM, draw(law_BkV, uniform_BDk[:, level])], dim=1)
-    return shape.begun(tokens_BM, depth * chains), laws
+            probs_BkV = drafting.extend_tree(shape.begun(tokens_BM, level * chains), 1 + (level - 1) * chains, level)
+        probs.append(probs_BkV)
+        tokens_BM = torch.cat([tokens_BM, draw(probs_BkV, uniform_BDk[:, level])], dim=1)
+    return shape.begun(tokens_BM, depth * chains), probs
 
 
-# ----------------------------------------------------------------------------------------------------------- judging
+# --------------------------------------------------------------------------------------------------------- verifying
 @dataclass(frozen=True)
 class Walk:
-    """The way through a tree.
+    """The accepted path through a tree, and the token after it.
 
     Attributes:
         slots_BD: int64 slots of the accepted nodes, from the root down; 0 behind the last.
         tokens_BL: int64 [B, D + 1] accepted tokens and the one drawn after them; 0 behind it.
-        kept_B: number of accepted nodes.
-        judged_BD: int64, number of nodes judged at every depth.
+        accepted_B: number of accepted nodes.
+        verified_BD: int64, number of nodes verified at every depth.
         refused_B: bool, whether nodes were rejected where the token after the accepted ones is.
-        law_BV: law of the token that comes after the accepted ones.
+        probs_BV: distribution of the token that comes after the accepted ones.
     """
 
     slots_BD: Tensor
     tokens_BL: Tensor
-    kept_B: Tensor
-    judged_BD: Tensor
+    accepted_B: Tensor
+    verified_BD: Tensor
     refused_B: Tensor
-    law_BV: Tensor
+    probs_BV: Tensor
 
 
 def finish(
     tree: DraftTree,
     slots_BD: Tensor,
-    kept_B: Tensor,
-    judged_BD: Tensor,
+    accepted_B: Tensor,
+    verified_BD: Tensor,
     refused_B: Tensor,
-    law_BV: Tensor,
+    probs_BV: Tensor,
     uniform_B: Tensor,
 ) -> Walk:
     """Draws the token after the accepted nodes."""
-    padded_BL = torch.cat([torch.zeros_like(kept_B)[:, None], tree.tokens_BM], dim=1)
+    padded_BL = torch.cat([torch.zeros_like(accepted_B)[:, None], tree.tokens_BM], dim=1)
     tokens_BD = padded_BL.gather(1, slots_BD)
     tokens_BL = torch.cat([tokens_BD, torch.zeros_like(tokens_BD[:, :1])], dim=1)
-    tokens_BL = tokens_BL.scatter(1, kept_B[:, None], draw(law_BV, uniform_B)[:, None])
-    return Walk(slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
+    tokens_BL = tokens_BL.scatter(1, accepted_B[:, None], draw(probs_BV, uniform_B)[:, None])
+    return Walk(slots_BD, tokens_BL, accepted_B, verified_BD, refused_B, probs_BV)
 
 
 def walk(
-    p_BLV: Tensor, tree: DraftTree, judge: Judge, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
+    p_BLV: Tensor, tree: DraftTree, rule: NodeRule, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
 ) -> Walk:
-    """Goes down the tree, judging the children of each accepted node in the order of their slots.
+    """Goes down the tree, verifying the children of each accepted node in the order of their slots.
 
     Args:
-        p_BLV: float32 target laws of what follows the root and every node.
-        judge: (law_BV, node) -> the chance [B] of accepting that node against the law, and the mass [B, V] of the
-            law that is left if it is rejected.
+        p_BLV: float32 target distributions of what follows the root and every node.
+        rule: (probs_BV, node) -> the chance [B] of accepting that node against the distribution, and the mass [B, V]
+            of the distribution that is left if it is rejected.
         accept_uniform_BM, emit_uniform_B: float32 in (0, 1).
         depth: D.
     """
     batch, device = p_BLV.shape[0], p_BLV.device
-    current_B, kept_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+    current_B, accepted_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
     refused_B = torch.zeros(batch, dtype=torch.bool, device=device)
-    slots_BD, judged_BD = (torch.zeros(batch, depth + 1, dtype=torch.int64, device=device) for _ in range(2))
-    law_BV = p_BLV[:, 0]
+    slots_BD, verified_BD = (torch.zeros(batch, depth + 1, dtype=torch.int64, device=device) for _ in range(2))
+    probs_BV = p_BLV[:, 0]
     for node in range(tree.num_nodes):
         here_B = tree.parents_BM[:, node] == current_B
-        chance_B, rest_BV = judge(law_BV, node)
-        accepted_B = here_B & (accept_uniform_BM[:, node] < chance_B)
-        left_BV = torch.where(here_B[:, None], normalised(rest_BV), law_BV)
-        law_BV = torch.where(accepted_B[:, None], p_BLV[:, node + 1], left_BV)
-        current_B = torch.where(accepted_B, node + 1, current_B)
+        chance_B, rest_BV = rule(probs_BV, node)
+        taken_B = here_B & (accept_uniform_BM[:, node] < chance_B)
+        left_BV = torch.where(here_B[:, None], normalised(rest_BV), probs_BV)
+        probs_BV = torch.where(taken_B[:, None], p_BLV[:, node + 1], left_BV)
+        current_B = torch.where(taken_B, node + 1, current_B)
         # Not accepted: the write goes to the spare column.
-        slots_BD = slots_BD.scatter(1, torch.where(accepted_B, kept_B, depth)[:, None], node + 1)
-        judged_BD = judged_BD.scatter_add(1, kept_B[:, None], here_B[:, None].long())
-        kept_B, refused_B = kept_B + accepted_B, (refused_B | here_B) & ~accepted_B
-    return finish(tree, slots_BD[:, :depth], kept_B, judged_BD[:, :depth], refused_B, law_BV, emit_uniform_B)
+        slots_BD = slots_BD.scatter(1, torch.where(taken_B, accepted_B, depth)[:, None], node + 1)
+        verified_BD = verified_BD.scatter_add(1, accepted_B[:, None], here_B[:, None].long())
+        accepted_B, refused_B = accepted_B + taken_B, (refused_B | here_B) & ~taken_B
+    return finish(tree, slots_BD[:, :depth], accepted_B, verified_BD[:, :depth], refused_B, probs_BV, emit_uniform_B)
 
 
-def judge_drawn(tree: DraftTree, q_BMV: Tensor) -> Judge:
-    """Judges nodes drawn from q (arXiv 2402.14160): keep with min(1, p / q), else go on with [p - q]+. Exact."""
+def drawn_rule(tree: DraftTree, q_BMV: Tensor) -> NodeRule:
+    """The rule for nodes drawn from q (arXiv 2402.14160): min(1, p / q), and [p - q]+ after a rejection. Exact."""
 
-    def judge(law_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
-        chance_B = acceptance(law_BV, q_BMV[:, node], tree.tokens_BM[:, node])
-        return chance_B, residual(law_BV, q_BMV[:, node])
+    def rule(probs_BV: Tensor, node: int) -> tuple[Tensor, Tensor]:
+        chance_B = acceptance(probs_BV, q_BMV[:, node], tree.tokens_BM[:, node])
+        return chance_B, residual(probs_BV, q_BMV[:, node])
 
-    return judge
+    return rule
 
 
 def walk_drawn(
     p_BLV: Tensor, tree: DraftTree, q_BMV: Tensor, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int
 ) -> Walk:
-    """`walk` with `judge_drawn`."""
+    """`walk` with `drawn_rule`."""
     if fits_kernels(p_BLV):
         return walk_by_kernel(p_BLV, tree, q_BMV, accept_uniform_BM, emit_uniform_B, depth)
-    return walk(p_BLV, tree, judge_drawn(tree, q_BMV), accept_uniform_BM, emit_uniform_B, depth)
+    return walk(p_BLV, tree, drawn_rule(tree, q_BMV), accept_uniform_BM, emit_uniform_B, depth)
 
 
 def walk_by_kernel(
@@ -359,8 +360,8 @@ def walk_by_kernel(
     depth: int,
     **relaxed: Any,
 ) -> Walk:
-    """`visar.kernels.tree_walks.walk` of a tree; `relaxed`: its settings of LANTERN."""
-    from visar.kernels.tree_walks import walk as walk_tree
+    """`visar.kernels.tree_paths.walk` of a tree; `relaxed`: its settings of LANTERN."""
+    from visar.kernels.tree_paths import walk as walk_tree
 
     with kernels.on(p_BLV.device):
         nodes = (tree.tokens_BM, tree.parents_BM)
@@ -368,38 +369,39 @@ def walk_by_kernel(
 
 
 def walk_chosen(p_BLV: Tensor, tree: DraftTree, accept_uniform_BM: Tensor, emit_uniform_B: Tensor, depth: int) -> Walk:
-    """Goes down a tree whose nodes were chosen without a draw, judging all children of a node at once. Exact.
+    """Goes down a tree whose nodes were chosen without a draw, verifying all children of a node at once. Exact.
 
-    A child x is kept with p(x) / (1 - p(elder siblings)), which is its probability in the law without them; after a
-    rejection of all, the token comes from the law without all. Arguments as in `walk`; siblings differ.
+    A child x is accepted with p(x) / (1 - p(elder siblings)), which is its probability in the distribution without
+    them; if all are rejected, the token comes from the distribution without all. Arguments as in `walk`; siblings
+    must differ.
     """
     if fits_kernels(p_BLV):
         return walk_by_kernel(p_BLV, tree, None, accept_uniform_BM, emit_uniform_B, depth)
     batch, device = p_BLV.shape[0], p_BLV.device
-    current_B, kept_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
+    current_B, accepted_B = (torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(2))
     going_B = torch.ones(batch, dtype=torch.bool, device=device)
     refused_B = ~going_B
-    slots_BD, judged_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=device) for _ in range(2))
-    law_BV = p_BLV[:, 0]
+    slots_BD, verified_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=device) for _ in range(2))
+    probs_BV = p_BLV[:, 0]
     for level in range(depth):
         child_BM = (tree.parents_BM == current_B[:, None]) & going_B[:, None]
         children_B = child_BM.sum(1)
-        chance_BM = law_BV.gather(1, tree.tokens_BM) * child_BM
-        taken_BV = torch.zeros_like(law_BV).scatter_add(1, tree.tokens_BM, child_BM.float())
-        rest_BV = law_BV.masked_fill(taken_BV > 0, 0.0)
+        chance_BM = probs_BV.gather(1, tree.tokens_BM) * child_BM
+        taken_BV = torch.zeros_like(probs_BV).scatter_add(1, tree.tokens_BM, child_BM.float())
+        rest_BV = probs_BV.masked_fill(taken_BV > 0, 0.0)
         # What a child and its younger siblings have, and the rest: summed from the end, so that small rests survive.
         left_BM = chance_BM.flip(1).cumsum(1).flip(1) + rest_BV.sum(1, keepdim=True)
         accepted_BM = accept_uniform_BM * left_BM < chance_BM
         found_B, winner_B = accepted_BM.any(1), accepted_BM.int().argmax(1)
         elder_B = (child_BM.cumsum(1) - 1).gather(1, winner_B[:, None]).squeeze(1)
-        judged_BD[:, level] = torch.where(found_B, elder_B + 1, children_B)
+        verified_BD[:, level] = torch.where(found_B, elder_B + 1, children_B)
         current_B = torch.where(found_B, winner_B + 1, current_B)
         slots_BD[:, level] = current_B * found_B
         refusing_B = ~found_B & (children_B > 0)
-        left_BV = torch.where(refusing_B[:, None], normalised(rest_BV), law_BV)
-        law_BV = torch.where(found_B[:, None], row_at(p_BLV, current_B), left_BV)
-        kept_B, going_B, refused_B = kept_B + found_B, found_B, refused_B | refusing_B
-    return finish(tree, slots_BD, kept_B, judged_BD, refused_B, law_BV, emit_uniform_B)
+        left_BV = torch.where(refusing_B[:, None], normalised(rest_BV), probs_BV)
+        probs_BV = torch.where(found_B[:, None], row_at(p_BLV, current_B), left_BV)
+        accepted_B, going_B, refused_B = accepted_B + found_B, found_B, refused_B | refusing_B
+    return finish(tree, slots_BD, accepted_B, verified_BD, refused_B, probs_BV, emit_uniform_B)
 
 
 def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 24) -> Tensor:
@@ -417,7 +419,7 @@ def k_seq_ratio(p_BV: Tensor, q_BV: Tensor, drafts_B: Tensor, iterations: int = 
 
 
 def walk_chains(
-    p_BLV: Tensor, tree: DraftTree, laws: list[Tensor], accept_uniform_BDk: Tensor, emit_uniform_B: Tensor
+    p_BLV: Tensor, tree: DraftTree, probs: list[Tensor], accept_uniform_BDk: Tensor, emit_uniform_B: Tensor
 ) -> Walk:
     """K-SEQ, SpecTr, arXiv 2310.15141, algorithm 3, at each depth on the chains that share the accepted tokens. Exact.
 
@@ -425,35 +427,37 @@ def walk_chains(
     [p - min(q, p / r) a / beta]+ with a = 1 - (1 - beta)^k.
     """
     if fits_kernels(p_BLV):
-        from visar.kernels.tree_walks import walk_chains as walk_all
+        from visar.kernels.tree_paths import walk_chains as walk_all
 
         with kernels.on(p_BLV.device):
             accept_BM = accept_uniform_BDk.flatten(1)
-            return Walk(*walk_all(p_BLV, torch.stack(laws, dim=1), tree.tokens_BM, accept_BM, emit_uniform_B))
+            return Walk(*walk_all(p_BLV, torch.stack(probs, dim=1), tree.tokens_BM, accept_BM, emit_uniform_B))
     batch, depth, chains = accept_uniform_BDk.shape
     alive_Bk = torch.ones(batch, chains, dtype=torch.bool, device=p_BLV.device)
     going_B = alive_Bk[:, 0]
-    kept_B = torch.zeros(batch, dtype=torch.int64, device=p_BLV.device)
-    slots_BD, judged_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device) for _ in range(2))
-    law_BV = p_BLV[:, 0]
+    accepted_B = torch.zeros(batch, dtype=torch.int64, device=p_BLV.device)
+    slots_BD, verified_BD = (torch.zeros(batch, depth, dtype=torch.int64, device=p_BLV.device) for _ in range(2))
+    probs_BV = p_BLV[:, 0]
     for level in range(depth):
         tokens_Bk = tree.tokens_BM[:, level * chains : (level + 1) * chains]
-        q_BV = row_at(laws[level], alive_Bk.int().argmax(1))
+        q_BV = row_at(probs[level], alive_Bk.int().argmax(1))
         drafts_B = alive_Bk.sum(1).clamp(min=1)
-        ratio_B = k_seq_ratio(law_BV, q_BV, drafts_B)
-        shared_BV = torch.minimum(q_BV, law_BV / ratio_B[:, None])
-        scaled_BkV = (law_BV / ratio_B[:, None])[:, None].expand(-1, chains, -1)
+        ratio_B = k_seq_ratio(probs_BV, q_BV, drafts_B)
+        shared_BV = torch.minimum(q_BV, probs_BV / ratio_B[:, None])
+        scaled_BkV = (probs_BV / ratio_B[:, None])[:, None].expand(-1, chains, -1)
         chance_Bk = acceptance(scaled_BkV, q_BV[:, None].expand_as(scaled_BkV), tokens_Bk)
         accepted_Bk = alive_Bk & (accept_uniform_BDk[:, level] < chance_Bk) & going_B[:, None]
         found_B, winner_B = accepted_Bk.any(1), accepted_Bk.int().argmax(1)
-        tried_Bk = alive_Bk & (torch.arange(chains, device=law_BV.device) <= winner_B[:, None])
-        judged_BD[:, level] = torch.where(found_B, tried_Bk.sum(1), drafts_B) * going_B
+        tried_Bk = alive_Bk & (torch.arange(chains, device=probs_BV.device) <= winner_B[:, None])
+        verified_BD[:, level] = torch.where(found_B, tried_Bk.sum(1), drafts_B) * going_B
         beta_B = shared_BV.sum(-1)
         weight_B = (1 - (1 - beta_B).clamp(min=0.0) ** drafts_B) / beta_B.clamp(min=1e-30)
-        left_BV = normalised(residual(law_BV, shared_BV * weight_B[:, None]))
+        left_BV = normalised(residual(probs_BV, shared_BV * weight_B[:, None]))
         slot_B = 1 + level * chains + winner_B
-        law_BV = torch.where(going_B[:, None], torch.where(found_B[:, None], row_at(p_BLV, slot_B), left_BV), law_BV)
+        probs_BV = torch.where(
+            going_B[:, None], torch.where(found_B[:, None], row_at(p_BLV, slot_B), left_BV), probs_BV
+        )
         slots_BD[:, level] = torch.where(found_B, slot_B, 0)
         alive_Bk = alive_Bk & (tokens_Bk == tokens_Bk.gather(1, winner_B[:, None])) & found_B[:, None]
-        going_B, kept_B = going_B & found_B, kept_B + found_B
-    return finish(tree, slots_BD, kept_B, judged_BD, ~going_B, law_BV, emit_uniform_B)
+        going_B, accepted_B = going_B & found_B, accepted_B + found_B
+    return finish(tree, slots_BD, accepted_B, verified_BD, ~going_B, probs_BV, emit_uniform_B)

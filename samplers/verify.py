@@ -1,9 +1,10 @@
-"""Judging drafted tokens: the accept/resample rule, and the loop of passes, that every speculative sampler shares.
+"""Verifying drafted tokens: the accept/resample rule, and the loop of passes, that every speculative sampler shares.
 
-Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318. A token x drawn from a law q is
-kept with probability min(1, p(x) / q(x)); else a token is drawn from the residual, [p - q]+ normalised. The result
-follows p whatever q is, if q is the law that x was really drawn from. So q is kept from the moment of the draw, and
-the residual is used as it is: filtering it (top-p, temperature) a second time would change the law.
+Source: Leviathan et al., arXiv 2211.17192, algorithm 1; Chen et al., arXiv 2302.01318. A token x drawn from a
+distribution q is accepted with probability min(1, p(x) / q(x)); else a token is drawn from the residual, [p - q]+
+normalised. The result follows p whatever q is, if q is the distribution that x was really drawn from. So q is
+stored at the moment of the draw, and the residual is used unchanged: filtering it (top-p, temperature) a second time
+would change the distribution.
 
 A pass reads a window of L = K + 1 slots, the last committed token and K drafts; row j of p is the conditional of
 position length + j given the first j drafts. Every row of the batch commits its own number of tokens and keeps its own
@@ -34,13 +35,13 @@ LARGEST_WINDOW = 65_536
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
-    """Law float32 [..., V] of a draft that was chosen without a draw."""
+    """Distribution float32 [..., V] of a draft that was chosen without a draw."""
     zeros = torch.zeros(*tokens.shape, vocab_size, dtype=torch.float32, device=tokens.device)
     return zeros.scatter_(-1, tokens[..., None], 1.0)
 
 
 def acceptance(p: Tensor, q: Tensor, draft: Tensor) -> Tensor:
-    """Probability min(1, p(x) / q(x)) of keeping drafts x int64 [...], drawn from q [..., V]; p has q's shape."""
+    """Probability min(1, p(x) / q(x)) of accepting drafts x int64 [...], drawn from q [..., V]; p has q's shape."""
     target = p.gather(-1, draft[..., None]).squeeze(-1)
     drafted = q.gather(-1, draft[..., None]).squeeze(-1)
     ratio = target / drafted.clamp(min=torch.finfo(torch.float32).tiny)
@@ -58,9 +59,9 @@ def leading(accepted_BK: Tensor) -> Tensor:
     return accepted_BK.long().cumprod(-1).sum(-1)
 
 
-def judged_in_chain(kept_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
-    """Number of drafts of a chain that were judged: the kept ones and the rejected one, none beyond the end."""
-    return torch.minimum((kept_B + 1).clamp(max=most_B), left_B)
+def verified_in_chain(accepted_B: Tensor, most_B: Tensor | int, left_B: Tensor) -> Tensor:
+    """Number of drafts of a chain that were verified: the accepted ones and the rejected one, none beyond the end."""
+    return torch.minimum((accepted_B + 1).clamp(max=most_B), left_B)
 
 
 def row_at(values_BLX: Tensor, index_B: Tensor) -> Tensor:
@@ -75,13 +76,13 @@ class Verdict:
     Attributes:
         tokens_BL: int64; the first count_B of a row are the accepted drafts and one more token.
         count_B: int64, 1 ... L.
-        kept_B: int64, accepted drafts, count_B - 1.
+        accepted_B: int64, accepted drafts, count_B - 1.
         accepted_BK: bool, every draft's own outcome, also behind the first rejection.
     """
 
     tokens_BL: Tensor
     count_B: Tensor
-    kept_B: Tensor
+    accepted_B: Tensor
     accepted_BK: Tensor
 
 
@@ -92,40 +93,41 @@ def verify(
     accept_uniform_BK: Tensor,
     emit_uniform_BL: Tensor,
     *,
-    judged_B: Tensor | None = None,
+    verified_B: Tensor | None = None,
     chance_BK: Tensor | None = None,
 ) -> Verdict:
-    """Keeps drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
+    """Accepts drafts up to the first rejection and draws the token after them (arXiv 2211.17192, algorithm 1).
 
     After a rejection the token comes from the residual, after K accepted drafts from p. Exact for chance_BK=None.
 
     Args:
-        p_BLV: float32 target laws, row j given the first j drafts.
-        q_BKV: float32, the laws that the drafts were drawn from.
+        p_BLV: float32 target distributions, row j given the first j drafts.
+        q_BKV: float32, the distributions that the drafts were drawn from.
         draft_BK: int64.
-        accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is kept if its uniform is below its chance.
-        judged_B: int64, how many drafts of a row are judged at all, 0 ... K; None is K. The token after the last of
-            them is drawn from p.
-        chance_BK: probabilities of keeping a draft, for lossy samplers; None is min(1, p / q).
+        accept_uniform_BK, emit_uniform_BL: float32 in (0, 1); a draft is accepted if its uniform number is below
+            its chance.
+        verified_B: int64, how many drafts of a row are verified at all, 0 ... K; None is K. The token after the last
+            of them is drawn from p.
+        chance_BK: probabilities of accepting a draft, for lossy samplers; None is min(1, p / q).
     """
     num_drafts = draft_BK.shape[1]
     if fits_kernels(p_BLV):
-        from visar.kernels.verify import judge
+        from visar.kernels.verify import verify_window
 
         with kernels.on(p_BLV.device):
-            chances: dict = dict(judged_B=judged_B, chance_BK=chance_BK)
-            return Verdict(*judge(p_BLV, q_BKV, draft_BK, accept_uniform_BK, emit_uniform_BL, **chances)[1])
+            chances: dict = dict(verified_B=verified_B, chance_BK=chance_BK)
+            return Verdict(*verify_window(p_BLV, q_BKV, draft_BK, accept_uniform_BK, emit_uniform_BL, **chances)[1])
     if chance_BK is None:
         chance_BK = acceptance(p_BLV[:, :num_drafts], q_BKV, draft_BK)
     accepted_BK = accept_uniform_BK < chance_BK
-    kept_B = leading(accepted_BK)
-    last_B = torch.full_like(kept_B, num_drafts) if judged_B is None else judged_B
-    kept_B = torch.minimum(kept_B, last_B)
-    q_BV = row_at(functional.pad(q_BKV, (0, 0, 0, 1)), kept_B) * (kept_B < last_B)[:, None]
-    mass_BV = residual(row_at(p_BLV, kept_B), q_BV)
-    emitted_B = draw(mass_BV, row_at(emit_uniform_BL[..., None], kept_B).squeeze(-1))
-    tokens_BL = functional.pad(draft_BK, (0, 1)).scatter(1, kept_B[:, None], emitted_B[:, None])
-    return Verdict(tokens_BL, kept_B + 1, kept_B, accepted_BK)
+    accepted_B = leading(accepted_BK)
+    last_B = torch.full_like(accepted_B, num_drafts) if verified_B is None else verified_B
+    accepted_B = torch.minimum(accepted_B, last_B)
+    q_BV = row_at(functional.pad(q_BKV, (0, 0, 0, 1)), accepted_B) * (accepted_B < last_B)[:, None]
+    mass_BV = residual(row_at(p_BLV, accepted_B), q_BV)
+    emitted_B = draw(mass_BV, row_at(emit_uniform_BL[..., None], accepted_B).squeeze(-1))
+    tokens_BL = functional.pad(draft_BK, (0, 1)).scatter(1, accepted_B[:, None], emitted_B[:, None])
+    return Verdict(tokens_BL, accepted_B + 1, accepted_B, accepted_BK)
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Counts:
     Attributes:
         num_tokens: N.
         per_pass_W: int64 [W + 1], how often a pass of a row that was not done committed 0, 1, ... tokens.
-        drafts_2: int64 [2], judged and accepted drafts.
+        drafts_2: int64 [2], verified and accepted drafts.
         outcome_BT: int8 [B, N + W], see SampleOutput; the slack takes writes beyond the end.
     """
 
@@ -149,21 +151,21 @@ class Counts:
         """Zeros, in the session's tensors."""
         return cls(
             num_tokens,
-            session.hold("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
-            session.hold("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
-            session.hold("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
+            session.static("per_pass", torch.zeros(window + 1, dtype=torch.int64, device=device)),
+            session.static("drafts", torch.zeros(2, dtype=torch.int64, device=device)),
+            session.static("outcome", torch.zeros(batch, num_tokens + window, dtype=torch.int8, device=device)),
         )
 
     @property
-    def held(self) -> tuple[int, Tensor, Tensor, Tensor]:
+    def counters(self) -> tuple[int, Tensor, Tensor, Tensor]:
         """N and the counters, as kernels take them."""
         return self.num_tokens, self.per_pass_W, self.drafts_2, self.outcome_BT
 
-    def add(self, count_B: Tensor, kept_B: Tensor, judged_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
+    def add(self, count_B: Tensor, accepted_B: Tensor, verified_B: Tensor, left_B: Tensor, refused_B: Tensor) -> None:
         """Counts one pass.
 
         Args:
-            count_B: tokens committed; kept_B: accepted drafts; judged_B: judged drafts, none beyond the end.
+            count_B: tokens committed; accepted_B: accepted drafts; verified_B: verified drafts, none beyond the end.
             left_B: tokens that a row lacked before the pass; 0 when it was done. Nothing beyond the end counts.
             refused_B: bool, whether a draft was rejected where the token after the accepted ones is.
         """
@@ -171,24 +173,24 @@ class Counts:
             from visar.kernels.verify import count_pass
 
             with kernels.on(count_B.device):
-                return count_pass(count_B, kept_B, judged_B, left_B, refused_B, self.held)
+                return count_pass(count_B, accepted_B, verified_B, left_B, refused_B, self.counters)
         live_B = left_B > 0
         # The whole window is written: what is behind the committed tokens is written again by the passes to come.
         slot_W = torch.arange(len(self.per_pass_W) - 1, device=left_B.device)
-        outcome_BW = 2 * (slot_W < kept_B[:, None]) + ((slot_W == kept_B[:, None]) & refused_B[:, None]).long()
+        outcome_BW = 2 * (slot_W < accepted_B[:, None]) + ((slot_W == accepted_B[:, None]) & refused_B[:, None]).long()
         place_BW = self.num_tokens - left_B[:, None] + slot_W
         self.outcome_BT.scatter_(1, place_BW, outcome_BW.to(torch.int8))
         self.per_pass_W.scatter_add_(0, torch.minimum(count_B, left_B), live_B.long())
-        self.drafts_2.add_(torch.stack([(judged_B * live_B).sum(), torch.minimum(kept_B, left_B).sum()]))
+        self.drafts_2.add_(torch.stack([(verified_B * live_B).sum(), torch.minimum(accepted_B, left_B).sum()]))
 
     def add_chain(self, verdict: Verdict, most_B: Tensor | int, length_B: Tensor) -> None:
-        """Counts a pass that judged a chain of drafts, the first most_B of every row.
+        """Counts a pass that verified a chain of drafts, the first most_B of every row.
 
         length_B: tokens that were committed before it.
         """
         left_B = self.num_tokens - length_B
-        judged_B = judged_in_chain(verdict.kept_B, most_B, left_B)
-        self.add(verdict.count_B, verdict.kept_B, judged_B, left_B, judged_B > verdict.kept_B)
+        verified_B = verified_in_chain(verdict.accepted_B, most_B, left_B)
+        self.add(verdict.count_B, verdict.accepted_B, verified_B, left_B, verified_B > verdict.accepted_B)
 
     def output(self, tokens_BN: Tensor, forward_passes: dict[str, int], seconds: float) -> SampleOutput:
         """Tokens with the counts on the host."""
@@ -202,11 +204,11 @@ class Counts:
         return SampleStatistics(forward_passes, histogram, proposed, accepted, seconds)
 
 
-def held_noise(session: Session, noise: Noise) -> Noise:
+def static_noise(session: Session, noise: Noise) -> Noise:
     """The same source with its seeds in the session, so that captured steps read those of the latest call."""
-    held = copy.copy(noise)
-    held.seeds_B = session.hold("seeds", noise.seeds_B)
-    return held
+    static = copy.copy(noise)
+    static.seeds_B = session.static("seeds", noise.seeds_B)
+    return static
 
 
 def run_passes(
@@ -262,6 +264,6 @@ def check_passes(
     check_filters(*filters)
     guidance.scales(model.num_tokens)
     if not 1 <= window <= LARGEST_WINDOW:
-        raise ValueError(f"window {window}; it must be >= 1 (1 = one token a pass), at most {LARGEST_WINDOW}")
+        raise ValueError(f"window {window}; it must be >= 1 (1 = one token per pass), at most {LARGEST_WINDOW}")
     if check_every < 1:
         raise ValueError(f"check_every {check_every}; it must be >= 1")

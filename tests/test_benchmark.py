@@ -344,7 +344,7 @@ def test_out_of_memory_names_the_batch_and_keeps_what_was_made(greedy: ImagePipe
         pipeline.generator.largest = 0 if calls == 2 else 2  # other programs take the memory
         return {}
 
-    with pytest.raises(OutOfMemory, match="4 images made before are kept") as caught:
+    with pytest.raises(OutOfMemory, match="4 images made before are not lost") as caught:
         greedy(class_labels=1, num_images=5, seed=3, batch_size=2, callback_on_step_end=grow)
     done = caught.value.done
     assert torch.equal(done.tokens, whole.tokens[:4]) and done.seeds == [3, 4, 5, 6] and len(done.images) == 4

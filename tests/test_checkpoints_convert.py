@@ -327,10 +327,10 @@ def test_refused_files(parity, tmp_path):
         (dict(file=masked, tokenizer=vae, second=masked), "hmar.pth needs no second file"),
         (
             dict(file=file, like="llamagen-x", **raster),
-            "like 'llamagen-x'; the official names are .*llamagen-c2i-b-256",
+            "--like llamagen-x: no such official name; choose one of .*llamagen-c2i-b-256",
         ),
-        (dict(file=file, like="var-d16", source="llamagen", **raster), "like 'var-d16' is of var"),
-        (dict(file=file, dtype="half", **raster), "dtype 'half'; choose one of float32, bfloat16, float16"),
+        (dict(file=file, like="var-d16", source="llamagen", **raster), "--like var-d16 is of var"),
+        (dict(file=file, dtype="half", **raster), "--dtype half: choose one of float32, bfloat16, float16"),
     ]
     for number, (arguments, message) in enumerate(cases):
         with pytest.raises(ValueError, match=message):

@@ -244,7 +244,7 @@ def test_tokenizer_files_that_do_not_fit(content, messages):
     ("content", "settings", "messages"),
     [
         (lambda: export_vq(tiny_vq()), {}, ["is a LlamaGen VQ tokenizer, not a LlamaGen transformer"]),
-        (lambda: tiny_gpt().state_dict(), {"num_heads": None}, ["2 layers x 16", "24 x 3200", "say num_heads="]),
+        (lambda: tiny_gpt().state_dict(), {"num_heads": None}, ["2 layers x 16", "24 x 3200", "--num-heads"]),
         (
             lambda: _without(tiny_gpt().state_dict(), "cls_embedding.embedding_table.weight"),
             {},

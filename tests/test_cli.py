@@ -185,7 +185,7 @@ def test_stats_eval_and_compare(place, tiny, capsys, monkeypatch):
         np.savez("images.npz", images=file["images"][:12])
     assert main(["stats", "images.npz", "--out", "real.npz", *common]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("layer") and "pictures: 100%" in printed.err
+    assert printed.out.startswith("layer") and "images: 100%" in printed.err
     line = f"eval {tiny} --reference real.npz --num-samples 10 --batch-size 4 --sampler ancestral"
     for scale in ("1.0", "3.0"):
         assert main([*line.split(), "--guidance-scale", scale, "--out", scale, *common]) == 0
@@ -223,7 +223,7 @@ def test_recipes_replace_defaults(capsys):
     ("line", "status", "pieces"),
     [
         ("sampel", 2, "unknown command 'sampel'"),
-        ("train", 2, "say which: visar train tokenizer, visar train generator"),
+        ("train", 2, "choose one of visar train tokenizer, visar train generator"),
         ("sample", 2, "Required options"),
         ("sample emoji-raster --tempratur 1", 2, "--tempratur | --temperature"),
         ("sample emoji-raster --num-images two", 2, "--num-images | 'two'"),
@@ -261,7 +261,7 @@ def test_recipes_replace_defaults(capsys):
         ("models --classes emoji-vq", 1, "emoji-vq is a tokenizer"),
         ("models --classes llamagen-c2i-b-256", 1, "numbers only"),
         ("eval emoji-raster", 2, "--reference"),
-        ("eval emoji-raster --reference nowhere --out out", 1, "no pictures at nowhere"),
+        ("eval emoji-raster --reference nowhere --out out", 1, "no images at nowhere"),
         ("eval emoji-rastr --reference nowhere --out out", 1, "unknown model 'emoji-rastr'"),
         ("eval emoji-raster --reference nowhere --num-samples 0 --out out", 1, "num_samples 0"),
         ("eval emoji-raster --reference nowhere --device gpu", 1, "unknown device 'gpu'"),
@@ -274,8 +274,8 @@ def test_recipes_replace_defaults(capsys):
         ("eval --compare nowhere --out out", 1, "no metrics.json in nowhere"),
         ("eval nowhere --compare --out out", 1, "no metrics.json in nowhere"),
         ("eval --compare --out out", 1, "at least one"),
-        ("eval --tokenizer emoji-vq --images nowhere --out out", 1, "no pictures at nowhere"),
-        ("stats nowhere --out out.npz", 1, "no pictures at nowhere"),
+        ("eval --tokenizer emoji-vq --images nowhere --out out", 1, "no images at nowhere"),
+        ("stats nowhere --out out.npz", 1, "no images at nowhere"),
         ("bench", 1, "give a model or --preset"),
         ("bench --preset llamagen-z", 1, "unknown preset 'llamagen-z'; choose one of llamagen-b"),
         ("bench --preset llamagen-b --device gpu", 1, "unknown device 'gpu'"),

@@ -97,7 +97,7 @@ def test_a_relative_folder_is_the_same_to_the_client(tmp_path: Path, monkeypatch
     [
         ("echo 'network unreachable' >&2; exit 1", "could not fetch @scope/thing 1.0.0: network unreachable"),
         ("exit 0", "could not fetch @scope/thing"),
-        ('echo other > "$4/scope-thing-1.0.0.tgz"', "has sha256 .* nothing was kept"),
+        ('echo other > "$4/scope-thing-1.0.0.tgz"', "has sha256 .* nothing was stored"),
         ('head -c 9 /dev/zero > "$4/scope-thing-1.0.0.tgz"; kill -9 $$', "could not fetch"),
     ],
 )
@@ -235,7 +235,7 @@ def test_built_file_is_read_back_and_its_damage_is_seen(tmp_path: Path, pictures
         "grinning face, noto style",
         "grinning face, twemoji style",
     }
-    with pytest.raises(ValueError, match=r"splits are known for ef3b30f4d67e \(13661 pictures\)"):
+    with pytest.raises(ValueError, match=r"splits are known for ef3b30f4d67e \(13661 images\)"):
         load_image_set(path)
 
     write_archive(path, {"meta.json": plain_json(facts), "pixels.npy.xz": pack_pixels(255 - pixels)})
@@ -306,7 +306,7 @@ def test_shipped_splits_belong_to_the_recorded_pixels() -> None:
     assert np.bincount(split).tolist() == [12476, 791, 394]
     with pytest.raises(ValueError, match="splits are known for ef3b30f4d67e"):
         shipped_splits("0" * 64, 13661)
-    with pytest.raises(ValueError, match=r"\(10 pictures\)"):
+    with pytest.raises(ValueError, match=r"\(10 images\)"):
         shipped_splits(PIXELS_SHA256, 10)
 
 

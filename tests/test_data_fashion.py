@@ -82,7 +82,7 @@ def test_places_give_the_same_file(tmp_path):
         ("t10k-images-idx3-ubyte", lambda blob: b"\x1f\x8bnot gzip", "damaged"),
         ("t10k-labels-idx1-ubyte", lambda blob: idx(np.zeros(6, np.uint8)), r"labels \(6,\)"),
         ("train-labels-idx1-ubyte", lambda blob: idx(np.full(40, 10, np.uint8)), "label 10; allowed: 0 ... 9"),
-        ("train-images-idx3-ubyte", lambda blob: idx(np.zeros((40, 32, 32), np.uint8)), r"pictures \(40, 32, 32\)"),
+        ("train-images-idx3-ubyte", lambda blob: idx(np.zeros((40, 32, 32), np.uint8)), r"images \(40, 32, 32\)"),
     ],
 )
 def test_damaged_files(tmp_path, name, change, message):

@@ -52,15 +52,15 @@ def test_training_and_evaluation_take_the_same_files(tmp_path: Path, caplog: pyt
     assert found.names == taken and not found.broken
     assert {reason: len(names) for reason, names in found.left_out.items()} == {
         "hidden": 6,
-        "not named as a picture": 1,
+        "not named as an image": 1,
         "links to a folder above": 1,
     }
     images, scored = load_image_set(root, 8), FolderImages(root)
     assert [str(file.relative_to(root)) for file in scored.files] == taken
     assert images.images[:, 0, 0, 0].tolist() == [0, 1, 4, 5] and classes(images) == ("a", "b")
     lines = [record.getMessage() for record in caplog.records]
-    assert "4 pictures of 8 pixels, 2 classes; 1 for validation; 6 left out, hidden (" in lines[0]
-    assert "1 left out, not named as a picture (b/notes.txt)" in lines[0] and "4 pictures; 6 left out" in lines[1]
+    assert "4 images of 8 pixels, 2 classes; 1 for validation; 6 left out, hidden (" in lines[0]
+    assert "1 left out, not named as an image (b/notes.txt)" in lines[0] and "4 images; 6 left out" in lines[1]
 
 
 def test_links_are_followed_and_dead_ones_named(tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_tables_of_the_hub(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert images.labels_NA[images.indices("test"), 0].tolist() == [1, 1, 0, 2]
     assert images.captions is not None and images.captions[:4] == ["one", "", "three", "four"]
     assert counts(images) == [7, 1, 4]
-    assert "12 pictures of 8 pixels, 3 classes; 1 for validation, 4 for tests" in caplog.records[-1].getMessage()
+    assert "12 images of 8 pixels, 3 classes; 1 for validation, 4 for tests" in caplog.records[-1].getMessage()
     assert "columns not read: more" in caplog.records[-1].getMessage()
 
 
@@ -241,7 +241,7 @@ def test_tables_of_several_files_and_their_splits(tmp_path: Path) -> None:
         ({"image": [{"path": "0.png"}] * 2}, r"x\.parquet row 0: the image is a struct of path without bytes"),
         ({"image": [[1, 2], [3]]}, "row 0: the image is list; encoded bytes are needed"),
         ({"image": [picture(0), None]}, "row 1: the image is NoneType"),
-        ({"image": [picture(0), b"no picture"]}, r"x\.parquet row 1 is not a readable picture"),
+        ({"image": [picture(0), b"no picture"]}, r"x\.parquet row 1 is not a readable image"),
     ],
 )
 def test_cells_of_other_kinds_are_named(tmp_path: Path, columns: dict, message: str) -> None:

@@ -68,7 +68,7 @@ def test_npz_without_labels_and_of_another_size(tmp_path: Path) -> None:
         ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, "N >= 1"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0.5, 1])}, "labels is float64"),
         ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])}, "whole numbers"),
-        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0])}, "1 labels for 2 pictures"),
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0])}, "1 labels for 2 images"),
         (
             {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, 2]), "classes": np.array(["a"])},
             "label 2 with 1 classes",
@@ -103,7 +103,7 @@ def test_folder_with_a_subfolder_a_class(tmp_path: Path, sample: dict[str, np.nd
     again = load_image_set(root, 64)
     assert again.digest() == images.digest() and np.array_equal(again.split_N, images.split_N)
     assert len(images.indices("val")) >= 1
-    with pytest.raises(ValueError, match="no pictures in its split test"):
+    with pytest.raises(ValueError, match="no images in its split test"):
         images.indices("test")
     with pytest.raises(ValueError, match="unknown split 'dev'"):
         images.indices("dev")
@@ -149,7 +149,7 @@ def test_pictures_of_folders_are_decoded_when_asked_for(
         assert np.array_equal(np.concatenate(batches), whole if rows is None else whole[rows])
     removed = next(root.rglob("*11.png"))
     removed.unlink()
-    with pytest.raises(ValueError, match=r"11\.png is not a readable picture \(no such file\)"):
+    with pytest.raises(ValueError, match=r"11\.png is not a readable image \(no such file\)"):
         images.images[:]
     assert np.array_equal(images.images[:3], whole[:3])
 
@@ -182,7 +182,7 @@ def test_places_that_are_no_image_sets_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.zip").write_text("text")
     for place, size, message in [
         ("nowhere", 8, "no image set at"),
-        ("empty", 8, "has no pictures"),
+        ("empty", 8, "has no images"),
         ("empty", None, "say image_size"),
         ("empty", 0, "image_size 0"),
         ("text.md", 8, "not an image set"),
@@ -229,7 +229,7 @@ def test_parquet_files_of_another_form_are_refused(tmp_path: Path) -> None:
 
     for columns, message in [
         ({"picture": [b"x"]}, "has columns picture; a column image or img is needed"),
-        ({"image": [b"x"], "label": [0]}, r"parquet row 0 is not a readable picture"),
+        ({"image": [b"x"], "label": [0]}, r"parquet row 0 is not a readable image"),
         ({"image": [b"x"], "label": pyarrow.array([None], pyarrow.int64())}, "row 0 has no label"),
         ({"image": ["x"]}, "row 0: the image is str"),
         ({"image": pyarrow.array([], pyarrow.binary())}, "has no rows"),
@@ -272,5 +272,5 @@ def test_digest_sees_pixels_labels_splits_and_mirroring() -> None:
 
 
 def test_sets_without_training_pictures_are_refused() -> None:
-    with pytest.raises(ValueError, match="no training pictures"):
+    with pytest.raises(ValueError, match="no training images"):
         make_image_set("a", np.zeros((1, 2, 2, 3), np.uint8), np.zeros((1, 1), int), {"class": ("x",)}, np.ones(1))

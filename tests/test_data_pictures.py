@@ -144,7 +144,7 @@ def test_what_cannot_be_read_is_named(name: str, tmp_path: Path) -> None:
     file = tmp_path / "odd.png"
     file.write_bytes(make())
     for source in (file, file.read_bytes()):
-        with pytest.raises(ValueError, match=rf"^odd one is not a readable picture \(.*{reason}"):
+        with pytest.raises(ValueError, match=rf"^odd one is not a readable image \(.*{reason}"):
             read_picture(source, 32, "odd one")
 
 
@@ -156,7 +156,7 @@ def test_pipes_folders_and_missing_files_are_named_and_do_not_wait(tmp_path: Pat
         (".", "neither a file nor a link to one"),
         ("dead.png", "no such file"),
     ):
-        with pytest.raises(ValueError, match=f"is not a readable picture .{reason}"):
+        with pytest.raises(ValueError, match=f"is not a readable image .{reason}"):
             read_picture(tmp_path / name, None, name)
 
 
@@ -165,7 +165,7 @@ def test_names_in_any_bytes_are_shown_in_errors(tmp_path: Path) -> None:
     file.write_bytes(b"no picture")
     code = f"from visar.data.pictures import Path, read_picture; read_picture(Path({str(file)!r}), 8, {str(file)!r})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "ValueError" in done.stderr and "caf\\xe9.png is not a readable picture" in done.stderr
+    assert "ValueError" in done.stderr and "caf\\xe9.png is not a readable image" in done.stderr
 
 
 def test_stored_as_it_is_for_chains_that_ignore_the_orientation() -> None:

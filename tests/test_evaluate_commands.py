@@ -101,7 +101,7 @@ def tiny_pipeline(
 
 def test_stats_then_eval_of_pictures(tmp_path: Path, pictures: Path, tables: list) -> None:
     stats(Stats(str(pictures), tmp_path / "real.npz", keep_features=True, device="cpu"), tables.append)
-    assert tables[0][0] == ("layer", "pictures", "features", "null constant") and tables[0][1][:3] == (
+    assert tables[0][0] == ("layer", "images", "features", "null constant") and tables[0][1][:3] == (
         "320",
         "12",
         "320",
@@ -198,7 +198,7 @@ def test_labels_follow_the_reference_that_holds_them(tmp_path: Path, tables: lis
         extractor="tiny",
     )
     report = evaluate(options, {}, tables.append)
-    assert report is not None and report.protocol["labels"].startswith("histogram: labels of the 8 training pictures")
+    assert report is not None and report.protocol["labels"].startswith("histogram: labels of the 8 training images")
     assert report.metrics.kid is None  # the file holds no features
 
 
@@ -247,7 +247,7 @@ def test_tokenizer_is_evaluated(tmp_path: Path, pictures: Path, tables: list) ->
     options = EvalTokenizer(str(tmp_path / "tokenizer"), str(pictures), tmp_path / "out", device="cpu")
     with pytest.warns(UserWarning, match="12 reconstructions"):
         evaluate_tokenizer(options, tables.append)
-    assert tables[0][0] == ("pictures", "PSNR", "SSIM", "rFD-Lite0", "codes used", "perplexity")
+    assert tables[0][0] == ("images", "PSNR", "SSIM", "rFD-Lite0", "codes used", "perplexity")
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"] == "reconstruction"
 
 
@@ -369,7 +369,7 @@ def test_captions_of_another_split_are_asked_for(tmp_path: Path, pictures: Path,
         device="cpu",
     )
     report = evaluate(options, {}, tables.append)
-    assert report is not None and f"pictures of {tmp_path / 'set.npz'}@val" in report.protocol["labels"]
+    assert report is not None and f"images of {tmp_path / 'set.npz'}@val" in report.protocol["labels"]
     for wrong, message in (
         ("set.npz", "write PLACE@train or PLACE@val or PLACE@test"),
         (f"{tmp_path / 'other.npz'}@val", "do not have the same label columns"),

@@ -81,7 +81,7 @@ def test_histogram_labels_repeat_the_training_histogram_exactly() -> None:
     assert labels[:10] != sorted(labels[:10])  # shuffled
     assert plan.labels([7], [0]) == [labels[7]]
     assert table.leading(1) == LabelTable(((0,), (1,), (2,)), (6, 1, 3))
-    with pytest.raises(ValueError, match="reads 3 label columns, the reference's pictures have 2"):
+    with pytest.raises(ValueError, match="reads 3 label columns, the reference's images have 2"):
         table.leading(3)
 
 
@@ -223,7 +223,7 @@ def test_kept_pictures_are_the_pictures(tmp_path: Path, extractor: Extractor) ->
     for i in range(6):
         image = np.asarray(Image.open(tmp_path / "png" / "images" / f"{i:08d}.png"))
         assert np.array_equal(image, expected[i].movedim(0, -1).numpy())
-    with pytest.raises(ValueError, match="not kept"):
+    with pytest.raises(ValueError, match="not stored"):
         write_npz(tmp_path / "png", 6, tmp_path / "no.npz")
     assert not (tmp_path / "no.npz").exists()
 

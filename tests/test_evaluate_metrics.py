@@ -184,7 +184,7 @@ def test_precision_is_of_the_generated_set_and_recall_of_the_real_one() -> None:
         precision_recall(real[:3], real)
 
 
-def test_kid_is_near_zero_for_one_law_and_not_for_two() -> None:
+def test_kid_is_near_zero_for_one_distribution_and_not_for_two() -> None:
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randn(2, 150, 8, generator=generator)
     same, spread = kernel_distance(first, second, subsets=20, subset_size=1000)
@@ -213,9 +213,9 @@ def test_too_few_samples_are_named(images: Tensor, extractor: Extractor) -> None
     reference = as_reference(images, extractor)
     with pytest.warns(UserWarning, match="give a singular covariance of 320 features; at least 321") as caught:
         metrics = compute_metrics(extractor(images[:8]), reference, extractor.kind)
-    assert [str(each.message).split(" give")[0] for each in caught] == ["8 samples", "64 reference pictures"]
+    assert [str(each.message).split(" give")[0] for each in caught] == ["8 samples", "64 reference images"]
     assert any("at least 321" in note for note in metrics.notes)
-    assert any("64 reference pictures" in note for note in metrics.notes)
+    assert any("64 reference images" in note for note in metrics.notes)
     assert any("8 splits" in note for note in metrics.notes)
     assert any("KID over 100 subsets of 8" in note for note in metrics.notes)
 
@@ -224,7 +224,7 @@ def test_too_few_samples_are_named(images: Tensor, extractor: Extractor) -> None
 def test_precision_and_recall_are_left_out_where_there_are_no_neighbours(images: Tensor, extractor: Extractor) -> None:
     metrics = compute_metrics(extractor(images[:8]), as_reference(images[:3], extractor), extractor.kind)
     assert metrics.precision is None and metrics.recall is None and metrics.kid is not None
-    assert any("3 pictures have no 3-th neighbour" in note for note in metrics.notes)
+    assert any("3 images have no 3-th neighbour" in note for note in metrics.notes)
 
 
 def test_enough_samples_do_not_warn() -> None:

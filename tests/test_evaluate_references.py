@@ -157,7 +157,7 @@ def test_broken_files_are_named(tmp_path: Path, extractor: Extractor) -> None:
         make_statistics(ArrayImages(pictures(4)), extractor, tmp_path / "s.pt")
     with pytest.raises(ValueError, match="uint8"):
         load_reference(np.zeros((2, 8, 8, 3)), extractor)
-    with pytest.raises(ValueError, match="no pictures at .*x.txt"):
+    with pytest.raises(ValueError, match="no images at .*x.txt"):
         open_images(tmp_path / "x.txt")
 
 
@@ -211,11 +211,11 @@ def test_unreadable_picture_is_named(tmp_path: Path, extractor: Extractor) -> No
         load_reference(folder, extractor)
     (folder / "003.png").unlink()
     Image.new("RGB", (40, 30)).save(folder / "009.png")
-    with pytest.raises(ValueError, match="009.png has 40x30 pixels, the pictures before it 32x32"):
+    with pytest.raises(ValueError, match="009.png has 40x30 pixels, the images before it 32x32"):
         load_reference(folder, extractor)
     assert load_reference(folder, extractor, resize="adm", image_size=16).resize == "adm to 16"
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         FolderImages(tmp_path / "empty")
     with pytest.raises(ValueError, match="takes no size"):
         FolderImages(folder, "none", 16)
@@ -252,7 +252,7 @@ def test_a_split_of_an_image_set_brings_its_labels(tmp_path: Path, extractor: Ex
     make_statistics(train, extractor, tmp_path / "set.npz")
     stored = load_statistics(tmp_path / "set.npz").labels
     assert stored == train.labels and stored is not None and stored.classes == ("cat", "dog")
-    with pytest.raises(ValueError, match="no pictures in its split test"):
+    with pytest.raises(ValueError, match="no images in its split test"):
         open_images(f"{tmp_path / 'set'}@test", image_size=32)
 
 

@@ -138,7 +138,7 @@ def test_odd_values_get_a_message_and_no_traceback(place, tiny, capsys):
         ("sample {tiny} --device mps", "device 'mps': this machine or this build of torch has none"),
         ("sample {tiny} --device xpu", "device 'xpu': this machine or this build of torch has none"),
         ("sample {tiny} --device meta", "device 'meta': this machine or this build of torch has none"),
-        ("sample {tiny} --out a.gif", "cannot write a.gif: a picture's name ends in .png, .jpg, .jpeg, .webp"),
+        ("sample {tiny} --out a.gif", "cannot write a.gif: an image's name ends in .png, .jpg, .jpeg, .webp"),
         ("stats images.npz --out a.pt", "cannot write a.pt: its name must end in .npz"),
         ("bench --preset llamagen-b --out images.npz/x", "cannot write images.npz/x: "),
     ],

@@ -200,15 +200,15 @@ def test_decoding_equals_teacher_forcing(settings):
 
 @pytest.mark.parametrize("hide_masked", [False, True])
 @torch.no_grad()
-def test_whether_hidden_codes_reach_the_law(hide_masked):
+def test_whether_hidden_codes_reach_the_distribution(hide_masked):
     model = tiny_model(hide_masked=hide_masked)
     tokens = torch.randint(16, (2, model.num_tokens), generator=torch.Generator().manual_seed(0))
     masked = torch.rand(2, model.num_tokens, generator=torch.Generator().manual_seed(1)) < 0.5
     condition, visible = Condition(labels_BA=torch.tensor([[0], [2]])), ~masked
-    law = model(tokens, condition, masked)
+    probs = model(tokens, condition, masked)
     for changed, hidden in ((masked, True), (visible, False)):
         current = torch.where(changed, (tokens + 1) % 16, tokens)
-        same = torch.equal(model(tokens, condition, masked, current), law)
+        same = torch.equal(model(tokens, condition, masked, current), probs)
         assert same == (hidden and hide_masked)
 
 

@@ -1,4 +1,4 @@
-"""Next-scale transformer: parity with VAR, cached against whole passes, settings a scale, prefixes, conditions."""
+"""Next-scale transformer: parity with VAR, cached against whole passes, settings per scale, prefixes, conditions."""
 
 import pytest
 import torch

@@ -45,13 +45,13 @@ def test_group_norm(device, dtype, channels, height, width, silu):
     # A mean far from 0 is what cancels in sums of squares.
     x = images(2, channels, height, width, device=device, dtype=dtype) + 8
     bias = torch.randn(channels, device=device, dtype=dtype)
-    same, held = moments(x)
+    same, stats = moments(x)
     assert same is x
     for given in (None, bias):
         wide = x.double() if given is None else x.double() + given.double()[:, None, None]
         expected = functional.group_norm(wide, 32, norm.weight.double(), norm.bias.double(), norm.eps)
         expected = (functional.silu(expected) if silu else expected).to(dtype)
-        got = group_norm(x, held, norm, silu=silu, bias_C=given)
+        got = group_norm(x, stats, norm, silu=silu, bias_C=given)
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert error(got, expected) < limit(dtype)
         assert torch.equal(got, group_norm(x, moments(x)[1], norm, silu=silu, bias_C=given))
@@ -68,10 +68,10 @@ def test_moments_of_sums(device, dtype, num_biases, add):
     x, other = (images(3, channels, 9, 31, device=device, dtype=dtype) for _ in range(2))
     biases = [torch.randn(channels, device=device, dtype=dtype) for _ in range(num_biases)]
     expected = x.double() + (other.double() if add else 0) + sum(bias.double()[:, None, None] for bias in biases)
-    out, held = moments(x, add_BCHW=other if add else None, biases=biases)
+    out, stats = moments(x, add_BCHW=other if add else None, biases=biases)
     assert error(out, expected.to(dtype)) < limit(dtype)
     normed = functional.group_norm(expected, 32, norm.weight.double(), norm.bias.double(), norm.eps).to(dtype)
-    assert error(group_norm(out, held, norm, silu=False), normed) < limit(dtype)
+    assert error(group_norm(out, stats, norm, silu=False), normed) < limit(dtype)
 
 
 @torch.no_grad()
@@ -100,9 +100,9 @@ def launch(dtype: str, channels: int, size: int, biases: int) -> None:
 
     x = torch.zeros(2, channels, size, size, dtype=getattr(torch, dtype))
     bias = torch.zeros(channels, dtype=x.dtype)
-    out, held = moments(x, add_BCHW=x if biases == 2 else None, biases=[bias] * biases)
+    out, stats = moments(x, add_BCHW=x if biases == 2 else None, biases=[bias] * biases)
     norm = nn.GroupNorm(32, channels, dtype=x.dtype)
-    group_norm(out, held, norm, silu=True, bias_C=bias if biases == 0 else None)
+    group_norm(out, stats, norm, silu=True, bias_C=bias if biases == 0 else None)
     upsample(out)
 
 

@@ -134,7 +134,7 @@ def make(**sizes) -> RasterGPT:
 @pytest.mark.parametrize("guided", [False, True])
 @torch.no_grad()
 def test_steps_and_windows(device, few_in_float32, guided):
-    """5 launches a layer for one image, 8 for more; both are the plain path."""
+    """5 launches per layer for one image, 8 for more; both are the plain path."""
     model = make().to(device)
     for batch, window in ((1, 0), (1, 2), (3, 0)):
         condition = Condition(labels_BA=torch.arange(batch, device=device)[:, None])

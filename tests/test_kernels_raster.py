@@ -16,7 +16,7 @@ from visar.layers.cache import KVCache, visible
 from visar.layers.llama import RMSNorm, SwiGLU
 from visar.layers.rope import rope_table, rotate
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.filtering import categorical, filter_logits, sample_logits, token_law
+from visar.samplers.filtering import categorical, filter_logits, filtered_probs, sample_logits
 from visar.samplers.jacobi import sample_jacobi
 
 
@@ -172,7 +172,7 @@ def test_draw(device, monkeypatch, vocab_size, settings):
 
 @pytest.mark.parametrize("settings", [dict(top_k=3), dict(top_p=0.5), dict(top_k=5, top_p=0.4)], ids=str)
 def test_draw_keeps_ties(device, settings):
-    """Every code of the law is drawn at some uniform number, and no other; values tie, some are -0.0, some -inf."""
+    """Every code with a probability is drawn at some uniform number, no other; values tie, some are -0.0 or -inf."""
     row = torch.tensor([1.0, 2.0, 2.0, -0.0, 2.0, 0.0, 0.5, float("-inf"), 3.0, 1.0, 0.5, -1.0])
     draws = 400 if device.type == "cuda" else 40
     uniform = (torch.arange(draws) + 0.5) / draws
@@ -193,7 +193,10 @@ def test_logits_that_are_not_finite_set_the_flag(device, value):
     logits = torch.randn(2, 12, generator=torch.Generator().manual_seed(0)).to(device)
     logits[1, 5] = value
     uniform = torch.full((2,), 0.5, device=device)
-    for draws in (lambda: sample_logits(logits, uniform, top_k=4, top_p=0.9), lambda: token_law(logits, 1.3, 4, 0.9)):
+    for draws in (
+        lambda: sample_logits(logits, uniform, top_k=4, top_p=0.9),
+        lambda: filtered_probs(logits, 1.3, 4, 0.9),
+    ):
         flag = torch.zeros(1, dtype=torch.int32, device=device)
         with finite.watched(flag):
             draws()
@@ -347,7 +350,7 @@ def launch_draw() -> None:
     from visar.kernels import draw
 
     logits, uniform = torch.zeros(2, 16384), torch.zeros(2)
-    for call in (draw.filter_codes, draw.law):
+    for call in (draw.filter_codes, draw.probs_of):
         call(logits, 0.9, 100, 0.95)
     draw.draw_codes(logits, uniform, 0.9, 100, 0.95)
     draw.draw_mass(logits, uniform)
@@ -367,7 +370,7 @@ def launch_attention(positions: int, dtype: str, masked: bool) -> None:
 
 LAUNCHES = [
     (launch_elementwise, (), "_add_rms_norm _silu_multiply _guide _first_inputs"),
-    (launch_draw, (), "_filter _law _draw _draw_mass"),
+    (launch_draw, (), "_filter _probs _draw _draw_mass"),
     *((launch_attention, (1, *how), "_one_token") for how in (("bfloat16", True), ("float32", False))),
     *((launch_attention, (16, *how), "_window") for how in (("bfloat16", True), ("float32", False))),
 ]

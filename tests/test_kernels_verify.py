@@ -10,18 +10,18 @@ from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import Runtime
 from visar.core.window import DraftTree
-from visar.evaluate.laws import check_law, joint_law
+from visar.evaluate.exactness import check_distribution, joint_distribution
 from visar.generators.raster import RasterGPT
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.drafters.eagle import FeatureDrafter
-from visar.samplers.filtering import draw, token_law
+from visar.samplers.filtering import draw, filtered_probs
 from visar.samplers.grouped import sample_grouped
 from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.jacobi_drafts import refresh
-from visar.samplers.relaxed import judge_relaxed, relaxed_law, sample_lantern
+from visar.samplers.relaxed import relaxed_probs, relaxed_rule, sample_lantern
 from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
-from visar.samplers.trees import judge_drawn, walk, walk_by_kernel, walk_chains, walk_chosen, walk_drawn
+from visar.samplers.trees import drawn_rule, walk, walk_by_kernel, walk_chains, walk_chosen, walk_drawn
 from visar.samplers.verify import Verdict, one_hot, verify
 
 VOCABULARIES = [50, 128, 300]
@@ -34,8 +34,8 @@ def plain(monkeypatch, call):
         return call()
 
 
-def laws(*shape: int, seed: int = 0, top_k: int = 0) -> torch.Tensor:
-    """Random laws with ties and, with top_k, zeros; sums of few bits, so that their order changes nothing."""
+def random_probs(*shape: int, seed: int = 0, top_k: int = 0) -> torch.Tensor:
+    """Random distributions with ties and, with top_k, zeros; sums of few bits, so that their order changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     mass = torch.randint(1, 9, shape, generator=generator).float()
     if top_k:
@@ -47,22 +47,22 @@ def uniforms(*shape: int, seed: int = 1) -> torch.Tensor:
     return (torch.randint(2**20, shape, generator=torch.Generator().manual_seed(seed)).float() + 0.5) * 2.0**-20
 
 
-# ------------------------------------------------------------------------------------------------------ law and draw
+# --------------------------------------------------------------------------------------------- distribution and draw
 @pytest.mark.parametrize("filters", [(1.0, 0, 1.0), (0.7, 7, 1.0), (1.3, 0, 0.8), (1.0, 20, 0.9)])
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_law(device, monkeypatch, vocab_size, filters):
+def test_probs(device, monkeypatch, vocab_size, filters):
     generator = torch.Generator().manual_seed(vocab_size)
     logits = (3 * torch.randn(3, 2, vocab_size, generator=generator)).to(device)
     logits[0, 0, :9] = 2.0
     logits[0, 1, 5:] = float("-inf")
     assert kernels.usable(logits)
-    expected = plain(monkeypatch, lambda: token_law(logits, *filters))
-    torch.testing.assert_close(token_law(logits, *filters), expected, atol=1e-6, rtol=1e-5)
+    expected = plain(monkeypatch, lambda: filtered_probs(logits, *filters))
+    torch.testing.assert_close(filtered_probs(logits, *filters), expected, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_draw_of_a_mass(device, monkeypatch, vocab_size):
-    mass, uniform = laws(3, 4, vocab_size, top_k=9).to(device), uniforms(3, 4).to(device)
+    mass, uniform = random_probs(3, 4, vocab_size, top_k=9).to(device), uniforms(3, 4).to(device)
     mass[0, 0] = one_hot(torch.tensor(vocab_size - 1), vocab_size)
     expected = plain(monkeypatch, lambda: draw(mass, uniform))
     assert torch.equal(draw(mass, uniform), expected)
@@ -73,41 +73,44 @@ def test_draw_of_a_mass(device, monkeypatch, vocab_size):
 @pytest.mark.parametrize("coupling", ["none", "maximal", "gumbel"])
 @pytest.mark.parametrize("slots", [1, 2, 17])
 @pytest.mark.parametrize("top_k", [0, 12])
-def test_judge(device, monkeypatch, slots, coupling, top_k):
+def test_verify_window(device, monkeypatch, slots, coupling, top_k):
     """Verdicts and new drafts are those of `verify` and `refresh`."""
-    from visar.kernels.verify import judge
+    from visar.kernels.verify import verify_window
 
     batch, vocab_size = 3, 140
-    p, q = laws(batch, slots, vocab_size, top_k=top_k), laws(batch, slots, vocab_size, seed=5, top_k=top_k)[:, 1:]
+    p, q = (
+        random_probs(batch, slots, vocab_size, top_k=top_k),
+        random_probs(batch, slots, vocab_size, seed=5, top_k=top_k)[:, 1:],
+    )
     q[:, 1::2] = p[:, 1:-1:2]  # accepted for certain; what is left of them is nothing
     accept, emit, fresh = uniforms(3, batch, slots)
     draft = plain(monkeypatch, lambda: draw(q, uniforms(batch, slots - 1, seed=3)))
-    judged = torch.tensor([slots - 1, 0, slots // 2])
+    verified = torch.tensor([slots - 1, 0, slots // 2])
     noise = -torch.log(-torch.log(uniforms(batch, slots + 9, vocab_size, seed=4)))
     length = torch.tensor([0, 9, 4])
-    p, q, accept, emit, fresh, draft, judged, noise, length = (
-        value.to(device) for value in (p, q, accept, emit, fresh, draft, judged, noise, length)
+    p, q, accept, emit, fresh, draft, verified, noise, length = (
+        value.to(device) for value in (p, q, accept, emit, fresh, draft, verified, noise, length)
     )
 
     def expected() -> tuple[Verdict, torch.Tensor]:
-        verdict = verify(p, q, draft, accept[:, :-1], emit, judged_B=judged)
+        verdict = verify(p, q, draft, accept[:, :-1], emit, verified_B=verified)
         place = length[:, None] + torch.arange(slots, device=device)
         gumbel = noise.gather(1, place[..., None].expand(-1, -1, vocab_size))
-        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel, judged)
+        return verdict, refresh(coupling, p, q, draft, verdict, fresh, emit, gumbel, verified)
 
     verdict, drafts = plain(monkeypatch, expected)
     given = dict(coupling=coupling, fresh_BL=fresh, gumbel_BTV=noise, length_B=length)
-    _, got, new = judge(p, q, draft, accept, emit, judged_B=judged, **given)
+    _, got, new = verify_window(p, q, draft, accept, emit, verified_B=verified, **given)
     got = Verdict(*got)
     assert torch.equal(new, drafts)
-    for name in ("tokens_BL", "count_B", "kept_B", "accepted_BK"):
+    for name in ("tokens_BL", "count_B", "accepted_B", "accepted_BK"):
         assert torch.equal(getattr(got, name), getattr(verdict, name)), name
-    assert torch.equal(verify(p, q, draft, accept[:, :-1], emit, judged_B=judged).tokens_BL, verdict.tokens_BL)
+    assert torch.equal(verify(p, q, draft, accept[:, :-1], emit, verified_B=verified).tokens_BL, verdict.tokens_BL)
     # From logits and by chances that are given.
     logits, chance = p.log(), torch.rand(batch, slots - 1, device=device)
-    law, got, _ = judge(logits, q, draft, accept, emit, filters=(1.0, 0, 1.0), chance_BK=chance)
-    torch.testing.assert_close(law, torch.softmax(logits, -1))
-    expected_verdict = plain(monkeypatch, lambda: verify(law, q, draft, accept[:, :-1], emit, chance_BK=chance))
+    probs, got, _ = verify_window(logits, q, draft, accept, emit, filters=(1.0, 0, 1.0), chance_BK=chance)
+    torch.testing.assert_close(probs, torch.softmax(logits, -1))
+    expected_verdict = plain(monkeypatch, lambda: verify(probs, q, draft, accept[:, :-1], emit, chance_BK=chance))
     assert torch.equal(got[1], expected_verdict.count_B) and torch.equal(got[3], expected_verdict.accepted_BK)
 
 
@@ -133,8 +136,8 @@ def test_walk(device, monkeypatch, vocab_size, kind):
     batch, nodes = 6, 11
     tree = random_tree(batch, nodes, vocab_size, device)
     depth = int(tree.place_BL.max())
-    p = laws(batch, nodes + 1, vocab_size).to(device)
-    q = laws(batch, nodes, vocab_size, seed=2, top_k=vocab_size // 2).to(device)
+    p = random_probs(batch, nodes + 1, vocab_size).to(device)
+    q = random_probs(batch, nodes, vocab_size, seed=2, top_k=vocab_size // 2).to(device)
     q.scatter_(2, tree.tokens_BM[..., None], (2.0 if kind == "drawn" else 8.0) / vocab_size)
     accept, emit = uniforms(batch, nodes).to(device), uniforms(batch).to(device)
     if kind == "chosen":
@@ -145,39 +148,42 @@ def test_walk(device, monkeypatch, vocab_size, kind):
     def expected():
         if kind == "chosen":
             return walk_chosen(p, tree, accept, emit, depth)
-        judge = judge_drawn(tree, q)
+        rule = drawn_rule(tree, q)
         if kind in ("moved", "ratio"):
-            judge = judge_relaxed(tree, q, lambda law, token: relaxed_law(law, token, near, **bounds))
-        return walk(p, tree, judge, accept, emit, depth)
+            rule = relaxed_rule(tree, q, lambda probs, token: relaxed_probs(probs, token, near, **bounds))
+        return walk(p, tree, rule, accept, emit, depth)
 
-    way = plain(monkeypatch, expected)
+    path = plain(monkeypatch, expected)
     if kind == "chosen":
         got = walk_chosen(p, tree, accept, emit, depth)
     elif kind == "drawn":
         got = walk_drawn(p, tree, q, accept, emit, depth)
     else:
         got = walk_by_kernel(p, tree, q, accept, emit, depth, neighbours_Vk=near, **bounds)
-    assert way.kept_B.max() > 0 and (way.judged_BD.sum(1) > way.kept_B).any()
-    for name in ("slots_BD", "kept_B", "judged_BD", "refused_B"):
-        assert torch.equal(getattr(got, name), getattr(way, name)), name
-    torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-4)
-    assert torch.equal(got.tokens_BL, way.tokens_BL)
+    assert path.accepted_B.max() > 0 and (path.verified_BD.sum(1) > path.accepted_B).any()
+    for name in ("slots_BD", "accepted_B", "verified_BD", "refused_B"):
+        assert torch.equal(getattr(got, name), getattr(path, name)), name
+    torch.testing.assert_close(got.probs_BV, path.probs_BV, atol=1e-6, rtol=1e-4)
+    assert torch.equal(got.tokens_BL, path.tokens_BL)
 
 
 def test_walk_of_chains(device, monkeypatch):
     batch, depth, chains, vocab_size = 5, 3, 4, 140
-    p = laws(batch, 1 + depth * chains, vocab_size, top_k=40).to(device)
-    levels = [laws(batch, 1, vocab_size, seed=7 + d, top_k=30).expand(-1, chains, -1).to(device) for d in range(depth)]
+    p = random_probs(batch, 1 + depth * chains, vocab_size, top_k=40).to(device)
+    levels = [
+        random_probs(batch, 1, vocab_size, seed=7 + d, top_k=30).expand(-1, chains, -1).to(device)
+        for d in range(depth)
+    ]
     tokens = plain(monkeypatch, lambda: torch.cat([draw(q, uniforms(batch, chains).to(device)) for q in levels], 1))
     parents = torch.tensor([max(0, node + 1 - chains) for node in range(depth * chains)], device=device)
     tree = DraftTree.from_parents(tokens, parents.expand(batch, -1))
     accept, emit = uniforms(batch, depth, chains).to(device), uniforms(batch).to(device)
-    way = plain(monkeypatch, lambda: walk_chains(p, tree, levels, accept, emit))
+    path = plain(monkeypatch, lambda: walk_chains(p, tree, levels, accept, emit))
     got = walk_chains(p, tree, levels, accept, emit)
-    assert way.kept_B.max() > 0
-    for name in ("slots_BD", "kept_B", "judged_BD", "refused_B", "tokens_BL"):
-        assert torch.equal(getattr(got, name), getattr(way, name)), name
-    torch.testing.assert_close(got.law_BV, way.law_BV, atol=1e-6, rtol=1e-3)
+    assert path.accepted_B.max() > 0
+    for name in ("slots_BD", "accepted_B", "verified_BD", "refused_B", "tokens_BL"):
+        assert torch.equal(getattr(got, name), getattr(path, name)), name
+    torch.testing.assert_close(got.probs_BV, path.probs_BV, atol=1e-6, rtol=1e-3)
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -241,14 +247,14 @@ def drafted_tree() -> DraftTree:
     return DraftTree.from_parents(ids(BATCH, len(parents)), torch.tensor([parents]).expand(BATCH, -1))
 
 
-def launch_judge(coupling: str | None, filtered: bool, chance: bool) -> None:
-    from visar.kernels.verify import judge
+def launch_verify(coupling: str | None, filtered: bool, chance: bool) -> None:
+    from visar.kernels.verify import verify_window
 
     rows, drafts = torch.zeros(BATCH, WINDOW, CODES), ids(BATCH, WINDOW - 1)
     fresh, accept, emit = torch.zeros(BATCH, WINDOW, 3).unbind(-1)
-    judge(
+    verify_window(
         rows, rows[:, 1:], drafts, accept, emit, filters=(0.9, 100, 0.95) if filtered else None,
-        judged_B=ids(BATCH) if coupling else None, chance_BK=torch.zeros(drafts.shape) if chance else None,
+        verified_B=ids(BATCH) if coupling else None, chance_BK=torch.zeros(drafts.shape) if chance else None,
         coupling=coupling, fresh_BL=fresh, gumbel_BTV=torch.zeros(BATCH, POSITIONS + WINDOW, CODES),
         length_B=ids(BATCH), counts=counters() if coupling else None,
     )  # fmt: skip
@@ -264,26 +270,26 @@ def launch_commit() -> None:
 def launch_carry(initial: str) -> None:
     from visar.kernels.jacobi import carry
 
-    law, remembered = torch.zeros(BATCH, WINDOW, CODES), torch.zeros(BATCH, 16, CODES)
+    probs, remembered = torch.zeros(BATCH, WINDOW, CODES), torch.zeros(BATCH, 16, CODES)
     tokens, uniform = ids(BATCH, POSITIONS + WINDOW), torch.zeros(BATCH, POSITIONS + WINDOW)
-    draft, draft_law = ids(BATCH, WINDOW - 1), torch.zeros(BATCH, WINDOW - 1, CODES)
+    draft, draft_probs = ids(BATCH, WINDOW - 1), torch.zeros(BATCH, WINDOW - 1, CODES)
     numbers = (ids(BATCH) for _ in range(3))
-    carry(initial, ids(BATCH, WINDOW), law, *numbers, tokens, uniform, remembered, draft, draft_law, columns=16)
+    carry(initial, ids(BATCH, WINDOW), probs, *numbers, tokens, uniform, remembered, draft, draft_probs, columns=16)
 
 
 def launch_ngram(in_tree: bool) -> None:
-    from visar.kernels.ngram import ngram_laws
+    from visar.kernels.ngram import ngram_probs
 
     tree = drafted_tree()
     tokens, parents = ids(BATCH, POSITIONS + WINDOW), tree.parents_BM if in_tree else None
     sizes = dict(num_tokens=POSITIONS, columns=16, vocab_size=CODES, weight=8.0)
-    ngram_laws(tokens, ids(BATCH), tree.tokens_BM, parents, first=5, nodes=8, depth=2, **sizes)
+    ngram_probs(tokens, ids(BATCH), tree.tokens_BM, parents, first=5, nodes=8, depth=2, **sizes)
 
 
 def launch_tree_pass() -> None:
     from visar.kernels.attention import cached_attention
     from visar.kernels.elementwise import guide
-    from visar.kernels.tree_walks import move_path
+    from visar.kernels.tree_paths import move_path
 
     tree, rows, heads, width, slots = drafted_tree(), 2 * BATCH, 12, 64, POSITIONS + 40
     cache = torch.zeros(2, 2, rows, heads, slots, width, dtype=torch.bfloat16)
@@ -300,18 +306,18 @@ def launch_tree_pass() -> None:
 def launch_drafting() -> None:
     from visar.kernels.tree_drafting import Growth, draw_siblings
 
-    law, nodes = torch.zeros(BATCH, 8, CODES), 28
-    draw_siblings(law, ids(8, 2), torch.zeros(BATCH, nodes), torch.zeros(BATCH, nodes, CODES), ids(BATCH, nodes))
-    growth = Growth(BATCH, depth=3, children=8, device=law.device)
+    probs, nodes = torch.zeros(BATCH, 8, CODES), 28
+    draw_siblings(probs, ids(8, 2), torch.zeros(BATCH, nodes), torch.zeros(BATCH, nodes, CODES), ids(BATCH, nodes))
+    growth = Growth(BATCH, depth=3, children=8, device=probs.device)
     for level in range(3):
-        growth.add(law if level else law[:, :1])
+        growth.add(probs if level else probs[:, :1])
         if level < 2:
             growth.expand()
     growth.pruned(nodes)
 
 
 def launch_walk(kind: str) -> None:
-    from visar.kernels.tree_walks import walk, walk_chains
+    from visar.kernels.tree_paths import walk, walk_chains
 
     if kind == "chains":
         depth, chains = 4, 4
@@ -328,9 +334,9 @@ def launch_walk(kind: str) -> None:
     walk(p, q, tree.tokens_BM, tree.parents_BM, *uniforms, len(BRANCHES), neighbours_Vk=near, **bounds)
 
 
-JUDGED = [(None, False, False), ("none", True, False), ("maximal", True, True), ("gumbel", True, False)]
+VERIFIED = [(None, False, False), ("none", True, False), ("maximal", True, True), ("gumbel", True, False)]
 LAUNCHES = [
-    *((launch_judge, options, "_judge _settle") for options in JUDGED),
+    *((launch_verify, options, "_verify_window _settle") for options in VERIFIED),
     (launch_commit, (), "_count _commit"),
     *((launch_carry, (initial,), "_carry") for initial in ("random", "left", "above", "left_mode", "above_law")),
     *((launch_ngram, (in_tree,), "_ngram") for in_tree in (False, True)),
@@ -354,7 +360,7 @@ SAMPLERS = {
     "jacobi maximal": (sample_jacobi, dict(window=7, coupling="maximal", initial="left_law", adaptive=True)),
     "jacobi gumbel": (sample_jacobi, dict(window=5, coupling="gumbel", initial="left_mode")),
     "jacobi above": (sample_jacobi, dict(window=6, initial="above")),
-    "jacobi above law": (sample_jacobi, dict(window=6, initial="above_law", top_p=0.9)),
+    "jacobi above distribution": (sample_jacobi, dict(window=6, initial="above_law", top_p=0.9)),
     "grouped": (sample_grouped, dict(window=5, codebook=BOOK)),
     "speculative": (sample_speculative, dict(num_drafts=3)),
     "static tree": (sample_static_tree, dict(branches=(3, 2))),
@@ -400,7 +406,7 @@ def test_samplers_draw_the_same_ids(device, monkeypatch, name, learned):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["jacobi", "jacobi maximal", "jacobi gumbel", "static tree", "dynamic tree", "k_seq"])
-def test_law_through_kernels(name):
+def test_distribution_through_kernels(name):
     device = torch.device("cuda")
     torch.manual_seed(0)
     model = TabularGenerator(vocab_size=4, grid=(2, 2)).to(device)
@@ -409,5 +415,7 @@ def test_law_through_kernels(name):
     condition = Condition(labels_BA=torch.zeros(n, 1, dtype=torch.int64, device=device))
     assert kernels.usable(model.table)
     out = sampler(model, condition, noise=Noise(image_seeds(0, n), device), **settings)
-    check = check_law(out.tokens, joint_law(model, condition.rows(torch.zeros(1, dtype=torch.int64))), 4)
+    check = check_distribution(
+        out.tokens, joint_distribution(model, condition.rows(torch.zeros(1, dtype=torch.int64))), 4
+    )
     assert check.passed, check

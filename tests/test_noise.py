@@ -1,4 +1,4 @@
-"""Counter-based noise: known answers, independence of the batch, laws."""
+"""Counter-based noise: known answers, independence of the batch, distributions."""
 
 import importlib.util
 import os
@@ -65,7 +65,7 @@ def test_uses_counters_positions_and_seeds_give_unrelated_draws():
         assert abs(correlation) < 4.5 / 4000**0.5
 
 
-def test_laws():
+def test_distributions():
     noise = Noise(image_seeds(123, 2000))
     uniform = noise.uniform(Use.TOKEN, 0, (50,)).flatten()
     assert 0.0 < uniform.min() and uniform.max() < 1.0

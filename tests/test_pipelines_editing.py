@@ -169,10 +169,10 @@ def test_the_command_edits_a_file(tmp_path, capsys):
     assert main([*common[:-1], str(tmp_path / "out.txt"), *choices]) == 1
     assert "must end in one of .png, .jpg" in capsys.readouterr().err
     assert main(["edit", str(tmp_path / "model"), str(tmp_path), "--device", "cpu"]) == 1
-    assert "is not a readable picture" in capsys.readouterr().err
+    assert "is not a readable image" in capsys.readouterr().err
     (tmp_path / "text.png").write_text("no picture")
     assert main(["edit", str(tmp_path / "model"), str(tmp_path / "text.png"), "--device", "cpu"]) == 1
-    assert "is not a readable picture" in capsys.readouterr().err
+    assert "is not a readable image" in capsys.readouterr().err
     sampled = ["sample", str(tmp_path / "model"), "--num-images", "2", "--previews", "--device", "cpu"]
     assert main([*sampled, "--out", str(tmp_path / "made.png")]) == 0
     with PIL.Image.open(tmp_path / "made-scales.png") as sheet:

@@ -66,7 +66,7 @@ def texts() -> ImagePipeline:
     return make(words=True)
 
 
-def test_images_by_name_number_and_from_the_training_law(classes):
+def test_images_by_name_number_and_from_the_training_distribution(classes):
     out = classes("cat", num_images=3, seed=0)
     assert len(out.images) == 3 and isinstance(out.images[0], PIL.Image.Image) and out.images[0].size == (8, 8)
     assert all(text.startswith("animal/cat") for text in out.descriptions)
@@ -197,14 +197,14 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(class_labels="cat", prompt="red apple"), "not both"),
         (dict(attributes={"style": "chalk"}), "unknown style 'chalk'"),
         (dict(attributes={"mood": "ink"}), "unknown attribute 'mood'; this model has class, style"),
-        (dict(class_labels="dog", attributes={"style": "oil"}), "no training picture has style 'oil'.*go: ink"),
+        (dict(class_labels="dog", attributes={"style": "oil"}), "no training image has style 'oil'.*occur with: ink"),
         (dict(num_images=0), "num_images 0"),
         (dict(num_images=-2), "num_images -2"),
         (dict(num_images=1.5), "num_images 1.5"),
         (dict(batch_size=0), "batch_size 0"),
         (dict(top_p=0.0), r"top_p 0.0; it must be in \(0, 1\]"),
         (dict(top_p=1.5), "top_p 1.5"),
-        (dict(top_p=[0.9, 0.5]), r"ancestral: top_p \[0.9, 0.5\]; allowed: a number \(one a scale: next_scale"),
+        (dict(top_p=[0.9, 0.5]), r"ancestral: top_p \[0.9, 0.5\]; allowed: a number \(one per scale: next_scale"),
         (dict(temperature="hot"), "sampler ancestral: temperature 'hot'; allowed: a number"),
         (dict(top_k=-1), "top_k -1"),
         (dict(temperature=0.0), "temperature 0.0"),

@@ -1,4 +1,4 @@
-"""Ancestral sampling: the enumerated law of a tiny model, batch invariance, callbacks."""
+"""Ancestral sampling: the enumerated distribution of a tiny model, batch invariance, callbacks."""
 
 import itertools
 import runpy
@@ -30,7 +30,7 @@ def model() -> RasterGPT:
     return tiny.eval()
 
 
-def enumerate_law(model, condition, guidance, **filters):
+def enumerate_probs(model, condition, guidance, **filters):
     """Probability of each of the V^N sequences, from teacher-forced passes."""
     sequences = torch.tensor(list(itertools.product(range(4), repeat=4)))
     many = condition.rows(torch.zeros(len(sequences), dtype=torch.int64))
@@ -39,8 +39,8 @@ def enumerate_law(model, condition, guidance, **filters):
         if guidance.active(4):
             null = model(sequences, model.null_condition(many))
             logits = null + (logits - null) * torch.tensor(guidance.scales(4))[None, :, None]
-        law = torch.softmax(filter_logits(logits, **filters), -1)
-    return law.gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
+        probs = torch.softmax(filter_logits(logits, **filters), -1)
+    return probs.gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
 
 
 @pytest.mark.parametrize(
@@ -53,17 +53,17 @@ def enumerate_law(model, condition, guidance, **filters):
         (OFF, dict(top_p=0.8, temperature=1.3)),
     ],
 )
-def test_joint_law(model, guidance, filters):
+def test_joint_distribution(model, guidance, filters):
     condition = Condition(labels_BA=torch.tensor([[1, 0]]))
-    law = enumerate_law(model, condition, guidance, **filters)
-    assert abs(float(law.sum()) - 1) < 1e-5
+    probs = enumerate_probs(model, condition, guidance, **filters)
+    assert abs(float(probs.sum()) - 1) < 1e-5
     n = 20_000
     many = condition.rows(torch.zeros(n, dtype=torch.int64))
     tokens = sample_ancestral(model, many, noise=Noise(image_seeds(3, n)), guidance=guidance, **filters).tokens
     cell = (tokens * torch.tensor([64, 16, 4, 1])).sum(-1)
     counts = torch.bincount(cell, minlength=256).double()
-    assert counts[law == 0].sum() == 0
-    expected = law.double() * n
+    assert counts[probs == 0].sum() == 0
+    expected = probs.double() * n
     rare = expected < 5
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
     wanted = torch.cat([expected[~rare], expected[rare].sum()[None]]).clamp(min=1e-9)

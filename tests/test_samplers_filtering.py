@@ -1,11 +1,11 @@
-"""Filters against a plain reference, and the draw against its law."""
+"""Filters against a plain reference, and the draw against its distribution."""
 
 import pytest
 import torch
 
 from visar.core.noise import Noise, Use, image_seeds
 from visar.core.runtime import EAGER
-from visar.samplers.filtering import categorical, check_filters, draw, filter_logits, sample_logits, token_law
+from visar.samplers.filtering import categorical, check_filters, draw, filter_logits, filtered_probs, sample_logits
 
 
 def reference_filter(logits, temperature, top_k, top_p):
@@ -37,7 +37,7 @@ def test_filter_equals_the_definition(top_k, top_p, temperature):
 
 
 @pytest.mark.parametrize(
-    ("law", "top_p", "kept"),
+    ("probs", "top_p", "kept"),
     [
         ([0.5, 0.25, 0.25], 0.5, [0]),
         ([0.5, 0.25, 0.125, 0.125], 0.75, [0, 1]),
@@ -45,8 +45,8 @@ def test_filter_equals_the_definition(top_k, top_p, temperature):
         ([0.25, 0.25, 0.5], 0.6, [0, 1, 2]),  # both of the tied codes
     ],
 )
-def test_top_p_ends_where_probabilities_reach_it(law, top_p, kept):
-    logits = torch.log(torch.tensor([law]))
+def test_top_p_ends_where_probabilities_reach_it(probs, top_p, kept):
+    logits = torch.log(torch.tensor([probs]))
     assert torch.isfinite(filter_logits(logits, top_p=top_p)[0]).nonzero().flatten().tolist() == kept
 
 
@@ -54,7 +54,7 @@ def test_top_p_ends_where_probabilities_reach_it(law, top_p, kept):
 def test_sessions_find_logits_that_are_not_finite(value):
     logits = torch.zeros(2, 3, 10)
     uniform = torch.full((2, 3), 0.5)
-    for draws in (lambda: sample_logits(logits, uniform), lambda: token_law(logits, 1.0, 4, 0.9)):
+    for draws in (lambda: sample_logits(logits, uniform), lambda: filtered_probs(logits, 1.0, 4, 0.9)):
         session = EAGER.session(None, torch.device("cpu"), "any")
         logits[1, 2, 4] = 0.0
         session.run(draws)
@@ -82,7 +82,7 @@ def test_shapes_with_positions():
 
 
 @pytest.mark.parametrize("size", [1, 5, 128, 129, 1000])
-def test_draw_follows_its_law(size):
+def test_draw_follows_its_distribution(size):
     generator = torch.Generator().manual_seed(size)
     logits = torch.randn(size, generator=generator) * 2
     logits[::3] = -torch.inf
@@ -91,10 +91,10 @@ def test_draw_follows_its_law(size):
     n = 60_000
     uniform = Noise(image_seeds(0, n)).uniform(Use.TOKEN, 0)
     counts = torch.bincount(categorical(logits.expand(n, -1), uniform), minlength=size)
-    law = torch.softmax(logits, 0)
-    assert counts[law == 0].sum() == 0
-    large = law * n >= 5
-    statistic = ((counts[large] - n * law[large]) ** 2 / (n * law[large])).sum()
+    probs = torch.softmax(logits, 0)
+    assert counts[probs == 0].sum() == 0
+    large = probs * n >= 5
+    statistic = ((counts[large] - n * probs[large]) ** 2 / (n * probs[large])).sum()
     cells = int(large.sum())
     assert statistic < cells + 5 * (2 * cells) ** 0.5
 

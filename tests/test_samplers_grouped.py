@@ -10,8 +10,8 @@ import torch
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
-from visar.evaluate.laws import check_law, joint_law, position_distances, total_variation
-from visar.samplers.filtering import token_law
+from visar.evaluate.exactness import check_distribution, joint_distribution, position_distances, total_variation
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.grouped import group_chance, group_members, sample_grouped, static_chance, static_groups
 from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.verify import acceptance, residual, verify
@@ -30,7 +30,7 @@ def recorded(io):
 def test_recorded_decisions(parity):
     for case in recorded(parity("gsd").io):
         guided = case["logits_uncond"] + (case["logits_cond"] - case["logits_uncond"]) * case["cfg_scale"]
-        p = token_law(guided, 1.0, int(case["top_k"]), 1.0)
+        p = filtered_probs(guided, 1.0, int(case["top_k"]), 1.0)
         torch.testing.assert_close(p, case["target_probs"], atol=1e-5, rtol=0)
         q, draft = case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:]
         settings = dict(
@@ -57,26 +57,26 @@ def test_recorded_decisions(parity):
 
 
 def one_decision(p, q, chance):
-    """Law of the token that one judged draft leads to."""
+    """Distribution of the token that one verified draft leads to."""
     rejected = (q * (1 - chance)).sum()
     mass = residual(p, q)
     return q * chance + rejected * mass / mass.sum()
 
 
 @pytest.mark.parametrize("groups", ["dynamic", "static"])
-def test_one_decision_changes_the_law_within_its_bound(groups):
+def test_one_decision_changes_the_distribution_within_its_bound(groups):
     generator = torch.Generator().manual_seed(0)
     distances = []
     for _ in range(50):
         p, q = torch.softmax(2 * torch.randn(2, 12, generator=generator), -1)
         codebook, every = torch.randn(12, 3, generator=generator), torch.arange(12)[None]
-        laws = p.expand(1, 12, -1), q.expand(1, 12, -1)
+        both = p.expand(1, 12, -1), q.expand(1, 12, -1)
         if groups == "dynamic":
             limits = dict(below=2, above=2, max_gap=1.0, max_distance=4.0)
-            chance = group_chance(*laws, every, codebook, **limits)[0]
+            chance = group_chance(*both, every, codebook, **limits)[0]
         else:
-            chance = static_chance(*laws, every, static_groups(codebook, 4))[0]
-        exact = acceptance(*laws, every)[0]
+            chance = static_chance(*both, every, static_groups(codebook, 4))[0]
+        exact = acceptance(*both, every)[0]
         assert total_variation(one_decision(p, q, exact), p) < 1e-5
         distance, bound = total_variation(one_decision(p, q, chance), p), (q * (chance - exact).abs()).sum()
         assert distance <= bound + 1e-6
@@ -106,22 +106,22 @@ def test_static_groups_follow_the_codebook():
 def test_groups_of_one_are_exact(settings):
     model, n = tabular(), TINY.DRAWS
     out = sample_grouped(model, many(1, n), noise=Noise(image_seeds(0, n)), group=1, window=4, **settings)
-    assert check_law(out.tokens, joint_law(model, labels(1), **settings), 4).passed
+    assert check_distribution(out.tokens, joint_distribution(model, labels(1), **settings), 4).passed
     same = sample_jacobi(model, many(1, n), noise=Noise(image_seeds(0, n)), window=4, **settings)
     assert torch.equal(out.tokens, same.tokens)
 
 
 @pytest.mark.parametrize("groups", ["dynamic", "static"])
-def test_larger_groups_are_faster_and_further_from_the_law(groups):
+def test_larger_groups_are_faster_and_further_from_the_distribution(groups):
     model, n = tabular(8, (2, 2), sharpness=1.0), TINY.DRAWS
     codebook = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
-    law = joint_law(model, labels(1))
+    probs = joint_distribution(model, labels(1))
     rates, distances = [], []
     for group in (1, 2, 4):
         settings = dict(group=group, groups=groups, codebook=codebook, max_gap=1.0, max_distance=9.0, window=4)
         out = sample_grouped(model, many(1, n), noise=Noise(image_seeds(0, n)), **settings)
         rates.append(out.statistics.mean_tokens_per_pass)
-        distances.append(max(position_distances(out.tokens, law, 8)))
+        distances.append(max(position_distances(out.tokens, probs, 8)))
     assert rates[0] < rates[1] < rates[2]
     assert distances[0] < 0.015 < distances[2] < 0.35
 

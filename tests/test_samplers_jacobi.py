@@ -1,4 +1,4 @@
-"""Speculative Jacobi decoding: recorded trajectories, the joint law, and replayed passes."""
+"""Speculative Jacobi decoding: recorded trajectories, the joint distribution, and replayed passes."""
 
 import json
 import runpy
@@ -12,9 +12,9 @@ from safetensors import safe_open
 from visar.core.guidance import OFF, Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
-from visar.evaluate.laws import check_law, joint_law
+from visar.evaluate.exactness import check_distribution, joint_distribution
 from visar.generators.tabular import TabularGenerator
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, guess, refresh, window_sizes
 from visar.samplers.verify import one_hot, verify
@@ -65,21 +65,21 @@ def test_recorded_guesses(parity):
 
 def check_guess(case, initial):
     tokens = torch.cat([case["image_tokens"], case["carry_tokens"]], 1)
-    laws = torch.cat([case["image_probs"], case["carry_probs"]], 1)
-    vocab, known, new = laws.shape[-1], tokens.shape[1], case["init_tokens"].shape[1]
+    known_probs = torch.cat([case["image_probs"], case["carry_probs"]], 1)
+    vocab, known, new = known_probs.shape[-1], tokens.shape[1], case["init_tokens"].shape[1]
     position = known + torch.arange(new)[None]
-    found, law = guess(
+    found, probs = guess(
         initial,
         position,
         torch.tensor([known]),
         int(case["row_width"]),
         torch.nn.functional.pad(tokens, (0, new)),
-        laws,
+        known_probs,
         torch.tensor([0]),
         (case["random_guess"] + 0.5) / vocab,
         vocab,
     )
-    assert torch.equal(found, case["init_tokens"]) and law is None
+    assert torch.equal(found, case["init_tokens"]) and probs is None
     assert torch.equal(one_hot(found, vocab), case["init_probs"])
 
 
@@ -103,7 +103,7 @@ def check_trajectory(case):
             draft, q = torch.cat([draft, guessed], 1), torch.cat([q, one_hot(guessed, vocab)], 1)
             last = state.tokens[0, int(state.length) - 1]
             assert case["pass_input"][passes].tolist() == [int(last), *draft[0].tolist()]
-        p = token_law(model.verify(state, draft), 1.0, int(case["top_k"]), 1.0)
+        p = filtered_probs(model.verify(state, draft), 1.0, int(case["top_k"]), 1.0)
         slots = p.shape[1]
         fresh_uniform = case["u_fresh"][passes, :slots][None].float()
         emit = case["u_resample"][passes].float().expand(1, slots).clone()
@@ -119,22 +119,24 @@ def check_trajectory(case):
     assert torch.equal(state.tokens[:, : int(case["stop"])], case["tokens"])
 
 
-# ------------------------------------------------------------------------------------------------- the joint law
+# ---------------------------------------------------------------------------------------- the joint distribution
 def draws(model, label, count, seed=0, **settings):
     return sample_jacobi(model, many(label, count), noise=Noise(image_seeds(seed, count)), **settings)
 
 
 def assert_exact(model, count, seed=0, **settings):
-    law_settings = {k: settings[k] for k in ("guidance", "temperature", "top_k", "top_p") if k in settings}
+    sampled_settings = {k: settings[k] for k in ("guidance", "temperature", "top_k", "top_p") if k in settings}
     out = draws(model, 1, count, seed, **settings)
-    check = check_law(out.tokens, joint_law(model, labels(1), **law_settings), model.config["vocab_size"])
+    check = check_distribution(
+        out.tokens, joint_distribution(model, labels(1), **sampled_settings), model.config["vocab_size"]
+    )
     assert check.passed, check
     return out
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 9])
 @pytest.mark.parametrize("settings", [{}, dict(guidance=Guidance(2.0)), EVERYTHING])
-def test_law_by_window(window, settings):
+def test_distribution_by_window(window, settings):
     out = assert_exact(tabular(), TINY.DRAWS, window=window, **settings)
     assert sum(k * v for k, v in out.statistics.tokens_per_pass.items()) == 4 * TINY.DRAWS
     assert (out.statistics.mean_tokens_per_pass > 1.1) == (window > 1)
@@ -142,24 +144,24 @@ def test_law_by_window(window, settings):
 
 @pytest.mark.parametrize("initial", INITIALS)
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_law_by_guess_and_coupling(initial, coupling):
+def test_distribution_by_guess_and_coupling(initial, coupling):
     assert_exact(tabular(3, (3, 2)), TINY.DRAWS, window=3, initial=initial, coupling=coupling, top_p=0.8)
 
 
 @pytest.mark.parametrize("filters", [dict(top_k=2), dict(top_p=0.8), dict(temperature=0.7)])
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_law_by_filter(filters, coupling):
+def test_distribution_by_filter(filters, coupling):
     assert_exact(tabular(4, (2, 2), seed=1), TINY.DRAWS, window=4, coupling=coupling, initial="above", **filters)
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
-def test_law_of_long_sequences(coupling):
+def test_distribution_of_long_sequences(coupling):
     settings = dict(window=4, initial="above_law", guidance=Guidance(1.5, schedule="linear"))
     assert_exact(tabular(4, (3, 2), sharpness=1.0), 60_000, coupling=coupling, **settings)
 
 
 @pytest.mark.parametrize("check_every", [1, 2])
-def test_law_of_adaptive_windows(check_every):
+def test_distribution_of_adaptive_windows(check_every):
     out = assert_exact(
         tabular(2, (4, 2)), TINY.DRAWS, window=7, adaptive=True, check_every=check_every, coupling="maximal"
     )
@@ -168,7 +170,7 @@ def test_law_of_adaptive_windows(check_every):
 
 
 @pytest.mark.parametrize("settings", [dict(coupling="none"), dict(coupling="maximal", **EVERYTHING)])
-def test_law_of_a_transformer(settings):
+def test_distribution_of_a_transformer(settings):
     assert_exact(transformer(4, (2, 2)), TINY.DRAWS, window=3, initial="above", **settings)
 
 

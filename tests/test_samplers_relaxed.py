@@ -1,4 +1,4 @@
-"""LANTERN and LANTERN++: recorded trees, the relaxed law, exactness without relaxation, and measured changes."""
+"""LANTERN and LANTERN++: recorded trees, the relaxed distribution, exactness without relaxation, changes."""
 
 import runpy
 from pathlib import Path
@@ -11,12 +11,12 @@ from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
 from visar.core.window import DraftTree
-from visar.evaluate.laws import check_law, joint_law, position_distances, total_variation
+from visar.evaluate.exactness import check_distribution, joint_distribution, position_distances, total_variation
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters.model import ModelDrafter
-from visar.samplers.filtering import token_law
-from visar.samplers.relaxed import judge_relaxed, neighbour_table, relaxed_law, sample_lantern, walk_greedy
-from visar.samplers.trees import check_paths, judge_drawn, path_parents, walk, walk_chosen, without
+from visar.samplers.filtering import filtered_probs
+from visar.samplers.relaxed import neighbour_table, relaxed_probs, relaxed_rule, sample_lantern, walk_greedy
+from visar.samplers.trees import check_paths, drawn_rule, path_parents, walk, walk_chosen, without
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,27 +39,27 @@ def tree_of(case):
     return DraftTree.from_parents(case["node_tokens"][None, 1:], parents[None])
 
 
-def drafted_laws(case, tree):
-    """Each node's law without its elder siblings, from the drafter's law of its parent."""
-    parents, laws, left = tree.parents_BM[0].tolist(), [], {}
+def drafted_probs(case, tree):
+    """Each node's distribution without its elder siblings, from the drafter's distribution of its parent."""
+    parents, drafted_from, left = tree.parents_BM[0].tolist(), [], {}
     expanded = sorted(set(parents))
     for node, parent in enumerate(parents):
-        law = left.get(parent, case["draft_probs"][expanded.index(parent)])
-        laws.append(law)
-        left[parent] = without(law[None], tree.tokens_BM[:, node])[0]
-    return torch.stack(laws)[None]
+        probs = left.get(parent, case["draft_probs"][expanded.index(parent)])
+        drafted_from.append(probs)
+        left[parent] = without(probs[None], tree.tokens_BM[:, node])[0]
+    return torch.stack(drafted_from)[None]
 
 
 def relaxation(case):
     if not int(case["lantern"]):
-        return lambda law, token: law
+        return lambda probs, token: probs
     table, delta = case["neighbours"][:, : int(case["k"])].int(), float(case["delta"])
     bounds = dict(max_ratio=delta) if delta > 1 else dict(max_moved=delta)
-    return lambda law, token: relaxed_law(law, token, table, **bounds)
+    return lambda probs, token: relaxed_probs(probs, token, table, **bounds)
 
 
 def uniforms(case, tree, trace):
-    """The recorded numbers at the nodes that they judged."""
+    """The recorded numbers at the nodes that they verified."""
     uniform, current = torch.full((1, tree.num_nodes), 0.5), 0
     for draw, row in enumerate(trace.tolist()):
         mine = (tree.parents_BM[0] == current) & (tree.tokens_BM[0] == int(row[1]))
@@ -78,53 +78,53 @@ def test_recorded_walks(parity, kind):
         if kind == "static":
             assert torch.equal(tree.place_BL[0], case["tree_position"])
             assert torch.equal(tree.seen_BLL[0], case["tree_mask"].bool())
-            q = drafted_laws(case, tree)
-        p = token_law(case["node_logits"][None], float(case["temperature"]), int(case["top_k"]), 1.0)
+            q = drafted_probs(case, tree)
+        p = filtered_probs(case["node_logits"][None], float(case["temperature"]), int(case["top_k"]), 1.0)
         relax = relaxation(case)
 
-        def recorded_relax(law, token, relax=relax, seen=seen):
-            hat = relax(law, token)
-            seen.append((int(token), float(law[0, token]), float(hat[0, token])))
+        def recorded_relax(probs, token, relax=relax, seen=seen):
+            hat = relax(probs, token)
+            seen.append((int(token), float(probs[0, token]), float(hat[0, token])))
             return hat
 
-        judge = judge_relaxed(tree, q if kind == "static" else None, recorded_relax)
+        rule = relaxed_rule(tree, q if kind == "static" else None, recorded_relax)
         trace = case["trace_paper"]
-        way = walk(p, tree, judge, uniforms(case, tree, trace), torch.tensor([0.5]), int(tree.place_BL.max()))
-        assert int(way.kept_B) == int(case["accept_length_paper"]), name
-        assert int(way.judged_BD.sum()) == len(trace)
-        torch.testing.assert_close(way.law_BV[0], case["next_dist_paper"], atol=1e-5, rtol=0)
+        path = walk(p, tree, rule, uniforms(case, tree, trace), torch.tensor([0.5]), int(tree.place_BL.max()))
+        assert int(path.accepted_B) == int(case["accept_length_paper"]), name
+        assert int(path.verified_BD.sum()) == len(trace)
+        torch.testing.assert_close(path.probs_BV[0], case["next_dist_paper"], atol=1e-5, rtol=0)
         for row in trace.tolist():
             near = [s for s in seen if s[0] == int(row[1]) and abs(s[1] - row[2]) < 1e-5 and abs(s[2] - row[3]) < 1e-5]
             assert near, (name, row)
         if torch.equal(case["trace"], trace):
             agreeing += 1
-            assert way.tokens_BL[0, : int(way.kept_B)].tolist() == case["accepted"].tolist()
-            torch.testing.assert_close(way.law_BV[0], case["next_dist"], atol=1e-5, rtol=0)
+            assert path.tokens_BL[0, : int(path.accepted_B)].tolist() == case["accepted"].tolist()
+            torch.testing.assert_close(path.probs_BV[0], case["next_dist"], atol=1e-5, rtol=0)
         if not int(case["lantern"]):
-            rest = (uniforms(case, tree, trace), torch.tensor([0.5]), way.slots_BD.shape[1])
-            again = walk(p, tree, judge_drawn(tree, q), *rest) if kind == "static" else walk_chosen(p, tree, *rest)
-            assert torch.equal(again.tokens_BL, way.tokens_BL)
+            rest = (uniforms(case, tree, trace), torch.tensor([0.5]), path.slots_BD.shape[1])
+            again = walk(p, tree, drawn_rule(tree, q), *rest) if kind == "static" else walk_chosen(p, tree, *rest)
+            assert torch.equal(again.tokens_BL, path.tokens_BL)
     assert agreeing >= 2
 
 
 def test_recorded_draws_without_replacement(parity):
     for _, case in recorded(parity("lantern").io, "static"):
         for row, tokens in enumerate(case["draft_tokens"]):
-            law = case["draft_probs"][row]
+            probs = case["draft_probs"][row]
             for rank, token in enumerate(tokens):
-                torch.testing.assert_close(law[token], case["draft_cond_probs"][row, rank], atol=1e-5, rtol=1e-5)
-                law = without(law[None], token[None])[0]
+                torch.testing.assert_close(probs[token], case["draft_cond_probs"][row, rank], atol=1e-5, rtol=1e-5)
+                probs = without(probs[None], token[None])[0]
 
 
 def test_recorded_greedy_paths(parity):
     for _, case in recorded(parity("lantern").io, "greedy"):
         tree = tree_of(case)
-        p = token_law(case["node_logits"][None], 1.0, 0, 1.0)
-        way = walk_greedy(p, tree, relaxation(case), int(tree.place_BL.max()))
-        kept = int(way.kept_B)
-        assert kept == int(case["accept_length"])
-        assert way.tokens_BL[0, :kept].tolist() == case["accepted"].tolist()
-        assert int(way.tokens_BL[0, kept]) == int(case["next_dist"].argmax())
+        p = filtered_probs(case["node_logits"][None], 1.0, 0, 1.0)
+        path = walk_greedy(p, tree, relaxation(case), int(tree.place_BL.max()))
+        accepted = int(path.accepted_B)
+        assert accepted == int(case["accept_length"])
+        assert path.tokens_BL[0, :accepted].tolist() == case["accepted"].tolist()
+        assert int(path.tokens_BL[0, accepted]) == int(case["next_dist"].argmax())
 
 
 def test_recorded_neighbours(parity):
@@ -135,8 +135,8 @@ def test_recorded_neighbours(parity):
         assert torch.equal(neighbour_table(case["codebook"], 3), table[:, :3])
 
 
-# -------------------------------------------------------------------------------------------------- the relaxed law
-def test_relaxed_law_moves_what_the_bounds_allow():
+# ----------------------------------------------------------------------------------------- the relaxed distribution
+def test_relaxed_probs_move_what_the_bounds_allow():
     p = torch.tensor([[0.1, 0.05, 0.2, 0.3, 0.35]])
     table = torch.tensor([[1, 2, 3, 4]] + [[0, 2, 3, 4]] * 4, dtype=torch.int32)
     token = torch.tensor([0])
@@ -147,7 +147,7 @@ def test_relaxed_law_moves_what_the_bounds_allow():
         (dict(max_moved=0.26, max_ratio=1.6), [0.15, 0.0, 0.2, 0.3, 0.35]),
         (dict(max_moved=1.0), [1.0, 0.0, 0.0, 0.0, 0.0]),
     ):
-        hat = relaxed_law(p, token, table, **bounds)
+        hat = relaxed_probs(p, token, table, **bounds)
         torch.testing.assert_close(hat, torch.tensor([wanted]))
         assert total_variation(hat, p) <= bounds.get("max_moved", 1.0) + 1e-6
         assert hat[0, 0] <= bounds.get("max_ratio", 100.0) * p[0, 0] + 1e-6
@@ -173,18 +173,18 @@ def test_bounds_of_nothing_are_exact(tree, bounds):
     model, n = tabular(5, (2, 2)), TINY.DRAWS
     settings = dict(guidance=Guidance(1.5), top_p=0.9)
     out = lantern(model, n, tree=tree, drafter=near(model), **bounds, **settings)
-    assert check_law(out.tokens, joint_law(model, labels(1), **settings), 5).passed
+    assert check_distribution(out.tokens, joint_distribution(model, labels(1), **settings), 5).passed
 
 
 @pytest.mark.parametrize("tree", ["dynamic", "static"])
-def test_looser_bounds_are_faster_and_further_from_the_law(tree):
-    """A token's law moves by up to delta for every sibling that is judged: three here."""
+def test_looser_bounds_are_faster_and_further_from_the_distribution(tree):
+    """A token's distribution moves by up to delta for every sibling that is verified: three here."""
     model, n = tabular(8, (2, 2), sharpness=1.0), TINY.DRAWS
-    law, rates, distances = joint_law(model, labels(1)), [], []
+    probs, rates, distances = joint_distribution(model, labels(1)), [], []
     for delta in (0.0, 0.05, 0.2, 0.4):
         out = lantern(model, n, tree=tree, drafter=near(model), max_moved=delta, num_neighbours=5)
         rates.append(out.statistics.mean_tokens_per_pass)
-        distances.append(position_distances(out.tokens, law, 8))
+        distances.append(position_distances(out.tokens, probs, 8))
     first = [each[0] for each in distances]
     assert rates[0] < rates[2] < rates[3]
     assert max(distances[0]) < 0.015
@@ -195,10 +195,10 @@ def test_looser_bounds_are_faster_and_further_from_the_law(tree):
 
 def test_ratio_bound_relaxes_less_where_the_draft_is_unlikely():
     model, n = tabular(8, (2, 2), sharpness=1.0), 10_000
-    law, distances = joint_law(model, labels(1)), []
+    probs, distances = joint_distribution(model, labels(1)), []
     for ratio in (1.0, 3.0, 10.0):
         out = lantern(model, n, tree="static", drafter=near(model), max_ratio=ratio, num_neighbours=5)
-        distances.append(position_distances(out.tokens, law, 8)[0])
+        distances.append(position_distances(out.tokens, probs, 8)[0])
     assert distances[0] < 0.02 < distances[1] < distances[2]
 
 

@@ -162,7 +162,7 @@ def test_settings_of_all_samplers_in_a_text():
             "no setting 'topp'; its settings: temperature, top_k, top_p, guidance_scale, guidance_schedule$",
         ),
         ("jacobi:windw=1", "its settings: temperature, top_k, top_p, window, initial, .*, guidance_scale"),
-        ("ancestral:top_p=0.9,0.8", r"top_p '0.9,0.8'; allowed: a number \(one a scale: next_scale, masked_refine"),
+        ("ancestral:top_p=0.9,0.8", r"top_p '0.9,0.8'; allowed: a number \(one per scale: next_scale, masked_refine"),
         ("next_scale:top_k=1.5", "top_k '1.5'; allowed: a whole number, or several as in 4,2,1$"),
         ("next_scale:guidance_scale=1,2", "guidance_scale '1,2'; allowed: a number$"),
         ("ancestral:top_p=1.5", "top_p 1.5"),

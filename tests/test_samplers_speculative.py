@@ -1,4 +1,4 @@
-"""Drafted speculation, chains and trees: the joint law with every drafter, and replayed passes."""
+"""Drafted speculation, chains and trees: the joint distribution with every drafter, and replayed passes."""
 
 import runpy
 from pathlib import Path
@@ -12,7 +12,7 @@ from visar.core.guidance import Guidance
 from visar.core.noise import Noise, Use, image_seeds
 from visar.core.runtime import EAGER, Runtime, Session
 from visar.core.window import DraftTree, Window
-from visar.evaluate.laws import check_law, chi_squared, joint_law
+from visar.evaluate.exactness import check_distribution, chi_squared, joint_distribution
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.drafters.eagle import FeatureDrafter, feature_loss
 from visar.samplers.drafters.heads import SpatialHeads, heads_loss
@@ -24,8 +24,8 @@ from visar.samplers.speculative import sample_speculative
 from visar.samplers.tree_speculation import sample_dynamic_tree, sample_k_seq, sample_static_tree
 from visar.samplers.trees import (
     check_paths,
+    drawn_rule,
     full_paths,
-    judge_drawn,
     k_seq_ratio,
     path_parents,
     walk,
@@ -64,27 +64,27 @@ def assert_exact(name, model, drafter, count, **settings):
         model, many(1, count), noise=Noise(image_seeds(50_000, count)), drafter=drafter, **{**own, **settings}
     )
     filters = {k: settings[k] for k in ("guidance", "temperature", "top_k", "top_p") if k in settings}
-    check = check_law(out.tokens, joint_law(model, labels(1), **filters), model.config["vocab_size"])
+    check = check_distribution(out.tokens, joint_distribution(model, labels(1), **filters), model.config["vocab_size"])
     assert check.passed, check
     return out.statistics
 
 
-# ------------------------------------------------------------------------------------------------- the joint law
+# ---------------------------------------------------------------------------------------- the joint distribution
 @pytest.mark.parametrize("settings", [{}, FILTERED, dict(top_p=0.8), dict(temperature=0.7)])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_law_with_another_table(name, settings):
+def test_distribution_with_another_table(name, settings):
     model = tabular()
     statistics = assert_exact(name, model, near(model), TINY.DRAWS, **settings)
     assert 0.3 < statistics.acceptance_rate < 1.0
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_law_with_ngrams(name):
+def test_distribution_with_ngrams(name):
     assert_exact(name, tabular(3, (3, 2)), NgramDrafter(), TINY.DRAWS, top_p=0.8)
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 6])
-def test_law_by_length_of_the_chain(num_drafts):
+def test_distribution_by_length_of_the_chain(num_drafts):
     model = tabular(4, (3, 2), sharpness=1.0)
     assert_exact("chain", model, near(model), TINY.DRAWS, num_drafts=num_drafts)
 
@@ -101,7 +101,7 @@ def drafters(model):
 
 @pytest.mark.parametrize("which", ["model", "feature", "heads"])
 @pytest.mark.parametrize("name", ["chain", "static", "dynamic", "k-seq"])
-def test_law_of_a_transformer(name, which):
+def test_distribution_of_a_transformer(name, which):
     model = transformer(3, (2, 2))
     assert_exact(name, model, drafters(model)[which], 4000, guidance=Guidance(2.0))
 
@@ -110,7 +110,7 @@ def test_law_of_a_transformer(name, which):
     "settings", [dict(nodes=1), dict(nodes=2, depth=2, children=2), dict(nodes=2, depth=4, children=3)], ids=str
 )
 @pytest.mark.parametrize("which", ["model", "feature", "heads", "ngram"])
-def test_law_of_trees_that_are_smaller_than_what_was_drafted(which, settings):
+def test_distribution_of_trees_that_are_smaller_than_what_was_drafted(which, settings):
     model = transformer(3, (2, 2))
     drafter = NgramDrafter() if which == "ngram" else drafters(model)[which]
     assert_exact("dynamic", model, drafter, 4000, guidance=Guidance(2.0), **settings)
@@ -149,13 +149,13 @@ def test_k_seq_on_one_position():
     n, rates = 100_000, {}
     for chains in (1, 2, 4):
         uniform = Noise(image_seeds(1, n)).uniform(Use.DRAFT, 0, (2 * chains + 1,))
-        laws = q.expand(n, chains, -1)
+        probs = q.expand(n, chains, -1)
         parents = torch.zeros(n, chains, dtype=torch.int64)
-        tree = DraftTree.root(n, "cpu").grown(draw(laws, uniform[:, :chains]), parents)
+        tree = DraftTree.root(n, "cpu").grown(draw(probs, uniform[:, :chains]), parents)
         target = p.expand(n, chains + 1, -1)
-        way = walk_chains(target, tree, [laws], uniform[:, None, chains:-1], uniform[:, -1])
-        assert chi_squared(torch.bincount(way.tokens_BL[:, 0], minlength=6).double(), p.double()) > 1e-3
-        rates[chains] = float(way.kept_B.float().mean())
+        path = walk_chains(target, tree, [probs], uniform[:, None, chains:-1], uniform[:, -1])
+        assert chi_squared(torch.bincount(path.tokens_BL[:, 0], minlength=6).double(), p.double()) > 1e-3
+        rates[chains] = float(path.accepted_B.float().mean())
     assert abs(rates[1] - float(torch.minimum(p, q).sum())) < 0.005
     assert rates[1] < rates[2] < rates[4]
     ratio = k_seq_ratio(p[None], q[None], torch.tensor([4]))
@@ -164,28 +164,30 @@ def test_k_seq_on_one_position():
     torch.testing.assert_close(1 - (1 - beta) ** 4, ratio[0] * beta)
 
 
-@pytest.mark.parametrize("mistake", [None, "law with elder siblings", "residual of the first law", "best sibling"])
+@pytest.mark.parametrize(
+    "mistake", [None, "distribution with elder siblings", "residual of the first distribution", "best sibling"]
+)
 def test_siblings_on_one_position(mistake):
-    """Three siblings without replacement give the target's law, and slips in their bookkeeping do not."""
+    """Three siblings without replacement give the target's distribution, and slips in their bookkeeping do not."""
     generator = torch.Generator().manual_seed(0)
     p, q = torch.softmax(torch.randn(2, 6, generator=generator) * 1.5, -1)
     n, siblings = 100_000, 3
     uniform = Noise(image_seeds(1, n)).uniform(Use.DRAFT, 0, (2 * siblings + 1,))
-    laws, tokens = [q.expand(n, -1)], []
+    probs, tokens = [q.expand(n, -1)], []
     for rank in range(siblings):
-        tokens.append(draw(laws[-1], uniform[:, rank]))
-        laws.append(without(laws[-1], tokens[-1]))
-    q_BMV, drafted = torch.stack(laws[:-1], 1), torch.stack(tokens, 1)
+        tokens.append(draw(probs[-1], uniform[:, rank]))
+        probs.append(without(probs[-1], tokens[-1]))
+    q_BMV, drafted = torch.stack(probs[:-1], 1), torch.stack(tokens, 1)
     if mistake == "best sibling":
         drafted = drafted.gather(1, p[drafted].argsort(1, descending=True))
-    if mistake == "law with elder siblings":
+    if mistake == "distribution with elder siblings":
         q_BMV = q.expand(n, siblings, -1)
     tree = DraftTree.root(n, "cpu").grown(drafted, torch.zeros(n, siblings, dtype=torch.int64))
-    judge = judge_drawn(tree, q_BMV)
-    if mistake == "residual of the first law":
-        judge = lambda law, node: (judge_drawn(tree, q_BMV)(law, node)[0], residual(p.expand(n, -1), q_BMV[:, node]))  # noqa: E731
-    way = walk(p.expand(n, siblings + 1, -1), tree, judge, uniform[:, siblings:-1], uniform[:, -1], 1)
-    fits = chi_squared(torch.bincount(way.tokens_BL[:, 0], minlength=6).double(), p.double())
+    rule = drawn_rule(tree, q_BMV)
+    if mistake == "residual of the first distribution":
+        rule = lambda probs, node: (drawn_rule(tree, q_BMV)(probs, node)[0], residual(p.expand(n, -1), q_BMV[:, node]))  # noqa: E731
+    path = walk(p.expand(n, siblings + 1, -1), tree, rule, uniform[:, siblings:-1], uniform[:, -1], 1)
+    fits = chi_squared(torch.bincount(path.tokens_BL[:, 0], minlength=6).double(), p.double())
     assert fits > 1e-3 if mistake is None else fits < 1e-6
 
 
@@ -199,16 +201,16 @@ def test_chosen_siblings_at_once_equal_one_after_another():
     p[0] = torch.nn.functional.one_hot(tokens[0, :1], vocab_size).float()
     uniform = torch.rand(n, tree.num_nodes + 1, generator=generator).clamp(min=1e-6)
 
-    def judge(law, node):
+    def rule(probs, node):
         token = tree.tokens_BM[:, node]
-        return law.gather(1, token[:, None]).squeeze(1), without(law, token)
+        return probs.gather(1, token[:, None]).squeeze(1), without(probs, token)
 
     at_once = walk_chosen(p, tree, uniform[:, 1:], uniform[:, 0], 3)
-    in_turn = walk(p, tree, judge, uniform[:, 1:], uniform[:, 0], 3)
-    assert set(in_turn.kept_B.tolist()) == {0, 1, 2, 3}
-    for name in ("slots_BD", "tokens_BL", "kept_B", "judged_BD", "refused_B"):
+    in_turn = walk(p, tree, rule, uniform[:, 1:], uniform[:, 0], 3)
+    assert set(in_turn.accepted_B.tolist()) == {0, 1, 2, 3}
+    for name in ("slots_BD", "tokens_BL", "accepted_B", "verified_BD", "refused_B"):
         assert torch.equal(getattr(at_once, name), getattr(in_turn, name)), name
-    torch.testing.assert_close(at_once.law_BV, in_turn.law_BV, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(at_once.probs_BV, in_turn.probs_BV, atol=1e-6, rtol=1e-5)
 
 
 def test_paths_of_trees():
@@ -293,7 +295,7 @@ def test_losses_train_drafters():
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
-        assert loss() < 0.95 * first  # not far: the laws have an entropy of their own
+        assert loss() < 0.95 * first  # not far: the distributions have an entropy of their own
         after = sample_speculative(model, many(0, 32), **settings).statistics.mean_tokens_per_pass
         assert after > before + 0.1
     noisy = feature_loss(made["feature"], model, hidden, tokens, uniform_BND=torch.rand_like(hidden))
@@ -302,7 +304,7 @@ def test_losses_train_drafters():
 
 @torch.no_grad()
 def test_feature_drafter_reads_true_vectors():
-    """Its law after a pass is the one that teacher forcing gives."""
+    """Its distribution after a pass is the one that teacher forcing gives."""
     model = transformer(6, (3, 4))
     drafter = drafters(model)["feature"]
     tokens, condition = torch.randint(6, (2, 12)), labels(0, 1)
@@ -319,8 +321,8 @@ def test_feature_drafter_reads_true_vectors():
         features = model.features(state, Window.chain(window))
         model.commit(state, torch.cat([window, tokens.gather(1, start[:, None] + 3)], 1), torch.tensor(counts))
         drafting.observe(start, features, torch.tensor(counts))
-        law = drafting.begin()
-        torch.testing.assert_close(law, wanted[torch.arange(2), state.length - 1], atol=1e-4, rtol=1e-3)
+        probs = drafting.begin()
+        torch.testing.assert_close(probs, wanted[torch.arange(2), state.length - 1], atol=1e-4, rtol=1e-3)
         drafting.extend(tokens.gather(1, state.length[:, None]))
 
 
@@ -333,9 +335,9 @@ def test_ngrams_vote_for_what_followed():
     state.length[0] = 5
     target = Target(model, state, labels(0), Guidance(), 2, 2, (1.0, 0, 1.0))
     drafting = NgramDrafter(weight=3.0).start(Session(capture=False), Kept(), target)
-    law = drafting.begin()
+    probs = drafting.begin()
     votes = torch.tensor([[2.0, 2.0, 1.0 + 3.0, 0.0, 0.0]]) + 0.2
-    torch.testing.assert_close(law, votes / votes.sum())
+    torch.testing.assert_close(probs, votes / votes.sum())
     again = drafting.extend(torch.tensor([[2]]))
     # Now left 2, above 2: the 0 at position 3 had left 2.
     votes = torch.tensor([[1.0 + 4.0, 2.0, 2.0, 0.0, 0.0]]) + 0.2
@@ -412,7 +414,7 @@ def test_bad_drafters():
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=ModelDrafter(without_grid))
     with pytest.raises(ValueError, match="reach 2"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 16, num_right=2))
-    with pytest.raises(ValueError, match="width"):
+    with pytest.raises(ValueError, match="hidden size"):
         sample_speculative(model, labels(0), noise=Noise([0]), drafter=SpatialHeads(4, (2, 2), 8))
     other = SpatialHeads(4, (2, 2), 16, target="another", target_digest=target_digest(transformer(seed=1)))
     with pytest.raises(ValueError, match="trained for another "):

@@ -1,4 +1,4 @@
-"""The accept/resample rule: against recorded decisions, its law by enumeration, and that planted bugs are caught."""
+"""The accept/resample rule: recorded decisions, its distribution by enumeration, and planted bugs that are caught."""
 
 import pytest
 import torch
@@ -6,10 +6,16 @@ import torch
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.noise import Noise, Use, image_seeds
-from visar.evaluate.laws import check_law, chi_squared, joint_law, noise_floor, position_distances
+from visar.evaluate.exactness import (
+    check_distribution,
+    chi_squared,
+    joint_distribution,
+    noise_floor,
+    position_distances,
+)
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.filtering import draw, filter_logits, token_law
+from visar.samplers.filtering import draw, filter_logits, filtered_probs
 from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, verify
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -23,15 +29,15 @@ def fields(io, case):
     return {key.split(".")[1]: value for key, value in io.items() if key.startswith(case + ".")}
 
 
-def target_law(case):
+def target_probs(case):
     guided = case["logits_uncond"] + (case["logits_cond"] - case["logits_uncond"]) * case["cfg_scale"]
     top_p = float(case["top_p"]) if "top_p" in case else 1.0
-    return token_law(guided, 1.0, int(case["top_k"]), top_p)
+    return filtered_probs(guided, 1.0, int(case["top_k"]), top_p)
 
 
-def judged(case):
-    """The verdict on a recorded window: slot 0 is the committed token, slot i is judged by row i - 1."""
-    p, q, draft = target_law(case), case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:]
+def verdict_on(case):
+    """The verdict on a recorded window: slot 0 is the committed token, slot i is verified by row i - 1."""
+    p, q, draft = target_probs(case), case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:]
     emit = case["u_resample"][:, None].repeat(1, p.shape[1])
     emit[:, -1] = case["u_fresh"][:, -1]
     return p, q, draft, verify(p, q, draft, case["u_accept"][:, 1:], emit)
@@ -41,7 +47,7 @@ def test_recorded_windows(parity):
     io = parity("sjd").io
     for name in [*cases(io, "step"), *cases(io, "quirk")]:
         case = fields(io, name)
-        p, q, draft, verdict = judged(case)
+        p, q, draft, verdict = verdict_on(case)
         torch.testing.assert_close(p, case["target_probs"], atol=1e-5, rtol=0)
         torch.testing.assert_close(acceptance(p[:, :-1], q, draft), case["accept_prob"][:, 1:], atol=1e-5, rtol=0)
         assert torch.equal(verdict.count_B, case["first_reject"])
@@ -57,13 +63,13 @@ def test_recorded_windows(parity):
 def test_recorded_mistakes_are_not_made(parity):
     io = parity("sjd").io
     filtered = fields(io, "quirk_top_p")
-    p, q, _, verdict = judged(filtered)
+    p, q, _, verdict = verdict_on(filtered)
     row = int(verdict.count_B) - 1
     mass = (p[0, row] - q[0, row]).clamp(min=0)
     torch.testing.assert_close(residual(p[0, row], q[0, row]), mass)
     assert (mass / mass.sum() - filtered["residual"][0]).abs().max() > 1e-3
     batch = fields(io, "quirk_batch")
-    counts = judged(batch)[3].count_B
+    counts = verdict_on(batch)[3].count_B
     assert counts.min() == batch["n_commit"] and counts.max() > batch["n_commit"]
 
 
@@ -71,7 +77,7 @@ def test_grouped_windows_without_groups(parity):
     io = parity("gsd").io
     for name in cases(io, "step"):
         case = fields(io, name)
-        p = target_law(case)
+        p = target_probs(case)
         plain = acceptance(p[:, :-1], case["draft_probs"][:, 1:], case["draft_tokens"][:, 1:])
         torch.testing.assert_close(plain, case["accept_prob_plain"][:, 1:], atol=1e-5, rtol=0)
 
@@ -83,8 +89,8 @@ def test_rule_on_one_position():
     noise = Noise(image_seeds(1, n))
     uniform = noise.uniform(Use.DRAFT, 0, (4,))
     draft = draw(q.expand(n, -1), uniform[:, 0])[:, None]
-    laws = torch.stack([p, p.flip(0)]).expand(n, -1, -1)
-    verdict = verify(laws, q.expand(n, 1, -1), draft, uniform[:, 1:2], uniform[:, 2:4])
+    both = torch.stack([p, p.flip(0)]).expand(n, -1, -1)
+    verdict = verify(both, q.expand(n, 1, -1), draft, uniform[:, 1:2], uniform[:, 2:4])
     counts = torch.bincount(verdict.tokens_BL[:, 0], minlength=6).double()
     assert chi_squared(counts, p.double()) > 1e-3
     overlap = torch.minimum(p, q).sum()
@@ -93,12 +99,12 @@ def test_rule_on_one_position():
     assert chi_squared(bonus, p.flip(0).double()) > 1e-3
 
 
-def test_judging_fewer_drafts_ends_with_a_token_of_the_target():
+def test_verifying_fewer_drafts_ends_with_a_token_of_the_target():
     p = torch.tensor([[[0.5, 0.5], [0.0, 1.0], [1.0, 0.0]]]).expand(2, -1, -1)
     q = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]).expand(2, -1, -1)
     draft = torch.tensor([[0, 1], [0, 1]])
     uniform = torch.full((2, 2), 0.1)
-    verdict = verify(p, q, draft, uniform, torch.full((2, 3), 0.9), judged_B=torch.tensor([2, 0]))
+    verdict = verify(p, q, draft, uniform, torch.full((2, 3), 0.9), verified_B=torch.tensor([2, 0]))
     assert verdict.count_B.tolist() == [3, 1]
     assert verdict.tokens_BL[0].tolist() == [0, 1, 0] and verdict.tokens_BL[1, 0] == 1
     assert leading(torch.tensor([[True, False, True], [False, True, True]])).tolist() == [1, 0]
@@ -118,7 +124,7 @@ def test_counters_may_be_tensors():
 
 
 # ------------------------------------------------------------------------------- the check itself: planted mistakes
-BUGS = ("none", "stale law", "filtered residual", "target instead of residual", "lockstep")
+BUGS = ("none", "stale distribution", "filtered residual", "target instead of residual", "lockstep")
 
 
 def drafted_loop(model, label, n, bug, *, window, filters, group=4, seed=0):
@@ -132,38 +138,38 @@ def drafted_loop(model, label, n, bug, *, window, filters, group=4, seed=0):
     for counter in range(model.num_tokens * 4):
         if bool((state.length == model.num_tokens).all()):
             break
-        p = token_law(model.verify(state, draft), *settings)
+        p = filtered_probs(model.verify(state, draft), *settings)
         position = state.length[:, None] + torch.arange(window)
         fresh, accept, emit = noise.uniform(Use.DRAFT, position, (3,), counter).unbind(-1)
         accepted = accept[:, :-1] < acceptance(p[:, :-1], q, draft)
-        kept = leading(accepted)
-        mass = residual(row_at(p, kept), row_at(torch.cat([q, torch.zeros(n, 1, vocab)], 1), kept))
+        num_accepted = leading(accepted)
+        mass = residual(row_at(p, num_accepted), row_at(torch.cat([q, torch.zeros(n, 1, vocab)], 1), num_accepted))
         if bug == "filtered residual":
             mass = torch.softmax(filter_logits(mass.log(), **filters), -1)
         if bug == "target instead of residual":
-            mass = row_at(p, kept)
-        emitted = draw(mass, row_at(emit[..., None], kept)[:, 0])
-        after = torch.cat([draft, draft[:, :1]], 1).scatter(1, kept[:, None], emitted[:, None])
-        count = kept + 1
+            mass = row_at(p, num_accepted)
+        emitted = draw(mass, row_at(emit[..., None], num_accepted)[:, 0])
+        after = torch.cat([draft, draft[:, :1]], 1).scatter(1, num_accepted[:, None], emitted[:, None])
+        count = num_accepted + 1
         redrawn = draw(p, fresh)
-        later = torch.arange(window) > kept[:, None]
+        later = torch.arange(window) > num_accepted[:, None]
         if bug == "lockstep":
             count = count.view(-1, group).amin(1, keepdim=True).expand(-1, group).reshape(-1)
             old_q = torch.cat([q, one_hot(after[:, -1:], vocab)], 1)
-            emitted_here = torch.arange(window) == kept[:, None]
-            law = torch.where(later[..., None] | emitted_here[..., None], p, old_q)
+            emitted_here = torch.arange(window) == num_accepted[:, None]
+            probs = torch.where(later[..., None] | emitted_here[..., None], p, old_q)
             following = torch.where(later, redrawn, after)
         else:
-            law, following = p, redrawn
+            probs, following = p, redrawn
         model.commit(state, after, count)
         index = count[:, None] + torch.arange(window - 1)
         empty = index >= window
         index = index.clamp(max=window - 1)
         draft = torch.where(empty, 0, following.gather(1, index))
-        if bug == "stale law":
+        if bug == "stale distribution":
             q = torch.where(empty[..., None], one_hot(draft, vocab), torch.full_like(q, 1 / vocab))
         else:
-            carried = law.gather(1, index[..., None].expand(-1, -1, vocab))
+            carried = probs.gather(1, index[..., None].expand(-1, -1, vocab))
             q = torch.where(empty[..., None], one_hot(draft, vocab), carried)
     return state.tokens[:, : model.num_tokens]
 
@@ -178,7 +184,9 @@ def table() -> TabularGenerator:
 def test_planted_mistakes_are_caught(table, bug):
     filters = {"top_p": 0.8} if bug in ("none", "filtered residual") else {}
     tokens = drafted_loop(table, 1, 20_000, bug, window=3, filters=filters)
-    check = check_law(tokens, joint_law(table, Condition(labels_BA=torch.tensor([[1]])), **filters), 4)
+    check = check_distribution(
+        tokens, joint_distribution(table, Condition(labels_BA=torch.tensor([[1]])), **filters), 4
+    )
     if bug == "none":
         assert check.passed, check
     else:
@@ -187,8 +195,8 @@ def test_planted_mistakes_are_caught(table, bug):
 
 def test_the_check_accepts_perfect_draws(table):
     condition = Condition(labels_BA=torch.tensor([[0]]))
-    law = joint_law(table, condition, Guidance(2.0), top_k=3)
-    assert abs(float(law.sum()) - 1) < 1e-6
+    probs = joint_distribution(table, condition, Guidance(2.0), top_k=3)
+    assert abs(float(probs.sum()) - 1) < 1e-6
     n = 20_000
     out = sample_ancestral(
         table,
@@ -197,11 +205,11 @@ def test_the_check_accepts_perfect_draws(table):
         guidance=Guidance(2.0),
         top_k=3,
     )
-    assert check_law(out.tokens, law, 4).passed
-    assert max(position_distances(out.tokens, law, 4)) < 0.02
-    assert noise_floor(law, 100) > noise_floor(law, 10_000) > 0
+    assert check_distribution(out.tokens, probs, 4).passed
+    assert max(position_distances(out.tokens, probs, 4)) < 0.02
+    assert noise_floor(probs, 100) > noise_floor(probs, 10_000) > 0
     with pytest.raises(ValueError, match="sequences"):
-        check_law(out.tokens, law[:-1], 4)
+        check_distribution(out.tokens, probs[:-1], 4)
 
 
 # ----------------------------------------------------------------------------------------------- the tabular model

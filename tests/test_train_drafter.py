@@ -16,9 +16,9 @@ from visar.bench.acceptance import (
     acceptance,
     background_tokens,
     default_samplers,
-    law_statistics,
     markdown,
     measure_acceptance,
+    probs_statistics,
 )
 from visar.checkpoints import hub
 from visar.cli.main import main
@@ -216,18 +216,18 @@ def test_background_tokens():
         background_tokens(image, (2, 2), "grey")
 
 
-def test_law_statistics(place):
+def test_probs_statistics(place):
     pipeline = load(place / "generator" / "model", device="cpu")
     seeds = [0, 1, 2]
     condition, _ = pipeline.prepare_condition(seeds)
     settings = pipeline.sampling_settings(guidance_scale=2.0)
     tokens = pipeline.sample_tokens(condition, seeds, **settings).tokens
-    top, entropy = law_statistics(pipeline.generator, tokens, condition, Guidance(2.0), (1.0, 0, 1.0), rows=2)
+    top, entropy = probs_statistics(pipeline.generator, tokens, condition, Guidance(2.0), (1.0, 0, 1.0), rows=2)
     state = pipeline.generator.start(condition, Guidance(2.0), ragged=True, window=5)
-    law = torch.softmax(pipeline.generator.verify(state, tokens[:, :5]), -1)
-    torch.testing.assert_close(top[:, :6], law.amax(-1), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(entropy[:, :6], -(law * law.log()).sum(-1), atol=1e-4, rtol=1e-4)
-    one, _ = law_statistics(pipeline.generator, tokens, condition, Guidance(), (1.0, 1, 1.0))
+    probs = torch.softmax(pipeline.generator.verify(state, tokens[:, :5]), -1)
+    torch.testing.assert_close(top[:, :6], probs.amax(-1), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(entropy[:, :6], -(probs * probs.log()).sum(-1), atol=1e-4, rtol=1e-4)
+    one, _ = probs_statistics(pipeline.generator, tokens, condition, Guidance(), (1.0, 1, 1.0))
     torch.testing.assert_close(one, torch.ones(3, 16))
 
 

@@ -94,16 +94,16 @@ def test_next_scale_training_with_self_correction_and_muon(data, tmp_path):
         train_generator(TINY.generator_options(data, "emoji-vq", tmp_path / "no", self_correction=0.3))
 
 
-def test_a_student_learns_its_teachers_laws(data, tmp_path):
+def test_a_student_learns_its_teachers_distributions(data, tmp_path):
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     teacher = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1))
     weight = torch.tensor([1.0, 0.0, 3.0])
-    law = teacher.softmax(-1)
-    loss = token_loss(logits, law, weight)
-    each = functional.cross_entropy(logits.flatten(0, 1), law.flatten(0, 1), reduction="none")
+    probs = teacher.softmax(-1)
+    loss = token_loss(logits, probs, weight)
+    each = functional.cross_entropy(logits.flatten(0, 1), probs.flatten(0, 1), reduction="none")
     torch.testing.assert_close(loss, (each.view(2, 3).mean(0) * weight).sum() / 4)
-    gradient = torch.autograd.grad(token_loss(logits, law), logits)[0]
-    torch.testing.assert_close(gradient, (logits.softmax(-1) - law) / 6)
+    gradient = torch.autograd.grad(token_loss(logits, probs), logits)[0]
+    torch.testing.assert_close(gradient, (logits.softmax(-1) - probs) / 6)
 
     train_tokenizer(TINY.tokenizer_options(data, tmp_path / "tokenizer", steps=12, **MULTISCALE))
     place = tmp_path / "tokenizer" / "model"

@@ -166,9 +166,9 @@ def test_prompts_set_words_only(vocabulary: Vocabulary) -> None:
 
 def test_conditions_that_cannot_be_met_are_explained(vocabulary: Vocabulary) -> None:
     half = torch.tensor([0.5])
-    with pytest.raises(ValueError, match="no training picture has style '3d'.*with them go: flat"):
+    with pytest.raises(ValueError, match="no training image has style '3d'.*they occur with: flat"):
         vocabulary.complete(half, class_labels=["dog"], attributes={"style": "3d"})
-    with pytest.raises(ValueError, match="no training picture has class 'smileys/other'"):
+    with pytest.raises(ValueError, match="no training image has class 'smileys/other'"):
         vocabulary.complete(half, class_labels=["smileys/other"])
     with pytest.raises(ValueError, match="put attributes into its words"):
         vocabulary.complete(half, prompts=["dog"], attributes={"style": "3d"})

@@ -23,7 +23,7 @@ def check_widths(base_channels: int, channel_multipliers: Sequence[int]) -> None
         ValueError: no level, or a width that is not a positive multiple of 32.
     """
     if not channel_multipliers:
-        raise ValueError("channel_multipliers is empty; one entry a level is needed")
+        raise ValueError("channel_multipliers is empty; one entry per level is needed")
     for multiplier in channel_multipliers:
         width = base_channels * multiplier
         if width <= 0 or width % NORM_GROUPS:
@@ -192,7 +192,7 @@ class Encoder(_Checkpointable):
         in_channels: channels of the image.
         out_channels: channels of the features.
         base_channels, channel_multipliers: width of level i (fine to coarse) is their product.
-        num_res_blocks: residual blocks a level.
+        num_res_blocks: residual blocks per level.
         attention: attention after every residual block of the coarsest level (always in the middle).
         dropout: inside residual blocks.
 

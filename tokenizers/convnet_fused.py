@@ -26,11 +26,11 @@ def laid_out(weight: Tensor) -> Tensor:
     """A convolution's weight in channels-last order: a copy, so that state dicts and optimisers see no change."""
     if weight.is_contiguous(memory_format=torch.channels_last):
         return weight
-    now, held = mark(weight), _LAID_OUT.get(weight)
-    if held is None or held[0] != now:
-        held = (now, channels_last(weight.detach()))
-        _LAID_OUT[weight] = held
-    return held[1]
+    now, stored = mark(weight), _LAID_OUT.get(weight)
+    if stored is None or stored[0] != now:
+        stored = (now, channels_last(weight.detach()))
+        _LAID_OUT[weight] = stored
+    return stored[1]
 
 
 def applies(decoder: Decoder, latent_BChw: Tensor) -> bool:
@@ -53,8 +53,8 @@ def _bias(conv: nn.Conv2d) -> Tensor:
     return conv.bias
 
 
-def _resnet(block: ResnetBlock, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
-    hidden = _convolve(block.conv1, group_norm(x_BCHW, held, block.norm1, silu=True))
+def _resnet(block: ResnetBlock, x_BCHW: Tensor, stats: Moments) -> tuple[Tensor, Moments]:
+    hidden = _convolve(block.conv1, group_norm(x_BCHW, stats, block.norm1, silu=True))
     hidden, inner = moments(hidden)
     hidden = group_norm(hidden, inner, block.norm2, silu=True, bias_C=block.conv1.bias)
     hidden = _convolve(block.conv2, hidden)
@@ -64,8 +64,8 @@ def _resnet(block: ResnetBlock, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, 
     return moments(hidden, add_BCHW=shortcut, biases=[_bias(block.conv2), _bias(block.nin_shortcut)])
 
 
-def _attention(block: AttentionBlock, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
-    normed_BPC = group_norm(x_BCHW, held, block.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+def _attention(block: AttentionBlock, x_BCHW: Tensor, stats: Moments) -> tuple[Tensor, Moments]:
+    normed_BPC = group_norm(x_BCHW, stats, block.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
     query, key, value = (
         functional.linear(normed_BPC, conv.weight.flatten(1), conv.bias)[:, None]
         for conv in (block.q, block.k, block.v)
@@ -76,13 +76,13 @@ def _attention(block: AttentionBlock, x_BCHW: Tensor, held: Moments) -> tuple[Te
     return moments(out_BCHW, add_BCHW=x_BCHW, biases=[_bias(block.proj_out)])
 
 
-def _level(level: DecoderLevel, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, Moments]:
+def _level(level: DecoderLevel, x_BCHW: Tensor, stats: Moments) -> tuple[Tensor, Moments]:
     for index, res in enumerate(cast(Iterable[ResnetBlock], level.res)):
-        x_BCHW, held = _resnet(res, x_BCHW, held)
+        x_BCHW, stats = _resnet(res, x_BCHW, stats)
         if len(level.attn):
-            x_BCHW, held = _attention(cast(AttentionBlock, level.attn[index]), x_BCHW, held)
+            x_BCHW, stats = _attention(cast(AttentionBlock, level.attn[index]), x_BCHW, stats)
     if level.upsample is None:
-        return x_BCHW, held
+        return x_BCHW, stats
     conv = level.upsample.conv
     return moments(_convolve(conv, upsample(x_BCHW)), biases=[_bias(conv)])
 
@@ -90,14 +90,14 @@ def _level(level: DecoderLevel, x_BCHW: Tensor, held: Moments) -> tuple[Tensor, 
 def decode(decoder: Decoder, latent_BChw: Tensor) -> Tensor:
     """What `decoder(latent)` is, to rounding: [B, C, H, W], contiguous."""
     with on(latent_BChw.device):
-        x, held = moments(_convolve(decoder.conv_in, channels_last(latent_BChw)), biases=[_bias(decoder.conv_in)])
+        x, stats = moments(_convolve(decoder.conv_in, channels_last(latent_BChw)), biases=[_bias(decoder.conv_in)])
         first, attention, last = decoder.mid
-        x, held = _resnet(cast(ResnetBlock, first), x, held)
-        x, held = _attention(cast(AttentionBlock, attention), x, held)
-        x, held = _resnet(cast(ResnetBlock, last), x, held)
+        x, stats = _resnet(cast(ResnetBlock, first), x, stats)
+        x, stats = _attention(cast(AttentionBlock, attention), x, stats)
+        x, stats = _resnet(cast(ResnetBlock, last), x, stats)
         for level in cast(Iterable[DecoderLevel], decoder.conv_blocks):
-            x, held = _level(level, x, held)
-        x = _convolve(decoder.conv_out, group_norm(x, held, decoder.norm_out, silu=True))
+            x, stats = _level(level, x, stats)
+        x = _convolve(decoder.conv_out, group_norm(x, stats, decoder.norm_out, silu=True))
         return (x + _bias(decoder.conv_out)[:, None, None]).contiguous()
 
 

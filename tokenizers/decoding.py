@@ -89,10 +89,10 @@ def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, runtime: Runtime) -> Tens
     marks = hash(tuple(mark(weight) for weight in tokenizer.parameters()))
     key = ("decode", tuple(latent_BChw.shape), tokenizer.training, marks, torch.backends.cudnn.allow_tf32)
     session = runtime.session(tokenizer, latent_BChw.device, key)
-    held_BChw = session.hold("latent", latent_BChw)
+    static_BChw = session.static("latent", latent_BChw)
 
     def step() -> None:
-        session.state = session.hold("image", tokenizer.decode_latents(held_BChw))
+        session.state = session.static("image", tokenizer.decode_latents(static_BChw))
 
     session.run(step)
     return session.state.clone()

@@ -88,7 +88,7 @@ class ScalePyramid(nn.Module):
         vocab_size: number of codes V.
         channels: code width C.
         scales: sizes of the scales, coarse to fine; the last is the latent's grid.
-        num_phi: convolutions shared by the scales (VAR: 4); 0 is one a scale, 1 a single one.
+        num_phi: convolutions shared by the scales (VAR: 4); 0 is one per scale, 1 a single one.
         phi_ratio: share of the convolution in phi(x) = (1 - r) x + r conv(x) (VAR: 0.5).
     """
 

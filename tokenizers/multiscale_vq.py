@@ -200,12 +200,12 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         weights trained at 256 px).
 
         Raises:
-            ValueError: one phi a scale (num_phi 0), and another number of scales.
+            ValueError: one phi per scale (num_phi 0), and another number of scales.
         """
         config = {**self.config, "scales": tuple(scales)}
         other = type(self).from_config(config)
         if len(other.quantizer.phi) != len(self.quantizer.phi):
-            raise ValueError(f"one phi a scale: another pyramid needs {len(self.quantizer.phi)} scales, as before")
+            raise ValueError(f"one phi per scale: another pyramid needs {len(self.quantizer.phi)} scales, as before")
         other.load_state_dict(self.state_dict())
         return other.to(self.device, self.dtype).train(self.training)
 

@@ -115,7 +115,7 @@ class CodebookTrainer:
         update: "gradient": the optimiser trains the codes through `codebook_loss` (LlamaGen);
             "ema": a code is the moving average of the latents that chose it, and gets no gradient.
         decay: of the moving averages, in [0, 1).
-        revive_below: a code is unused when the moving average of its uses a step is below this; 0 = never.
+        revive_below: a code is unused when the moving average of its uses per step is below this; 0 = never.
 
     Raises:
         ValueError: an unknown update, or a number outside its range.
@@ -141,7 +141,7 @@ class CodebookTrainer:
         self.revive_below = revive_below
         weight = quantizer.embedding.weight
         weight.requires_grad_(update == "gradient")
-        # A fresh code counts as used once a step (more where that would already be too little).
+        # A fresh code counts as used once per step (more where that would already be too little).
         self.fresh_count = max(1.0, revive_below)
         self.count_V = torch.full(weight.shape[:1], self.fresh_count, device=weight.device)
         self.sum_VC = quantizer.codebook.detach() * self.fresh_count

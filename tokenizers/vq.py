@@ -1,4 +1,4 @@
-"""VQ tokenizer of raster models: one grid of ids an image.
+"""VQ tokenizer of raster models: one grid of ids per image.
 
 Source: LlamaGen, arXiv 2406.06525 section 3.1, FoundationVision/LlamaGen@ce98ec4 (architecture and parameter names);
 the autoencoder is VQGAN's (arXiv 2012.09841). The small presets and the codebook's training are this project's.

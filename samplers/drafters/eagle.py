@@ -4,8 +4,8 @@ Hidden vector h_t is the one that predicts token t; it has seen the condition an
 output goes into the target's own output head, and its input has the target's token embedding; neither is part of its
 weights. It is trained on frozen targets with `feature_loss`.
 
-B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, W nodes of a level, D width, V codes,
-T slots of a cache, M nodes.
+B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, W nodes of a level, D hidden size, V
+codes, T slots of a cache, M nodes.
 """
 
 from collections.abc import Callable
@@ -25,8 +25,8 @@ from visar.core.window import DraftTree
 from visar.layers.cache import KVCache, LayerCache, visible, visible_tree
 from visar.layers.llama import Attention, RMSNorm, SwiGLU
 from visar.layers.rope import rope_table
-from visar.samplers.drafters.interface import Kept, Target, check_features, law_or_uniform, weights_key
-from visar.samplers.filtering import token_law
+from visar.samplers.drafters.interface import Kept, Target, check_features, probs_or_uniform, weights_key
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.verify import row_at
 
 
@@ -137,20 +137,22 @@ def feature_loss(
     with torch.no_grad():
         embedded_BND = model.embed(tokens_BN[:, :-1])
         wanted = hidden_BND[:, 1:]
-        law = torch.softmax(model.output(wanted).float(), dim=-1)
+        probs = torch.softmax(model.output(wanted).float(), dim=-1)
         given = hidden_BND[:, :-1]
         if uniform_BND is not None:
             given = given + (uniform_BND[:, :-1].to(given) - 0.5) * noise
     predicted = drafter(embedded_BND, given)
-    log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
-    return functional.smooth_l1_loss(predicted.float(), wanted.float()) - law_weight * (law * log_law).sum(-1).mean()
+    log_probs = torch.log_softmax(model.output(predicted).float(), dim=-1)
+    return (
+        functional.smooth_l1_loss(predicted.float(), wanted.float()) - law_weight * (probs * log_probs).sum(-1).mean()
+    )
 
 
 class FeatureDrafting:
     """A FeatureDrafter at work.
 
     Entry t of its cache belongs to (token t, h_t). `begin` reads the entries of the tokens committed last, with the
-    target's true hidden vectors; `extend` goes on with predicted ones.
+    target's true hidden vectors; `extend` continues with predicted ones.
     """
 
     reads_features = True
@@ -173,10 +175,10 @@ class FeatureDrafting:
             )
         self.cache: KVCache = kept.drafter
         zeros_B = torch.zeros(state.batch, dtype=torch.int64, device=weight.device)
-        self.shown_RLD = session.hold(
+        self.shown_RLD = session.static(
             "shown", torch.zeros(rows, slots, width, device=weight.device, dtype=weight.dtype)
         )
-        self.start_B, self.count_B = session.hold("start", zeros_B), session.hold("count", zeros_B)
+        self.start_B, self.count_B = session.static("start", zeros_B), session.static("count", zeros_B)
         self.after_RLD = self.shown_RLD[:, :1]
         mixed = torch.is_autocast_enabled(weight.device.type)
         self.fused = kernels.usable(weight) and not mixed and not (weight.requires_grad and torch.is_grad_enabled())
@@ -213,10 +215,10 @@ class FeatureDrafting:
         with kernels.on(hidden_RLD.device):
             return self.drafter.read_by_kernels(embedded_RLD, hidden_RLD, attend)
 
-    def _laws(self, hidden_RLD: Tensor, depth: int) -> Tensor:
+    def _probs(self, hidden_RLD: Tensor, depth: int) -> Tensor:
         depth_BL = torch.full((1, hidden_RLD.shape[1]), depth, device=hidden_RLD.device)
         logits_BLV = self.target.model.guided_logits(self.target.state, hidden_RLD, depth_BL)
-        return token_law(logits_BLV, *self.target.filters)
+        return filtered_probs(logits_BLV, *self.target.filters)
 
     def begin(self) -> Tensor:
         tokens_BT, parts = self.target.state.tokens, self.target.state.parts
@@ -229,7 +231,7 @@ class FeatureDrafting:
             predicted_RLD = self._read(tokens_BL, self.shown_RLD, slot_BL, slot_BL, mask)
         last_R = repeat((self.count_B - 1).clamp(min=0), parts)
         self.after_RLD = row_at(predicted_RLD, last_R)[:, None]
-        return law_or_uniform(self._laws(self.after_RLD, 0)[:, 0], self.count_B > 0)
+        return probs_or_uniform(self._probs(self.after_RLD, 0)[:, 0], self.count_B > 0)
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
         length_B, ahead = self.target.state.length, draft_BJ.shape[1] - 1
@@ -239,7 +241,7 @@ class FeatureDrafting:
             slot_B1 = length_B[:, None] + ahead
             mask = visible(slot_B1, self.cache.num_slots)
             self.after_RLD = self._read(draft_BJ[:, -1:], self.after_RLD, slot_B1, slot_B1, mask)
-        return law_or_uniform(self._laws(self.after_RLD, draft_BJ.shape[1])[:, 0], self.count_B > 0)
+        return probs_or_uniform(self._probs(self.after_RLD, draft_BJ.shape[1])[:, 0], self.count_B > 0)
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
         state = self.target.state
@@ -255,10 +257,10 @@ class FeatureDrafting:
             place_BW = (root_B1 + depth).expand_as(slot_BW)
             predicted_RWD = self._read(tokens_BW, given_RWD, slot_BW.clamp(min=0), place_BW, mask)
         self.after_RLD = torch.cat([self.after_RLD[:, :first], predicted_RWD], dim=1)
-        laws_BWV = self._laws(predicted_RWD, depth)
-        return law_or_uniform(laws_BWV.flatten(0, 1), (self.count_B > 0).repeat_interleave(laws_BWV.shape[1])).view_as(
-            laws_BWV
-        )
+        probs_BWV = self._probs(predicted_RWD, depth)
+        return probs_or_uniform(
+            probs_BWV.flatten(0, 1), (self.count_B > 0).repeat_interleave(probs_BWV.shape[1])
+        ).view_as(probs_BWV)
 
     def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
         assert features_RLD is not None

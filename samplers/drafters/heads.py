@@ -1,10 +1,10 @@
-"""A drafter of heads that read the target's last hidden vectors, one a spatial offset.
+"""A drafter of heads that read the target's last hidden vectors, one per spatial offset.
 
 Hidden vector h_t is the one that predicts token t; it has seen the condition and the tokens before t. The heads end in
 the target's own output head, which is not part of their weights. They are trained on frozen targets with `heads_loss`.
 
-B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, X any positions, D width, V codes, T
-slots of a memory, M nodes.
+B batch, R rows (2B when guided), N tokens, L slots of a pass, J drafts so far, X any positions, D hidden size, V
+codes, T slots of a memory, M nodes.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,8 +20,8 @@ from visar.core.guidance import repeat
 from visar.core.interface import Features
 from visar.core.runtime import Session
 from visar.core.window import DraftTree
-from visar.samplers.drafters.interface import Kept, Target, check_features, law_or_uniform, weights_key
-from visar.samplers.filtering import token_law
+from visar.samplers.drafters.interface import Kept, Target, check_features, probs_or_uniform, weights_key
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.verify import row_at
 
 
@@ -118,7 +118,7 @@ def heads_loss(
     decay: float = 0.8,
     call: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Cross-entropy with a frozen target's laws at all offsets, weighted decay^(k - 1).
+    """Cross-entropy with a frozen target's distributions at all offsets, weighted decay^(k - 1).
 
     Medusa, arXiv 2401.10774, section 2.2.
 
@@ -128,16 +128,16 @@ def heads_loss(
         decay: 0.8.
         call: the heads as they are to be called, such as behind gradient averaging; None is `heads` itself.
 
-    Differs from the paper: the target's laws, which drafts are judged by, stand in for the data's tokens.
+    Differs from the paper: the target's distributions, against which drafts are verified, replace the data's tokens.
     """
     hidden_BND = hidden_BND.detach()
     with torch.no_grad():
-        law_BNV = torch.softmax(model.output(hidden_BND).float(), dim=-1)
+        probs_BNV = torch.softmax(model.output(hidden_BND).float(), dim=-1)
     total, weights = hidden_BND.new_zeros((), dtype=torch.float32), 0.0
     for offset, predicted in heads_predictions(heads, hidden_BND, call):
-        log_law = torch.log_softmax(model.output(predicted).float(), dim=-1)
+        log_probs = torch.log_softmax(model.output(predicted).float(), dim=-1)
         weight = decay ** (offset - 1)
-        total = total - weight * (law_BNV[:, offset:] * log_law).sum(-1).mean()
+        total = total - weight * (probs_BNV[:, offset:] * log_probs).sum(-1).mean()
         weights += weight
     return total / weights
 
@@ -152,12 +152,12 @@ class HeadsDrafting:
         rows, weight = target.state.batch * target.state.parts, heads.below_in.weight
         length = target.model.num_tokens + target.depth + 1
         memory = torch.zeros(rows, length, heads.config["width"], device=weight.device, dtype=weight.dtype)
-        self.memory_RTD = session.hold("memory", memory)
+        self.memory_RTD = session.static("memory", memory)
 
     def calls(self, depth: int) -> int:
         return depth
 
-    def _law(self, drafts: int) -> Tensor:
+    def _probs(self, drafts: int) -> Tensor:
         state = self.target.state
         last_R = repeat(state.length - 1, state.parts)
         above_R = last_R + drafts + 2 - self.columns
@@ -167,16 +167,16 @@ class HeadsDrafting:
         hidden_R1D = self.heads(last_RD, above_RD, known_R, drafts + 1)[:, None]
         depth_BL = torch.full((1, 1), drafts, device=hidden_R1D.device)
         logits_B1V = self.target.model.guided_logits(state, hidden_R1D, depth_BL)
-        return law_or_uniform(token_law(logits_B1V[:, 0], *self.target.filters), state.length > 0)
+        return probs_or_uniform(filtered_probs(logits_B1V[:, 0], *self.target.filters), state.length > 0)
 
     def begin(self) -> Tensor:
-        return self._law(0)
+        return self._probs(0)
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
-        return self._law(draft_BJ.shape[1])
+        return self._probs(draft_BJ.shape[1])
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
-        return self._law(depth)[:, None].expand(-1, tree.num_nodes + 1 - first, -1)
+        return self._probs(depth)[:, None].expand(-1, tree.num_nodes + 1 - first, -1)
 
     def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
         assert features_RLD is not None

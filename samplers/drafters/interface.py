@@ -1,12 +1,14 @@
-"""Who proposes tokens: the interface of drafters, and what they share.
+"""The interface of drafters, which propose tokens, and the functions that they share.
 
 A drafter object holds weights or settings; `start` opens a drafting for one batch, whose tensors live in the sampler's
-session. For every pass the sampler calls `begin` once, which catches up with the committed tokens and returns the law
-of the next position, and then `extend` (a chain) or `extend_tree` (a level of a tree) for the laws behind the drafts.
-Whatever the laws are, speculation stays exact, because each draft is judged against the law it was drawn from. Only a
-drafter that looks at other images would break the rule that an image depends on its own seed.
+session. For every pass the sampler calls `begin` once, which catches up with the committed tokens and returns the
+distribution of the next position, and then `extend` (a chain) or `extend_tree` (a level of a tree) for the
+distributions behind the drafts. Whatever the distributions are, speculation stays exact, because each draft is
+verified against the distribution it was drawn from. Only a drafter that looks at other images would break the rule
+that an image depends on its own seed.
 
-B batch, J drafts so far, W nodes of a level, L slots of a pass, R rows (2B when guided), D width, V codes, N tokens.
+B batch, J drafts so far, W nodes of a level, L slots of a pass, R rows (2B when guided), D hidden size, V codes, N
+tokens.
 """
 
 import hashlib
@@ -25,13 +27,13 @@ from visar.core.window import DraftTree
 
 @dataclass(frozen=True)
 class Target:
-    """What a drafter works beside.
+    """The generator that a drafter proposes tokens to, and the settings of the call.
 
     Attributes:
         model, state: the generator and its decoding state.
         condition, guidance: of the call.
         window: most tokens that are drafted in a pass; depth: most of them one after another.
-        filters: temperature, top_k and top_p, which drafters of the same kind of law apply too.
+        filters: temperature, top_k and top_p, which drafters of the same kind of distribution apply too.
         chain: whether a pass's tokens all follow one another.
     """
 
@@ -67,15 +69,15 @@ class Drafting(Protocol):
         ...
 
     def begin(self) -> Tensor:
-        """Law float32 [B, V] of the position after the committed tokens."""
+        """Distribution float32 [B, V] of the position after the committed tokens."""
         ...
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
-        """Law float32 [B, V] of the position after J drafts."""
+        """Distribution float32 [B, V] of the position after J drafts."""
         ...
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
-        """Laws float32 [B, W, V] behind the nodes from slot `first` on: the tree's last level, all at `depth`."""
+        """Distributions float32 [B, W, V] behind the nodes from slot `first` on: the last level, all at `depth`."""
         ...
 
     def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
@@ -89,10 +91,10 @@ class Drafting(Protocol):
 
 @runtime_checkable
 class Drafter(Protocol):
-    """Something that can start a drafting."""
+    """A source of drafts that can start drafting for a batch."""
 
     def key(self) -> tuple:
-        """What a captured pass depends on beside the target."""
+        """Everything that a captured pass depends on besides the target."""
         ...
 
     def start(self, session: Session, kept: Kept, target: Target) -> Drafting:
@@ -105,13 +107,13 @@ class Drafter(Protocol):
 
 
 def check_fit(drafter: Generator, model: Generator) -> None:
-    """Checks that two models speak of the same tokens.
+    """Checks that two models have the same vocabulary and grid of tokens.
 
     Raises:
-        ValueError: other vocabulary or other grid.
+        ValueError: they have different vocabularies or grids.
     """
     if "grid" not in drafter.config:
-        raise ValueError(f"a {type(drafter).__name__} cannot draft here; the drafter must draw one token a step too")
+        raise ValueError(f"a {type(drafter).__name__} cannot draft here; a drafter must draw one token per step too")
     ours, theirs = ((m.config["vocab_size"], tuple(m.config["grid"])) for m in (drafter, model))
     if ours != theirs:
         raise ValueError(f"the drafter's vocabulary and grid are {ours}, the generator's {theirs}; they must agree")
@@ -135,13 +137,15 @@ def check_features(drafter: Any, model: Generator) -> None:
     """Checks that a drafter can read a target's hidden vectors, and was trained on this one's if it says so.
 
     Raises:
-        ValueError: the target has none to show, or of another width, or it is not the drafter's.
+        ValueError: the target shows none, has another hidden size, or is not the one that the drafter was trained on.
     """
     if not isinstance(model, Features):
         raise ValueError(f"this drafter reads hidden vectors, which {type(model).__name__} does not show")
     check_fit(drafter, model)
     if drafter.config["width"] != model.config["width"]:
-        raise ValueError(f"the drafter's width is {drafter.config['width']}, the generator's {model.config['width']}")
+        raise ValueError(
+            f"the drafter's hidden size is {drafter.config['width']}, the generator's {model.config['width']}"
+        )
     digest = drafter.config["target_digest"]
     if digest and digest != target_digest(model):
         raise ValueError(
@@ -150,6 +154,6 @@ def check_features(drafter: Any, model: Generator) -> None:
         )
 
 
-def law_or_uniform(law_BV: Tensor, known_B: Tensor) -> Tensor:
-    """The law where hidden vectors are known, else the uniform one (in the first pass there are none)."""
-    return torch.where(known_B[:, None], law_BV, 1.0 / law_BV.shape[-1])
+def probs_or_uniform(probs_BV: Tensor, known_B: Tensor) -> Tensor:
+    """The distribution where hidden vectors are known, else the uniform one (in the first pass there are none)."""
+    return torch.where(known_B[:, None], probs_BV, 1.0 / probs_BV.shape[-1])

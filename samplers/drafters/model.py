@@ -12,18 +12,18 @@ from visar.core.interface import Trees
 from visar.core.runtime import Session
 from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Kept, Target, check_fit, weights_key
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.verify import row_at
 
 
 class ModelDrafter:
     """A smaller generator of the same tokens drafts (arXiv 2211.17192, 2302.01318).
 
-    It runs with the same condition and guidance as the target, which makes its laws agree better. Expected speed-up:
-    (1 - a^(K+1)) / ((1 - a) (K c + 1)) for K drafts, acceptance a and cost ratio c.
+    It runs with the same condition and guidance as the target, which makes its distributions agree better. Expected
+    speed-up: (1 - a^(K+1)) / ((1 - a) (K c + 1)) for K drafts, acceptance a and cost ratio c.
 
     Args:
-        generator: of one token a step, with start and verify (and verify_tree for trees).
+        generator: of one token per step, with start and verify (and verify_tree for trees).
     """
 
     def __init__(self, generator: Trees) -> None:
@@ -64,13 +64,13 @@ class ModelDrafting:
         logits_BXV = self.generator.verify(own, own.tokens.gather(1, position_BX))
         logits_BV = row_at(logits_BXV, length_B - own.length)
         own.length.copy_(length_B)
-        return token_law(logits_BV, *self.target.filters)
+        return filtered_probs(logits_BV, *self.target.filters)
 
     def extend(self, draft_BJ: Tensor) -> Tensor:
-        return token_law(self.generator.verify(self.own, draft_BJ)[:, -1], *self.target.filters)
+        return filtered_probs(self.generator.verify(self.own, draft_BJ)[:, -1], *self.target.filters)
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
-        return token_law(self.generator.verify_tree(self.own, tree)[:, first:], *self.target.filters)
+        return filtered_probs(self.generator.verify_tree(self.own, tree)[:, first:], *self.target.filters)
 
     def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
         """Needs nothing: `begin` reads the committed tokens."""

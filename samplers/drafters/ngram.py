@@ -62,7 +62,7 @@ class NgramDrafting:
         left_BX = torch.where(position_BX % self.columns == 0, self.vocab_size, left_BX)
         return left_BX, torch.where(position_BX < self.columns, self.vocab_size, above_BX)
 
-    def _law(self, draft_BJ: Tensor) -> Tensor:
+    def _probs(self, draft_BJ: Tensor) -> Tensor:
         length_B1, drafts = self.state.length[:, None], draft_BJ.shape[1]
         slot = torch.arange(drafts, device=draft_BJ.device)
         tokens_BT = self.state.tokens.scatter(1, length_B1 + slot, draft_BJ)
@@ -78,11 +78,11 @@ class NgramDrafting:
         return votes_BV / votes_BV.sum(-1, keepdim=True)
 
     def _by_kernel(self, draft_BM: Tensor, parents_BM: Tensor | None, first: int, nodes: int, depth: int) -> Tensor:
-        """Laws [B, W, V] behind W nodes, or behind a chain, in one launch."""
-        from visar.kernels.ngram import ngram_laws
+        """Distributions [B, W, V] behind W nodes, or behind a chain, in one launch."""
+        from visar.kernels.ngram import ngram_probs
 
         with kernels.on(draft_BM.device):
-            return ngram_laws(
+            return ngram_probs(
                 self.state.tokens,
                 self.state.length,
                 draft_BM,
@@ -102,17 +102,17 @@ class NgramDrafting:
     def extend(self, draft_BJ: Tensor) -> Tensor:
         if self.fused:
             return self._by_kernel(draft_BJ, None, 0, 1, draft_BJ.shape[1])[:, 0]
-        return self._law(draft_BJ)
+        return self._probs(draft_BJ)
 
     def extend_tree(self, tree: DraftTree, first: int, depth: int) -> Tensor:
         if self.fused:
             return self._by_kernel(tree.tokens_BM, tree.parents_BM, first, tree.num_nodes + 1 - first, depth)
-        laws = []
+        probs = []
         for slot in range(first, tree.num_nodes + 1):
             # A node's ancestors have rising slots, so its seen slots in order are the path to it.
             path_BJ = tree.seen_BLL[:, slot, 1:].float().topk(depth, dim=1).indices.sort(dim=1).values
-            laws.append(self._law(tree.tokens_BM.gather(1, path_BJ)))
-        return torch.stack(laws, dim=1)
+            probs.append(self._probs(tree.tokens_BM.gather(1, path_BJ)))
+        return torch.stack(probs, dim=1)
 
     def observe(self, start_B: Tensor, features_RLD: Tensor | None, count_B: Tensor) -> None:
         """Needs nothing: the votes are those of the committed tokens."""

@@ -1,7 +1,8 @@
-"""What speculative samplers accept of their drafts, and what that is worth in time: one row a sampler and batch size.
+"""What speculative samplers accept of their drafts, and what that is worth in time: one row per sampler and batch
+size.
 
-Background is what a picture set is drawn on: acceptance there says little about the rest, where laws are flat. So
-tokens whose part of the finished picture is all background are counted apart.
+Background is what an image set is drawn on: acceptance there says little about the rest, where distributions are flat.
+So tokens whose part of the finished image is all background are counted apart.
 
 B batch, N tokens, V codes, R rows (2B when guided), h w token grid.
 """
@@ -26,7 +27,7 @@ from visar.core.output import SampleOutput, SampleStatistics
 from visar.io.files import atomic_write
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
-from visar.samplers.filtering import token_law
+from visar.samplers.filtering import filtered_probs
 from visar.samplers.index import GENERAL, find_sampler
 from visar.samplers.settings import parse_sampler
 
@@ -63,17 +64,17 @@ class AcceptanceRow:
 
     Attributes:
         sampler, exact, batch, images: what was run.
-        passes: calls of the generator a batch, mean; drafter_passes: those of the drafter.
-        tokens_per_pass: committed tokens of an image in a pass in which it was not done, mean.
-        acceptance: accepted / judged drafts; None where nothing is drafted.
+        passes: calls of the generator per batch, mean; drafter_passes: those of the drafter.
+        tokens_per_pass: committed tokens of an image per pass in which it was not done, mean.
+        acceptance: accepted / verified drafts; None where nothing is drafted.
         foreground: share of tokens that are not background.
-        foreground_acceptance: of the foreground tokens at which a draft was judged, how many are an accepted one (for
-            trees: one of the siblings).
+        foreground_acceptance: of the foreground tokens at which a draft was verified, the share that are an accepted
+            draft (for trees: one of the siblings).
         background_acceptance: the same for the others.
         foreground_tokens_per_pass: foreground tokens / foreground tokens that were no accepted draft.
-        top1, entropy: of the law that is sampled (guided, filtered), along the images: mean largest probability, mean
-            entropy in nats; foreground_top1, foreground_entropy: of the foreground tokens.
-        seconds: wall-clock time of the sampling an image, median over calls.
+        top1, entropy: mean largest probability and mean entropy in nats of the distributions that are sampled (guided,
+            filtered), along the images; foreground_top1, foreground_entropy: of the foreground tokens.
+        seconds: wall-clock time of the sampling per image, median over calls.
         speedup: ancestral seconds of the same batch size / seconds.
     """
 
@@ -103,7 +104,7 @@ def default_samplers(drafters: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def background_tokens(image_BCHW: Tensor, grid: tuple[int, int], background: str = "white") -> Tensor:
-    """bool [B, N]: the token's part of the picture is all background, at least 250 / 255 (black: at most 5 / 255).
+    """bool [B, N]: the token's part of the image is all background, at least 250 / 255 (black: at most 5 / 255).
 
     Args:
         image_BCHW: in [-1, 1].
@@ -123,7 +124,7 @@ def background_tokens(image_BCHW: Tensor, grid: tuple[int, int], background: str
 
 
 @torch.no_grad()
-def law_statistics(
+def probs_statistics(
     model: Any,
     tokens_BN: Tensor,
     condition: Condition,
@@ -131,7 +132,7 @@ def law_statistics(
     filters: tuple[float, int, float],
     rows: int = 16,
 ) -> tuple[Tensor, Tensor]:
-    """Largest probability and entropy in nats, float32 [B, N], of the laws that an image's tokens were sampled from.
+    """Largest probability and entropy in nats, float32 [B, N], of the distributions that tokens were sampled from.
 
     Args:
         model: a raster generator. tokens_BN, condition: of the images.
@@ -145,11 +146,11 @@ def law_statistics(
         ids_BN, given = tokens_BN[part], condition.rows(part)
         if guided:
             logits_RNV = model(torch.cat([ids_BN, ids_BN]), double(given, model.null_condition(given)))
-            law_BNV = token_law(combine(logits_RNV, scale_N1), *filters)
+            probs_BNV = filtered_probs(combine(logits_RNV, scale_N1), *filters)
         else:
-            law_BNV = token_law(model(ids_BN, given), *filters)
-        tops.append(law_BNV.amax(-1))
-        entropies.append(torch.special.entr(law_BNV).sum(-1))
+            probs_BNV = filtered_probs(model(ids_BN, given), *filters)
+        tops.append(probs_BNV.amax(-1))
+        entropies.append(torch.special.entr(probs_BNV).sum(-1))
     return torch.cat(tops), torch.cat(entropies)
 
 
@@ -175,7 +176,7 @@ def measure(
         pipeline: a raster model's, on its device.
         sampler: NAME or NAME:setting=value,setting=value.
         batch: images of a call; calls: how many are timed; seed: of the first image.
-        background: of the pictures.
+        background: background of the images.
         ancestral_seconds: an image, to be compared with; None: this is it.
         settings: guidance_scale, temperature, top_k, top_p; see `ImagePipeline.sampling_settings`.
 
@@ -206,14 +207,14 @@ def measure(
         [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
     )
     temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
-    laws = [
-        law_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
+    probs = [
+        probs_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
         for out, condition in zip(made, conditions, strict=True)
     ]
-    top_BN, entropy_BN = (torch.cat([law[i] for law in laws]) for i in range(2))
+    top_BN, entropy_BN = (torch.cat([pair[i] for pair in probs]) for i in range(2))
     pieces = [out.outcome_BN for out in made if out.outcome_BN is not None]
     outcome_BN = torch.cat(pieces) if pieces else torch.zeros_like(tokens_BN)
-    judged_BN, accepted_BN = outcome_BN > 0, outcome_BN == 2
+    verified_BN, accepted_BN = outcome_BN > 0, outcome_BN == 2
     front = int((~flat_BN).sum())
     drawn = int((~flat_BN & ~accepted_BN).sum())
     each = statistics.median(seconds) / batch
@@ -227,8 +228,8 @@ def measure(
         tokens_per_pass=counts.mean_tokens_per_pass,
         acceptance=counts.acceptance_rate,
         foreground=front / flat_BN.numel(),
-        foreground_acceptance=_mean(accepted_BN, judged_BN & ~flat_BN),
-        background_acceptance=_mean(accepted_BN, judged_BN & flat_BN),
+        foreground_acceptance=_mean(accepted_BN, verified_BN & ~flat_BN),
+        background_acceptance=_mean(accepted_BN, verified_BN & flat_BN),
         foreground_tokens_per_pass=front / drawn if drawn else None,
         top1=float(top_BN.mean()),
         entropy=float(entropy_BN.mean()),
@@ -259,7 +260,7 @@ def measure_acceptance(
         samplers: each as NAME or NAME:setting=value,setting=value.
         batch_sizes: images of a call.
         on_row: told the rows so far, after each.
-        settings: of `measure`.
+        settings: arguments of `measure`.
 
     Raises:
         ValueError: see `measure`; or a model that is not a raster one.
@@ -294,7 +295,7 @@ def table(rows: list[AcceptanceRow]) -> list[tuple[str, ...]]:
 
     columns: dict[str, Callable[[AcceptanceRow], str]] = {
         "sampler": lambda row: row.sampler,
-        "law": lambda row: "exact" if row.exact else "lossy",
+        "distribution": lambda row: "exact" if row.exact else "lossy",
         "batch": lambda row: str(row.batch),
         "passes": lambda row: f"{row.passes:.1f}",
         "drafter passes": lambda row: f"{row.drafter_passes:.0f}",

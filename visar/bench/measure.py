@@ -31,7 +31,7 @@ class Caller:
         capture: whether steps are captured.
         stop_after: tokens after which a call ends; 0 = all.
         host_s: seconds from the beginning of the latest call until its last step was enqueued.
-        statistics: of the latest whole call.
+        statistics: statistics of the latest whole call.
     """
 
     subject: Subject

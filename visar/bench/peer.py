@@ -24,7 +24,7 @@ class Peer:
 
     Args:
         folder: with visar_peer.py.
-        arguments: of its `load`: preset, batch, dtype ("bfloat16" or "float32"), guidance_scale, top_k.
+        arguments: arguments of its `load`: preset, batch, dtype ("bfloat16" or "float32"), guidance_scale, top_k.
 
     Attributes:
         product: "tokens" or "images", what a call of it makes.

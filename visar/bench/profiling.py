@@ -12,7 +12,7 @@ class Operation:
     """One kernel (on a CPU: one operator).
 
     Attributes:
-        name: of it.
+        name: its name.
         calls: a step.
         us: a step, without what it calls.
     """
@@ -42,7 +42,7 @@ def operations(call: Callable[[], object], steps: int, device: torch.device) -> 
 
 
 def table(found: list[Operation], most: int = 20) -> list[str]:
-    """Lines of a table: share, us and calls a step, name; the last line is the rest."""
+    """Lines of a table: share, us and calls per step, name; the last line is the rest."""
     total = sum(operation.us for operation in found) or 1.0
     rows = [(operation.us, operation.calls, operation.name[:90]) for operation in found[:most]]
     if rest := found[most:]:

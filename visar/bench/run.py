@@ -300,7 +300,10 @@ def _line(row: Row) -> str:
         )
     line = f"{start}{row['images_per_s']:9.3f} images/s {row['ms_per_image']:9.2f} ms/image"
     if row["kind"] == "sample":
-        parts = [f"{row['steps']} steps of {row['ms_per_step']:.3f} ms", f"{row['tokens_per_step']:.2f} tokens a step"]
+        parts = [
+            f"{row['steps']} steps of {row['ms_per_step']:.3f} ms",
+            f"{row['tokens_per_step']:.2f} tokens per step",
+        ]
         if "of_floor" in row:
             parts.append(f"floor {row['floor_ms']:.3f} ms ({row['of_floor']:.0%})")
         if "host_us_per_step" in row:

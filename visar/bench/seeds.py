@@ -58,7 +58,7 @@ class Made:
     pixels: np.ndarray
 
     def rows(self, index: Any) -> "Made":
-        """Of some of the images."""
+        """The same of some of the images."""
         return Made(self.ids[index], self.pixels[index])
 
 
@@ -83,7 +83,7 @@ def in_a_process(
     model: str, device: str | None, dtype: str, deterministic: str, samplers: Sequence[str], counts: Sequence[int],
     batch: int, part: int,
 ) -> list[Made]:  # fmt: skip
-    """Of every sampler the images of one of two processes: part 0 makes the first half of the seeds, 1 the rest."""
+    """Images of every sampler by one of two processes: part 0 makes the first half of the seeds, 1 the rest."""
     pipeline, found = opened(model, device, dtype, deterministic), []
     for sampler, count in zip(samplers, counts, strict=True):
         half = math.ceil(count / 2)

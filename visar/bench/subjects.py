@@ -56,7 +56,7 @@ class Subject:
     """A model on its device.
 
     Attributes:
-        name: of the preset, embedded model or folder.
+        name: name of the preset, embedded model or folder.
         generator: None for decoding alone.
         tokenizer: decodes.
         build_s: seconds to build or load it.
@@ -156,7 +156,7 @@ def random_ids(subject: Subject, batch: int, device: torch.device) -> torch.Tens
 
 # ------------------------------------------------------------------------------------------------------------ floor
 def dtype_of(generator: Any) -> torch.dtype:
-    """Of its products; some models keep other parts in float32."""
+    """Dtype of its products; some models have other parts in float32."""
     return next(iter(linear_layers(generator, generator.read_once_per_block).values())).weight.dtype
 
 

@@ -16,7 +16,7 @@ class Timing:
     """Times of one thing, in seconds.
 
     Attributes:
-        times: of every run.
+        times: times of every run.
     """
 
     times: tuple[float, ...]

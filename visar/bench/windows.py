@@ -11,7 +11,7 @@ from visar.bench.timing import Timing, seconds_of
 from visar.core.guidance import Guidance
 from visar.core.interface import Windowed
 from visar.core.runtime import Session
-from visar.samplers.filtering import draw, sample_logits, token_law
+from visar.samplers.filtering import draw, filtered_probs, sample_logits
 
 REPLAYS = 20
 
@@ -20,10 +20,10 @@ def check_windows(subject: Subject, windows: tuple[int, ...]) -> None:
     """Checks that the model can be asked.
 
     Raises:
-        ValueError: a model that judges no windows, or one that does not fit behind half of the sequence.
+        ValueError: a model that verifies no windows, or one that does not fit behind half of the sequence.
     """
     if not isinstance(subject.generator, Windowed):
-        raise ValueError(f"{subject.name} judges no windows: --window is for raster models")
+        raise ValueError(f"{subject.name} verifies no windows: --window is for raster models")
     most = subject.generator.num_tokens - subject.generator.num_tokens // 2
     wrong = [window for window in windows if not 1 <= window <= most]
     if wrong:
@@ -47,7 +47,7 @@ def pass_at_half(subject: Subject, options: Bench, batch: int, window: int) -> C
     filters: dict[str, Any] = dict(temperature=1.0, top_k=options.top_k, top_p=options.top_p)
 
     def verify() -> None:
-        p_BLV = token_law(model.verify(state, draft_BK), **filters)
+        p_BLV = filtered_probs(model.verify(state, draft_BK), **filters)
         model.commit(state, draw(p_BLV, uniform_BL), none_B)
 
     def step() -> None:

@@ -53,7 +53,7 @@ def _runs(options: Compare) -> list[_Run]:
     pairs = [split_run(run) for run in options.runs]
     pairs += [(model, sampler) for model in options.names for sampler in options.samplers]
     if pairs and not options.reference:
-        raise ValueError("--reference is needed to make the pictures' figures")
+        raise ValueError("--reference is needed to make the images' figures")
     if not pairs and options.speed_batches:
         raise ValueError("--speed-batches needs --samplers or --runs; finished folders bring their own speeds")
     check_batches(options.speed_batches)
@@ -79,7 +79,7 @@ def _sampling(text: str, guidance_scale: float | None) -> Sampling:
 
 
 def _later_runs(runs: list[_Run], number: int) -> list[_Run]:
-    """Those of the same model, if this is its first run: a slip in the last one shows before it. Else none."""
+    """Later runs of the same model if this is its first one, so that they are all checked before it; else none."""
     model = runs[number].model
     return [] if model in {run.model for run in runs[:number]} else [r for r in runs[number + 1 :] if r.model == model]
 

@@ -27,10 +27,10 @@ def _official(options: Convert) -> hub.Official | None:
         return None
     official = hub.official()
     if options.like not in official:
-        raise ValueError(f"like {options.like!r}; the official names are {', '.join(official)}")
+        raise ValueError(f"--like {options.like}: no such official name; choose one of {', '.join(official)}")
     entry = official[options.like]
     if options.source not in (None, entry.source):
-        raise ValueError(f"like {options.like!r} is of {entry.source}, not of source {options.source!r}")
+        raise ValueError(f"--like {options.like} is of {entry.source}, not of --source {options.source}")
     return entry
 
 
@@ -83,7 +83,7 @@ def convert(options: Convert) -> str:
         ValueError: see `read_models`; also an `out` that holds something, an unknown dtype or official name.
     """
     if options.dtype not in DTYPES:
-        raise ValueError(f"dtype {options.dtype!r}; choose one of {', '.join(DTYPES)}")
+        raise ValueError(f"--dtype {options.dtype}: choose one of {', '.join(DTYPES)}")
     entry = _official(options)
     if entry is not None:
         options = dataclasses.replace(options, source=entry.source, grid=options.grid or entry.grid)

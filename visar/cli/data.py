@@ -36,7 +36,7 @@ def data_clips(options: DataClips) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class DataFashion:
-    """Builds the Fashion-MNIST image set: 70,000 grey pictures of 10 classes of clothes, 32 x 32."""
+    """Builds the Fashion-MNIST image set: 70,000 grey images of 10 classes of clothes, 32 x 32."""
 
     source: Path
     """Folder with the four idx files (.gz or not) of Debian's dataset-fashion-mnist or torchvision, or a .deb file."""

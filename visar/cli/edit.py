@@ -12,51 +12,51 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Draws a part of a picture anew with a model over scales: inpainting, outpainting or a class edit."""
+    """Redraws a part of an image with a model over scales: inpainting, outpainting or a class edit."""
 
     model: tyro.conf.Positional[str]
-    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
     picture: tyro.conf.Positional[Path]
-    """A picture file; its centre square is resized to the model's size."""
+    """Image file to edit; its centre square is resized to the model's size."""
     box: Box = (0.25, 0.25, 0.75, 0.75)
-    """Top, left, bottom, right as fractions of that square."""
+    """Box as top, left, bottom, right, in fractions of the centre square."""
     keep: Literal["outside", "inside"] = "outside"
-    """What stays: outside of the box to inpaint or edit it, inside to outpaint."""
+    """Part that stays: outside of the box, to inpaint or edit it; inside, to outpaint."""
     strategy: Literal["codes", "map", "refine"] = "codes"
-    """codes (VAR), map (CoDe), or refine (hierarchical masked models)."""
+    """Method: codes (VAR), map (CoDe), or refine (hierarchical masked models)."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
-    """Class to edit towards, by name or number; drawn from the training law when not given."""
+    """Class to edit towards, by name or number; when not given, drawn from the training set's distribution."""
     attribute: tuple[str, ...] = ()
-    """Further labels as name=value."""
+    """Further labels as name=value, such as style=noto."""
     unconditional: bool = False
-    """Give the model nothing: the rest of the picture alone decides."""
+    """Give the model no condition: the rest of the image alone decides."""
     paste: bool = True
-    """Put the given pixels back where the picture stays; otherwise they too have gone through the tokenizer."""
+    """Paste the given pixels back where the image stays; otherwise they too have gone through the tokenizer."""
     num_images: int = 4
-    """Results."""
+    """Number of results."""
     seed: int = 0
-    """Result i has seed + i."""
+    """Seed of the first result; result i has seed + i."""
     guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for the next three."""
+    """Guidance scale, 1.0 = off; when not given, the model's own default, as for temperature, top-k and top-p."""
     temperature: float | None = None
-    """> 0; 1.0 = off."""
+    """Temperature, > 0; 1.0 = off."""
     top_k: int | None = None
-    """0 = off."""
+    """Number of likeliest codes that may be drawn (top-k); 0 = off."""
     top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
+    """Probability mass of the likeliest codes that may be drawn (top-p), in (0, 1]; 1.0 = off."""
     out: Path = Path("edited.png")
-    """A picture: the given one, then the results; or a folder, for one file each."""
+    """An image file, for the given image and the results side by side; or a folder, for one file per result."""
     device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
+    """Device to run on: cpu, cuda, cuda:1, ...; when not given, a GPU if there is one."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
+    """Dtype of the weights: float32, bfloat16 or float16; when not given, bfloat16 on a GPU and float32 on a CPU."""
 
 
 def edit(options: Edit) -> str:
     """Runs `visar edit`; returns what to print.
 
     Raises:
-        ValueError: a file that is no picture, or a value out of range.
+        ValueError: a file that is not an image, or a value out of range.
     """
     import PIL.Image
 
@@ -69,10 +69,12 @@ def edit(options: Edit) -> str:
     from visar.pipelines.requests import named_values, number_or_name
 
     if options.num_images < 1:
-        raise ValueError(f"num_images {options.num_images}; it must be >= 1")
+        raise ValueError(f"--num-images {options.num_images}: it must be >= 1")
     single = options.out.suffix.lower() in WRITTEN_AS
     if options.out.suffix and not single:
-        raise ValueError(f"out {options.out}; it must end in one of {', '.join(WRITTEN_AS)}, or in none: a folder")
+        raise ValueError(
+            f"--out {options.out}: it must end in one of {', '.join(WRITTEN_AS)}, or be a folder without an ending"
+        )
     given = PIL.Image.fromarray(read_picture(options.picture, None, str(options.picture)))
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -103,4 +105,4 @@ def edit(options: Edit) -> str:
             with atomic_write(options.out / f"{name}.png") as path:
                 image.save(path)
     lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
-    return "\n".join([*lines, f"the given picture and {options.num_images} edits: {options.out}"])
+    return "\n".join([*lines, f"the given image and {options.num_images} edits: {options.out}"])

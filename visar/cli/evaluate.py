@@ -38,7 +38,7 @@ def evaluate(
 
     Args:
         options: its flags.
-        sampler_options: of --sampler.NAME VALUE.
+        sampler_options: settings of the sampler, from --sampler.NAME VALUE.
         echo: prints a table: header and rows.
         progress: told (what, done, total).
         world: the processes; None joins those of the launcher, for this call.
@@ -134,7 +134,7 @@ def stats(options: Stats, echo: Echo, progress: Progress | None = None) -> None:
         )
         for layer, found in made.statistics.items()
     ]
-    echo([("layer", "pictures", "features", "null constant"), *rows])
+    echo([("layer", "images", "features", "null constant"), *rows])
 
 
 def evaluate_tokenizer(options: EvalTokenizer, echo: Echo, progress: Progress | None = None) -> None:
@@ -151,12 +151,12 @@ def evaluate_tokenizer(options: EvalTokenizer, echo: Echo, progress: Progress | 
         extractor,
         batch_size=options.batch_size,
         device=device,
-        progress=None if progress is None else lambda done: progress("pictures", done, len(images)),
+        progress=None if progress is None else lambda done: progress("images", done, len(images)),
     )
     with atomic_write(options.out / "metrics.json") as path:
         path.write_text(json.dumps(asdict(found), indent=2) + "\n", encoding="utf-8")
     shown = {
-        "pictures": str(found.num_images),
+        "images": str(found.num_images),
         "PSNR": f"{found.psnr:.2f}",
         "SSIM": f"{found.ssim:.4f}",
         found.distance_name: f"{found.distance:.2f}",
@@ -178,5 +178,5 @@ def read_prompts(path: Path) -> tuple[str, ...]:
         raise ValueError(f"cannot read the prompts {path}: {error}") from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
-        raise ValueError(f"no prompt in {path}: one a line")
+        raise ValueError(f"no prompt in {path}: it needs one per line")
     return prompts

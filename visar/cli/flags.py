@@ -57,8 +57,8 @@ def short_of_memory(error: BaseException) -> bool:
 
 
 def as_flags(message: str, options: object) -> str:
-    """A message in which settings are written as on a command line: `resize='adm'` as `--resize adm`."""
+    """A message in which settings are written as on a command line: `--resize adm` for `resize='adm'`."""
     for field in dataclasses.fields(options):  # type: ignore[arg-type]
-        written = rf"(?<=\s){field.name}=('?)([\w.@+-]+)\1"
+        written = rf"(?<!\S){field.name}=('?)([\w.@+-]+)\1"
         message = re.sub(written, rf"--{field.name.replace('_', '-')} \2", message)
     return message

@@ -12,14 +12,14 @@ class Models:
     """Lists the models: those that ship with visar, and official ones that are fetched when asked for."""
 
     classes: str | None = None
-    """Print the classes and attributes of this model instead."""
+    """Model whose classes and attributes are printed instead."""
 
 
 def models(options: Models, report: Report, echo: Echo) -> None:
     """Runs `visar models`.
 
     Args:
-        options: of the command.
+        options: options of the command.
         report: prints a line.
         echo: prints a table: header and rows.
 
@@ -56,7 +56,7 @@ def samplers(options: Samplers, echo: Echo) -> None:
 
     from visar.samplers.index import SAMPLERS
 
-    rows = [("sampler", "law", "source", "needs", "settings (defaults)")]
+    rows = [("sampler", "distribution", "source", "needs", "settings (defaults)")]
     for name, entry in SAMPLERS.items():
         settings = ", ".join(
             f"{key} (needed)" if value.default is value.empty else f"{key}={value.default!r}"

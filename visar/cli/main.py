@@ -289,15 +289,15 @@ def _data_fashion() -> Command:
 # Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", _sample),
-    "edit": ("draw a part of a picture anew with a model over scales", _edit),
+    "edit": ("redraw a part of an image with a model over scales", _edit),
     "models": ("list models, their classes and attributes", _models),
     "samplers": ("list samplers, exact and lossy, and their settings", _samplers),
-    "eval": ("score a model's images, or pictures made elsewhere", _eval),
+    "eval": ("score a model's images, or images made elsewhere", _eval),
     "eval --compare": ("the same seeds through several samplers or models, or finished evaluations", _compare),
     "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
     "acceptance": ("what speculative samplers accept, and how much faster than ancestral sampling", _acceptance),
-    "stats": ("write a statistics file of real pictures, to evaluate against", _stats),
-    "convert": ("make a folder that loads without a network from another project's weights", _convert),
+    "stats": ("write a statistics file of real images, to evaluate against", _stats),
+    "convert": ("convert another project's weights to a folder that loads without a network", _convert),
     "bench": ("time decoding on this machine, or against another program", _bench),
     "seeds": ("whether a seed gives the same image in every batch, order and process", _seeds),
     "train tokenizer": ("train a tokenizer on images (--recipe NAME: as an embedded model)", _train_tokenizer),
@@ -344,7 +344,7 @@ def _find(arguments: list[str]) -> tuple[str, list[str]]:
     if first in COMMANDS:
         return first, rest
     if second:
-        raise ValueError(f"say which: {', '.join(f'visar {first} {word}' for word in second)}")
+        raise ValueError(f"choose one of {', '.join(f'visar {first} {word}' for word in second)}")
     nearest = difflib.get_close_matches(first, {name.partition(" ")[0] for name in COMMANDS}, n=1)
     hint = f"; nearest: {nearest[0]}" if nearest else ""
     raise ValueError(f"unknown command {first!r}{hint}\n{_usage()}")
@@ -437,7 +437,7 @@ def _silence_imports() -> None:
 
 
 def _show_readers() -> None:
-    """Shows what the readers of data say through logging: how many pictures there are, and what was left out."""
+    """Shows what the readers of data say through logging: how many images there are, and what was left out."""
     if _first_process():
         logging.getLogger("visar.data").setLevel(logging.INFO)
         if logging.lastResort is not None:

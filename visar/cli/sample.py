@@ -16,49 +16,50 @@ class Sample:
     """Makes images with a model: a grid in one file, or a folder of files."""
 
     model: tyro.conf.Positional[str]
-    """An embedded or official name (`visar models`), or a folder made by save_pretrained."""
+    """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
-    """Class by name or number; without it every image draws one from the training set's law."""
+    """Class by name or number; when not given, every image draws one from the training set's distribution."""
     prompt: str | None = None
-    """Words, for models conditioned on words."""
+    """Prompt, for models conditioned on words."""
     attribute: tuple[str, ...] = ()
     """Further labels as name=value, such as style=noto."""
     num_images: int = 1
-    """How many images."""
+    """Number of images."""
     seed: int = 0
-    """Image i has seed + i; its random numbers depend on nothing else of the call."""
+    """Seed of the first image; image i has seed + i. Nothing else of the call changes its random numbers."""
     out: Path = Path("samples.png")
-    """A .png file for a grid, or a folder for one file an image."""
+    """A .png file for a grid, or a folder for one file per image."""
     sampler: str | None = None
-    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given, as
-    for the next four."""
+    """Sampler (`visar samplers`); its own settings are given as --sampler.NAME VALUE. When not given, the model's
+    default, as for guidance, temperature, top-k and top-p."""
     guidance_scale: float | None = None
-    """1.0 = off."""
+    """Guidance scale; 1.0 = off."""
     temperature: float | None = None
-    """> 0; 1.0 = off."""
+    """Temperature, > 0; 1.0 = off."""
     top_k: int | None = None
-    """0 = off."""
+    """Number of likeliest codes that may be drawn (top-k); 0 = off."""
     top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
+    """Probability mass of the likeliest codes that may be drawn (top-p), in (0, 1]; 1.0 = off."""
     previews: bool = False
-    """Also write the pictures after every scale, one row an image, beside `out`; for models over scales."""
+    """Also write the images after every scale, one row per image, beside --out; for models over scales."""
     batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
-    """Most images at a time; auto finds how many fit into memory."""
+    """Largest number of images per batch; auto finds how many fit into memory."""
     device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
+    """Device to run on: cpu, cuda, cuda:1, ...; when not given, a GPU if there is one."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
+    """Dtype of the weights: float32, bfloat16 or float16; when not given, bfloat16 on a GPU and float32 on a CPU."""
     offload: bool = False
-    """Keep tokenizer and text encoder on the CPU except for their part: slower, and less memory of a GPU."""
+    """Keep tokenizer and text encoder on the CPU and move them to the GPU when needed: slower, with less GPU
+    memory."""
     quantize: Literal["none", "int8", "fp8"] = "none"
-    """8 bits for every weight of the generator's blocks and head; needs torchao."""
+    """int8 or fp8: store the weights of the generator's blocks and head in 8 bits; needs torchao."""
 
 
 def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> None:
     """Runs `visar sample`.
 
     Args:
-        options: of the command.
+        options: options of the command.
         sampler_options: settings of the sampler, by name.
         report: prints a line.
 
@@ -121,10 +122,10 @@ def _beside(out: Path) -> Path:
 
 
 def _is_file(out: Path) -> bool:
-    """Whether `out` is a picture's name, else a folder's; finds before the work that it cannot be written.
+    """Whether `out` is an image's name, else a folder's; finds before the work that it cannot be written.
 
     Raises:
-        ValueError: it cannot, or its ending is neither a picture's nor that of a folder that exists.
+        ValueError: it cannot, or its ending is neither an image's nor that of a folder that exists.
     """
     from visar.io.files import check_file_output, check_folder_output
     from visar.io.pictures import WRITTEN_AS
@@ -135,7 +136,7 @@ def _is_file(out: Path) -> bool:
         return True
     if any(letter.isalpha() for letter in ending) and not out.is_dir():
         raise ValueError(
-            f"cannot write {out}: a picture's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
+            f"cannot write {out}: an image's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
             "must exist already"
         )
     check_folder_output(out)

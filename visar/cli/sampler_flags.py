@@ -16,7 +16,7 @@ def take_sampler_options(arguments: list[str]) -> tuple[list[str], dict[str, Any
     sampler = take_value(arguments, "--sampler")[1]
     if sampler is None:
         if flags:
-            raise ValueError(f"{next(iter(flags))} is a setting of a sampler: say --sampler NAME too")
+            raise ValueError(f"{next(iter(flags))} is a setting of a sampler: give --sampler NAME too")
         return arguments, {}
     given: dict[str, Any] = {}
     for flag in flags:

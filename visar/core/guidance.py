@@ -19,7 +19,7 @@ class Guidance:
     """How strongly a block's prediction follows the condition.
 
     Attributes:
-        scale: one strength for all blocks, or one a block. Off: 1.0 for "interpolate", 0.0 for "extrapolate".
+        scale: one strength for all blocks, or one per block. Off: 1.0 for "interpolate", 0.0 for "extrapolate".
         convention: see above.
         schedule: "constant", or "linear": rises from `start` at the first block to `scale` at the last.
         start: strength of the first block of a linear schedule; None is the neutral one.
@@ -41,7 +41,7 @@ class Guidance:
         if self.schedule not in ("constant", "linear"):
             raise ValueError(f"guidance schedule {self.schedule!r}; choose constant or linear")
         if self.schedule == "linear" and isinstance(self.scale, tuple):
-            raise ValueError("a linear guidance schedule takes one scale, not one a block")
+            raise ValueError("a linear guidance schedule takes one scale, not one per block")
         if self.start is not None and self.schedule == "constant":
             raise ValueError("guidance start is for the linear schedule")
         values = self.scale if isinstance(self.scale, tuple) else (self.scale,)

@@ -1,9 +1,10 @@
-"""What samplers, drafters and pipelines need of models: one protocol a capability.
+"""What samplers, drafters and pipelines need of models: one protocol per capability.
 
 A model has a capability if it has the calls, whatever its class: `isinstance(model, Windowed)` asks for that. See
 docs/design.md for what the calls mean. Submodules are named for type checkers only: isinstance does not see them.
 
-B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D width, V codes, C code width.
+B batch, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, D hidden size, V codes, C code
+width.
 """
 
 import math
@@ -76,7 +77,7 @@ class Categorical(Generator, Protocol):
 
 @runtime_checkable
 class Windowed(Generator, Protocol):
-    """A generator of one token a step that also verifies drafted windows, with a length of its own for every row."""
+    """A generator of one token per step that also verifies drafted windows, with a length of its own for every row."""
 
     def start(
         self,
@@ -235,7 +236,7 @@ class Tokenizer(Protocol):
         config: constructor arguments.
         layout: how tokens are arranged.
         codebook: code vectors [V, C] as looked up.
-        downsampling: pixels a side of a position of the finest grid.
+        downsampling: pixels per side of a position of the finest grid.
         dtype, training, parameters: as every module has them.
     """
 

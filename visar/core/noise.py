@@ -37,7 +37,7 @@ class Use(enum.IntEnum):
 
 @functools.cache
 def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Multipliers int64 [2], and what the rounds add to the keys, int64 [10, 2]; made once a device."""
+    """Multipliers int64 [2], and what the rounds add to the keys, int64 [10, 2]; made once per device."""
     rounds = [[number * _WEYL_0, number * _WEYL_1] for number in range(10)]
     return torch.tensor([_MULTIPLIER_0, _MULTIPLIER_1], device=device), torch.tensor(rounds, device=device)
 
@@ -57,8 +57,8 @@ def philox(
     key_2X = torch.stack(torch.broadcast_tensors(*key))
     key_2X = key_2X.view(2, *[1] * (even_2X.dim() - key_2X.dim()), *key_2X.shape[1:])
     for key_of_round_2X in ((key_2X + rounds_R2X) & _MASK).unbind(0):
-        # Products wrap modulo 2^64. One mask a round drops the copies of the sign that an arithmetic shift brings in,
-        # and the upper halves of words 1 and 3, which are left as they are until then.
+        # Products wrap modulo 2^64. One mask per round drops the sign copies of an arithmetic shift and the
+        # upper halves of words 1 and 3, which stay until then.
         product_2X = (even_2X * multipliers_2X).flip(0)
         even_2X, odd_2X = ((product_2X >> 32) ^ odd_2X ^ key_of_round_2X) & _MASK, product_2X
     (word_0, word_2), (word_1, word_3) = even_2X, odd_2X & _MASK
@@ -105,7 +105,7 @@ class Noise:
         return Noise(self.seeds_B[index], self.seeds_B.device)
 
     def bits(self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0) -> Tensor:
-        """32 random bits an element, as int64 in [0, 2^32).
+        """32 random bits per element, as int64 in [0, 2^32).
 
         Args:
             use: what they are for.
@@ -169,7 +169,7 @@ class Noise:
     def exponential(
         self, use: Use, position: int | Tensor, size: tuple[int, ...] = (), counter: int | Tensor = 0
     ) -> Tensor:
-        """float32 draws of the unit exponential law, fine-grained (2^-32) near zero; shapes as in `bits`."""
+        """float32 draws of the unit exponential distribution, fine-grained (2^-32) near zero; shapes as in `bits`."""
         small = ((self.bits(use, position, size, counter).float() + 0.5) * 2.0**-32).clamp(max=1.0 - 2.0**-24)
         return -torch.log1p(-small)
 

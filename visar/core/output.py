@@ -15,7 +15,7 @@ class SampleStatistics:
         forward_passes: model calls by name ("generator", "drafter", ...); a guided call on a doubled batch is one.
         tokens_per_pass: histogram: committed tokens in one pass of one image -> how often; lossless bookkeeping of
             what a parallel sampler gains. An ancestral raster sampler has {1: B * N}.
-        proposed: drafted tokens that were judged; 0 for samplers that draft nothing.
+        proposed: drafted tokens that were verified; 0 for samplers that draft nothing.
         accepted: how many of them were accepted.
         seconds: wall-clock time of the sampling loop, tokens only (device work finished).
     """
@@ -55,7 +55,7 @@ class SampleOutput:
     latent: float [B, C, h, w] for images, what the tokenizer's `decode_latents` makes them of, from samplers that have
     it anyway or whose images are not those of their tokens (smoothing, editing of maps); None: decode the tokens.
     outcome_BN: int8, how every token came about, from speculative samplers: 2 an accepted draft, 1 drawn where drafts
-    were rejected, 0 drawn where none was judged.
+    were rejected, 0 drawn where none was verified.
     """
 
     tokens: Tensor

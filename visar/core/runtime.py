@@ -1,12 +1,12 @@
 """How a decoding loop runs: eagerly, or as CUDA graphs; samplers are written once for both.
 
 A sampler's loop is a sequence of steps whose tensors live in a session: allocated once, changed in place. On a GPU
-the first step of a kind runs as it is (which also warms its kernels up), the second is captured and then
-replayed, and all later ones are replays: one launch a step, no work for the host. Sessions are kept between calls of
+the first step of a kind runs eagerly (which also warms its kernels up), the second is captured and then
+replayed, and all later ones are replays: one launch per step, no work for the host. Sessions are kept between calls of
 the same model, batch and settings, so capture is paid once.
 
 A family fits in by naming the kinds of its steps: a raster generator has one kind for all its tokens, a next-scale
-one a kind a scale, a sampler that verifies windows one kind a window.
+generator one kind per scale, a sampler that verifies windows one kind per size of the window.
 """
 
 import weakref
@@ -22,12 +22,12 @@ from visar.kernels.invariance import active
 
 
 def places(model: Any) -> int:
-    """Where a model's weights are: another number once one of them was moved or cast."""
+    """A number that tells where a model's weights are: it changes when one of them is moved or cast."""
     return hash(tuple(parameter.data_ptr() for parameter in model.parameters()))
 
 
 def check_inference(model: Any) -> None:
-    """Checks that a model drops nothing at random.
+    """Checks that a model has no dropout that is active.
 
     Raises:
         ValueError: it is in training mode, and has dropout.
@@ -42,7 +42,7 @@ def check_inference(model: Any) -> None:
 
 
 class Session:
-    """Static tensors and captured steps of one model, batch and settings.
+    """Static buffers and captured steps of one model, batch and settings.
 
     Attributes:
         state: the generator's decoding state, kept for the next call; None at first.
@@ -61,8 +61,8 @@ class Session:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
 
-    def hold(self, name: str, value: Tensor) -> Tensor:
-        """The session's own tensor of that name, with `value` copied in: what captured steps may read."""
+    def static(self, name: str, value: Tensor) -> Tensor:
+        """The session's static buffer of that name, with `value` copied in; captured steps may read it."""
         if name not in self._tensors:
             self._tensors[name] = value.clone()
         else:
@@ -144,9 +144,9 @@ class Runtime:
         return session
 
     def clear(self) -> None:
-        """Frees all graphs, caches and static tensors."""
+        """Frees all graphs, caches and static buffers."""
         self._sessions.clear()
 
 
 EAGER = Runtime(capture=False)
-"""Runs every step as it is."""
+"""Runs every step eagerly."""

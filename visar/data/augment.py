@@ -10,14 +10,14 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a picture; the defaults do nothing.
+    """What is done to an image; the defaults do nothing.
 
     Attributes:
-        max_shift: most pixels that a picture is moved by in each direction; whole pixels, so it stays exact.
-        rescale_share: share of the pictures that are rescaled (and then shifted); the others keep their pixels.
+        max_shift: most pixels that an image is moved by in each direction; whole pixels, so it stays exact.
+        rescale_share: share of the images that are rescaled (and then shifted); the others keep their pixels.
         min_scale, max_scale: range of the scale; 1.0 = as it is.
         mirror: probability of mirroring where it is allowed.
-        crop_min: pictures are cropped to a random square of crop_min ... 1 of the side and resized back (photographs:
+        crop_min: images are cropped to a random square of crop_min ... 1 of the side and resized back (photographs:
             0.8, LlamaGen's tokenizer training); 1.0 = off.
         fill: level in [-1, 1] of what comes into view: 1.0 is white.
 
@@ -60,12 +60,12 @@ def augment(
     generator: torch.Generator,
     mirror_allowed_B: Tensor | None = None,
 ) -> Tensor:
-    """Augmented pictures of the same shape and dtype.
+    """Augmented images of the same shape and dtype.
 
     Args:
         image_BCHW: float in [-1, 1].
         augmentation: what to do.
-        generator: on the pictures' device; the same state gives the same pictures.
+        generator: on the images' device; the same state gives the same images.
         mirror_allowed_B: bool; None allows it for all.
     """
     batch = image_BCHW.shape[0]
@@ -92,7 +92,7 @@ def augment(
 
 
 def _shift(image_BCHW: Tensor, offset_2B: Tensor, most: int, fill: float) -> Tensor:
-    """Moves each picture by whole pixels: offset 0 ... 2 * most, `most` is no move."""
+    """Moves each image by whole pixels: offset 0 ... 2 * most, `most` is no move."""
     batch, _, height, width = image_BCHW.shape
     padded = functional.pad(image_BCHW, (most,) * 4, value=fill)
     rows_BH = offset_2B[0][:, None] + torch.arange(height, device=image_BCHW.device)
@@ -109,7 +109,7 @@ def _sample(image_BCHW: Tensor, theta_B23: Tensor, outside: str) -> Tensor:
 
 
 def _rescale(image_BCHW: Tensor, scale_B: Tensor, fill: float) -> Tensor:
-    """Scales each picture about its centre on the fill level. Scales near 1 need no antialiasing."""
+    """Scales each image about its centre on the fill level. Scales near 1 need no antialiasing."""
     theta = torch.zeros(len(scale_B), 2, 3, device=image_BCHW.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1.0 / scale_B
     return (_sample(image_BCHW - fill, theta, "zeros") + fill).clamp(-1.0, 1.0)
@@ -126,14 +126,14 @@ def _crop(image_BCHW: Tensor, least: float, size_B: Tensor, row_B: Tensor, colum
 
 
 def random_background(image_BCHW: Tensor, generator: torch.Generator, threshold: float = 0.98) -> Tensor:
-    """Gives the white that is connected to the border a random plain colour, one a picture.
+    """Gives the white that is connected to the border a random plain colour, one per image.
 
     Half of an emoji's pixels are white, which flatters likelihoods and speculative samplers; this takes that away. The
     connected white is found by growing it from the border, a pixel a step.
 
     Args:
         image_BCHW: float in [-1, 1], drawings on white.
-        generator: on the pictures' device.
+        generator: on the images' device.
         threshold: least level of white.
     """
     white = (image_BCHW > threshold).all(1, keepdim=True).float()

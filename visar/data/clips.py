@@ -1,7 +1,7 @@
 """Animated emoji: 729 clips of 16 frames, 64 x 64, from the animated Fluent set; how they are read and built.
 
 Licences and attributions: visar/data/ATTRIBUTION.md. Clips are stored as lossy WebP strips. They are split by concept
-key alone, unlike the still pictures.
+key alone, unlike the still images.
 """
 
 import hashlib
@@ -90,7 +90,7 @@ def draw_clip(blob: bytes) -> np.ndarray | None:
 
 
 def pack_clip(clip: np.ndarray) -> bytes:
-    """A clip as one WebP picture, frames below each other (quality 90)."""
+    """A clip as one WebP image, frames below each other (quality 90)."""
     blob = io.BytesIO()
     PIL.Image.fromarray(clip.reshape(-1, clip.shape[2], 3)).save(blob, "WEBP", quality=90, method=6)
     return blob.getvalue()
@@ -100,9 +100,9 @@ def clip_facts(emoji: Sequence[Emoji], strips: Sequence[bytes], still: int) -> d
     """The content of meta.json.
 
     Args:
-        emoji: of every clip, in file order.
+        emoji: emoji of every clip, in file order.
         strips: its encoded frames.
-        still: number of pictures left out because they do not move.
+        still: number of images left out because they do not move.
     """
     classes = sorted({each.group for each in emoji})
     pixels = hashlib.sha256()

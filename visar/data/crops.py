@@ -31,16 +31,16 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 def image_tensor(image: Image.Image) -> Tensor:
-    """Float [3, H, W] in [-1, 1] of a picture (converted to RGB)."""
+    """Float [3, H, W] in [-1, 1] of an image (converted to RGB)."""
     pixels_HWC = torch.from_numpy(np.array(image.convert("RGB")))
     return pixels_HWC.permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> Tensor:
-    """Ten views of a picture: four corners and the middle of its centre crop, then the same of its mirror image.
+    """Ten views of an image: four corners and the middle of its centre crop, then the same of its mirror image.
 
     Args:
-        image: a picture.
+        image: an image.
         size: side of the views in pixels.
         crop_range: side of the centre crop over `size`, cut to whole pixels; LlamaGen uses 1.1 and 1.05.
 

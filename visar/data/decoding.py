@@ -1,4 +1,4 @@
-"""Pictures decoded when they are asked for, so that a set may be larger than memory."""
+"""Images decoded when they are asked for, so that a set may be larger than memory."""
 
 import hashlib
 import os
@@ -14,12 +14,12 @@ import numpy as np
 
 from visar.data.pictures import read_picture
 
-KEPT_BYTES = 2**30  # of decoded pictures that a set keeps in memory
-BLOCK = 256  # pictures decoded at a time where all are gone through
+KEPT_BYTES = 2**30  # of decoded images that a set keeps in memory
+BLOCK = 256  # images decoded at a time where all are gone through
 
 
 class Encoded(Protocol):
-    """Pictures as files or bytes, by number."""
+    """Images as files or bytes, by number."""
 
     def __len__(self) -> int: ...
 
@@ -37,7 +37,7 @@ class EncodedFiles:
 
     Args:
         root: the folder.
-        names: of the files, relative to it.
+        names: names of the files, relative to it.
     """
 
     def __init__(self, root: Path, names: Sequence[str]) -> None:
@@ -54,7 +54,7 @@ class EncodedFiles:
 
 
 class EncodedBytes:
-    """Encoded pictures that are taken out of tables, in a temporary file of their whole size (in TMPDIR).
+    """Encoded images that are taken out of tables, in a temporary file of their whole size (in TMPDIR).
 
     Tables are compressed in blocks of many rows: reading one row in random order would unpack a block every time.
     """
@@ -66,11 +66,11 @@ class EncodedBytes:
         self._tables: list[tuple[int, str]] = []
 
     def begin_table(self, name: str) -> None:
-        """Says which table the following pictures come from."""
+        """Says which table the following images come from."""
         self._tables.append((len(self), name))
 
     def append(self, blob: bytes) -> None:
-        """Takes the next picture.
+        """Takes the next image.
 
         Raises:
             ValueError: there is no space for it.
@@ -79,7 +79,7 @@ class EncodedBytes:
             self._file.write(blob)
         except OSError as error:
             raise ValueError(
-                f"no temporary file for the pictures in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a "
+                f"no temporary file for the images in {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a "
                 "folder with more space"
             ) from error
         self._ends.append(self._ends[-1] + len(blob))
@@ -98,17 +98,17 @@ class EncodedBytes:
 
 
 class DecodedPictures:
-    """Pictures of one size that are decoded when they are asked for; is indexed like an array uint8 [N, S, S, 3].
+    """Images of one size that are decoded when they are asked for; is indexed like an array uint8 [N, S, S, 3].
 
     What was decoded stays in memory up to KEPT_BYTES; several are decoded at a time.
 
     Args:
-        encoded: the pictures.
+        encoded: the images.
         size: S, see `read_picture`.
         skip_unreadable: leave unreadable ones out.
 
     Raises:
-        ValueError: unreadable pictures, all of them named; or none that can be read.
+        ValueError: unreadable images, all of them named; or none that can be read.
     """
 
     dtype = np.dtype(np.uint8)
@@ -125,7 +125,7 @@ class DecodedPictures:
             raise ValueError(f"{len(self.unreadable)} unreadable: {remedy}\n" + "\n".join(self.unreadable))
 
     def _go_through(self) -> tuple[np.ndarray, list[str]]:
-        """Numbers of the readable pictures among the encoded ones, and the errors of the others."""
+        """Numbers of the readable images among the encoded ones, and the errors of the others."""
         readable, errors = [], []
         for first in range(0, len(self._encoded), BLOCK):
             rows = range(first, min(first + BLOCK, len(self._encoded)))
@@ -178,11 +178,11 @@ class DecodedPictures:
 
 
 Pictures = np.ndarray | DecodedPictures
-"""Pictures uint8 [N, H, W, 3], in memory or decoded when asked for."""
+"""Images uint8 [N, H, W, 3], in memory or decoded when asked for."""
 
 
 def in_batches(images: Pictures, batch_size: int, rows: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Pictures uint8 [B, H, W, 3] in order; while one batch is used the next is decoded.
+    """Images uint8 [B, H, W, 3] in order; while one batch is used the next is decoded.
 
     Args:
         images: all of them.

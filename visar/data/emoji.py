@@ -18,7 +18,7 @@ PIXELS_SHA256 = "ef3b30f4d67e2fc9cb02c679a127e73afa40580e78ac3c8e572d49b1316b28b
 
 
 def pack_pixels(images_NHWC: np.ndarray) -> bytes:
-    """uint8 pictures without loss: (R - G, G, B - G, 0) modulo 256, four bytes a pixel for LZMA's position bits;
+    """uint8 images without loss: (R - G, G, B - G, 0) modulo 256, four bytes a pixel for LZMA's position bits;
     xz."""
     four = np.zeros((*images_NHWC.shape[:3], 4), np.uint8)
     four[..., :3] = images_NHWC
@@ -40,7 +40,7 @@ def unpack_pixels(blob: bytes) -> np.ndarray:
 
 
 def read_emoji(path: str | Path) -> tuple[np.ndarray, dict]:
-    """Pictures uint8 [N, 64, 64, 3] and the facts about them.
+    """Images uint8 [N, 64, 64, 3] and the facts about them.
 
     Raises:
         ValueError: the file is damaged, or its pixels are not the recorded ones.
@@ -59,7 +59,7 @@ def read_emoji(path: str | Path) -> tuple[np.ndarray, dict]:
 
 
 def captions(meta: dict) -> list[str]:
-    """Captions of all pictures: the Unicode name and the style, such as "teapot, noto style"."""
+    """Captions of all images: the Unicode name and the style, such as "teapot, noto style"."""
     styles = [meta["style_words"][style] for style in meta["styles"]]
     return [
         f"{meta['labels'][label]}, {styles[int(style)]} style"

@@ -32,10 +32,10 @@ from visar.io.files import atomic_write
 SIZE = 64
 DRAWN_SIZE = 128
 TONES = (0, 1, 3, 5)  # 0 is none (yellow); 2 and 4 are left out as near-copies of their neighbours
-SMALLEST_CLASS = 40  # Unicode subgroups of fewer pictures are put together
+SMALLEST_CLASS = 40  # Unicode subgroups of fewer images are put together
 RESVG_VERSION = "0.5.0"  # what the recorded pixels were drawn with
 _LEFT_OUT_SUBGROUPS = ("country-flag", "subdivision-flag", "skin-tone", "hair-style")
-_BLANK_DEVIATION = 6.0  # pictures that vary less, in levels of 0 ... 255, are blank
+_BLANK_DEVIATION = 6.0  # images that vary less, in levels of 0 ... 255, are blank
 
 STYLE_WORDS = {
     "noto": "noto",
@@ -84,7 +84,7 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Drawing:
-    """One picture to be drawn.
+    """One image to be drawn.
 
     Attributes:
         code: which emoji.
@@ -163,7 +163,7 @@ def _svg(code: str, icon: dict[str, Any], defaults: dict[str, Any]) -> Drawing:
 
 # ------------------------------------------------------------------------------------------------------------- drawing
 def on_white(image: PIL.Image.Image, size: int = SIZE) -> np.ndarray:
-    """A picture in the middle of a white square, reduced to uint8 [size, size, 3]."""
+    """An image in the middle of a white square, reduced to uint8 [size, size, 3]."""
     image = image.convert("RGBA")
     side = max(image.size)
     square = PIL.Image.new("RGBA", (side, side), (255, 255, 255, 255))
@@ -189,7 +189,7 @@ def draw(drawing: Drawing) -> np.ndarray:
 
 
 def _draw_all(style: str, drawings: Sequence[Drawing], kept: Path, processes: int) -> np.ndarray:
-    """Pictures of one style, uint8 [N, 64, 64, 3]; read from the file `kept` if they are there already."""
+    """Images of one style, uint8 [N, 64, 64, 3]; read from the file `kept` if they are there already."""
     if kept.is_file():
         return np.load(kept, allow_pickle=False)["images"]
     context = multiprocessing.get_context("spawn")
@@ -210,9 +210,9 @@ def _resvg_version() -> str:
 
 # --------------------------------------------------------------------------------------------------------------- files
 def key_split(style: str, code: str) -> int:
-    """Split by key alone: that of the clips, and the first key of the still pictures' order in their file.
+    """Split by key alone: that of the clips, and the first key of the still images' order in their file.
 
-    For the still pictures it is older than the shipped split, and stays because the recorded sha256 is over the pixels
+    For the still images it is older than the shipped split, and stays because the recorded sha256 is over the pixels
     in this order.
     """
     key = concept_key(code)
@@ -222,12 +222,12 @@ def key_split(style: str, code: str) -> int:
 
 
 def class_names(places: Sequence[tuple[str, str]]) -> list[str]:
-    """Class "group/subgroup" of every picture; small subgroups of a group become "group/other".
+    """Class "group/subgroup" of every image; small subgroups of a group become "group/other".
 
     Where even those together are few, they join the group's largest subgroup.
 
     Args:
-        places: (group, subgroup) of every picture.
+        places: (group, subgroup) of every image.
     """
     count = Counter(places)
     largest: dict[str, str] = {}
@@ -247,9 +247,9 @@ def emoji_facts(pictures: Sequence[tuple[str, Emoji]], images_NHWC: np.ndarray, 
     """The content of meta.json.
 
     Args:
-        pictures: style and emoji of every picture, in file order.
+        pictures: style and emoji of every image, in file order.
         images_NHWC: their pixels.
-        dropped: numbers of pictures left out, by reason and style.
+        dropped: numbers of images left out, by reason and style.
     """
     styles = list(STYLE_PACKAGES)
     names = class_names([(emoji.group, emoji.subgroup) for _, emoji in pictures])
@@ -302,13 +302,13 @@ def plain_json(value: object) -> bytes:
 def collect_pictures(
     names: dict[str, Emoji], sources: dict[str, list[Drawing]], images: dict[str, np.ndarray]
 ) -> tuple[list[tuple[str, Emoji]], np.ndarray, Counter[str]]:
-    """Pictures to keep, in file order: wanted tones, not blank, and no exact copy of an earlier one.
+    """Images to keep, in file order: wanted tones, not blank, and no exact copy of an earlier one.
 
     Args:
         names: emoji by code.
         sources, images: drawings and their pixels by style, in the order of the styles' numbers.
 
-    Returns: (style and emoji of every picture, pixels uint8 [N, 64, 64, 3], numbers left out by reason and style).
+    Returns: (style and emoji of every image, pixels uint8 [N, 64, 64, 3], numbers left out by reason and style).
     """
     kept: list[tuple[str, Emoji, np.ndarray]] = []
     seen: set[bytes] = set()
@@ -334,7 +334,7 @@ def collect_pictures(
 def build_emoji(out: str | Path, processes: int | None = None) -> Path:
     """Builds emoji64.zip and, beside it, ATTRIBUTION.md; about 32 MB of downloads and some minutes of drawing.
 
-    Downloads and drawn pictures are kept in the folder `packages`, so a second call goes on where the first ended; the
+    Downloads and drawn images are kept in the folder `packages`, so a second call resumes where the first ended; the
     folder may be removed afterwards. A finished file is left as it is.
 
     Args:
@@ -363,7 +363,7 @@ def build_emoji(out: str | Path, processes: int | None = None) -> Path:
     facts = emoji_facts(pictures, pixels, dropped)
     if facts["pixels_sha256"] != PIXELS_SHA256:
         raise ValueError(
-            f"the {len(pictures)} pictures drawn have sha256 {facts['pixels_sha256']}, the recorded one is "
+            f"the {len(pictures)} images drawn have sha256 {facts['pixels_sha256']}, the recorded one is "
             f"{PIXELS_SHA256}; they were drawn with resvg-py {version} and Pillow {PIL.__version__}, the recorded "
             f"ones with resvg-py {RESVG_VERSION}: pip install resvg-py=={RESVG_VERSION}, remove "
             f"{packages}/drawn-*.npz and run the command again"

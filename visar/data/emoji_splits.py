@@ -1,8 +1,8 @@
-"""Train, validation and test pictures of the emoji set, split by look as well as by concept.
+"""Train, validation and test images of the emoji set, split by look as well as by concept.
 
-Keys alone leak: of the pictures that a split by (style, concept) puts aside, 2.6 % of 650 for validation and 15.5 % of
-399 for the test are near-copies (error <= 6.0) of training pictures: clock faces, arrows, one drawing under two code
-points. Here pictures that look alike never part: 12476 train, 791 validation, 394 test, no near-copy between them.
+Keys alone leak: of the images that a split by (style, concept) puts aside, 2.6 % of 650 for validation and 15.5 % of
+399 for the test are near-copies (error <= 6.0) of training images: clock faces, arrows, one drawing under two code
+points. Here images that look alike never part: 12476 train, 791 validation, 394 test, no near-copy between them.
 
 Test: concepts unseen in every style. Validation: (style, concept) pairs unseen, while the concept is seen in other
 styles. The assignment ships as emoji_splits.json; `split_emoji` is what made it.
@@ -54,12 +54,12 @@ def _variants(image_BCHW: Tensor) -> Tensor:
 def near_copies(
     images_NHWC: np.ndarray, others_MHWC: np.ndarray, threshold: float = NEAR_COPY_RMSE, cells: int = 8
 ) -> list[tuple[int, int, float]]:
-    """Pairs of pictures that are the same up to mirroring, shifts of at most 3 pixels and an error.
+    """Pairs of images that are the same up to mirroring, shifts of at most 3 pixels and an error.
 
     Averages over cells can only lessen the error, so pairs that differ there are never looked at whole.
 
     Args:
-        images_NHWC, others_MHWC: uint8 pictures of one size.
+        images_NHWC, others_MHWC: uint8 images of one size.
         threshold: root-mean-square error, in levels of 0 ... 255.
         cells: cells a side of the first comparison.
 
@@ -109,13 +109,13 @@ def split_emoji(
     val_share: float = 0.06,
     largest: int = 24,
 ) -> list[int]:
-    """Splits of all pictures: 0 train, 1 val, 2 test.
+    """Splits of all images: 0 train, 1 val, 2 test.
 
     Args:
-        codes, styles: code points and drawing style of every picture.
-        copies: pairs of pictures that look alike (`near_copies` of the set with itself).
+        codes, styles: code points and drawing style of every image.
+        copies: pairs of images that look alike (`near_copies` of the set with itself).
         test_share, val_share: shares that hashes are compared with; somewhat more than what is left after the rules.
-        largest: components of more pictures stay in training.
+        largest: components of more images stay in training.
     """
     concepts = [concept_key(code) for code in codes]
     components = _Components(len(codes))
@@ -156,15 +156,15 @@ def split_emoji(
 
 
 def shipped_splits(pixels_sha256: str, count: int) -> np.ndarray:
-    """Split of every picture in file order, int8 [N], from the file that ships with the package.
+    """Split of every image in file order, int8 [N], from the file that ships with the package.
 
     Raises:
-        ValueError: the pictures are others than those that were split.
+        ValueError: the images are others than those that were split.
     """
     record = json.loads(resources.files("visar.data").joinpath("emoji_splits.json").read_text(encoding="utf-8"))
     if record["pixels_sha256"] != pixels_sha256 or len(record["split"]) != count:
         raise ValueError(
-            f"the emoji set has pixels {pixels_sha256[:12]} ({count} pictures); splits are known for "
-            f"{record['pixels_sha256'][:12]} ({len(record['split'])} pictures)"
+            f"the emoji set has pixels {pixels_sha256[:12]} ({count} images); splits are known for "
+            f"{record['pixels_sha256'][:12]} ({len(record['split'])} images)"
         )
     return np.array([int(digit) for digit in record["split"]], np.int8)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST as an image set: 70,000 grey pictures of clothes in 10 classes, 28 x 28 on black, padded to 32 x 32.
+"""Fashion-MNIST as an image set: 70,000 grey images of clothes in 10 classes, 28 x 28 on black, padded to 32 x 32.
 
 Source: Xiao, Rasul and Vollgraf, arXiv 1708.07747 (MIT licence, Zalando SE); zalandoresearch/fashion-mnist. The files
 are the idx files that Debian's package dataset-fashion-mnist and torchvision.datasets.FashionMNIST bring.
@@ -33,7 +33,7 @@ CLASSES = (
 SIZE, PADDING = 32, 2
 VALIDATION = 2000
 KIND = "fashion-mnist"
-# Images and labels of the 60,000 training and the 10,000 test pictures; the prefix is t10k for the latter.
+# Images and labels of the 60,000 training and the 10,000 test images; the prefix is t10k for the latter.
 FILES = tuple(f"{part}-{what}" for part in ("train", "t10k") for what in ("images-idx3-ubyte", "labels-idx1-ubyte"))
 
 
@@ -103,7 +103,7 @@ def _package_files(path: Path) -> dict[str, bytes]:
 
 
 def build_fashion(source: str | Path, out: str | Path) -> Path:
-    """Writes fashion.zip, 27 MB: the pictures as they are, labels, and splits (the last 2,000 training pictures are
+    """Writes fashion.zip, 27 MB: the images as they are, labels, and splits (the last 2,000 training images are
     for validation).
 
     Args:
@@ -118,7 +118,7 @@ def build_fashion(source: str | Path, out: str | Path) -> Path:
     pictures, labels = ([arrays[FILES[i + k]] for i in (0, 2)] for k in (0, 1))
     for picture, label, part in zip(pictures, labels, ("train", "t10k"), strict=True):
         if picture.ndim != 3 or picture.shape[1:] != (28, 28) or label.shape != picture.shape[:1]:
-            raise ValueError(f"{source}: {part} has pictures {picture.shape} and labels {label.shape}")
+            raise ValueError(f"{source}: {part} has images {picture.shape} and labels {label.shape}")
         if label.size and label.max() >= len(CLASSES):
             raise ValueError(f"{source}: {part} has the label {label.max()}; allowed: 0 ... {len(CLASSES) - 1}")
     train, test = (len(part) for part in pictures)
@@ -146,7 +146,7 @@ def build_fashion(source: str | Path, out: str | Path) -> Path:
 
 
 def read_fashion(path: str | Path) -> tuple[np.ndarray, dict]:
-    """Pictures uint8 [N, 32, 32, 3] and the facts about them.
+    """Images uint8 [N, 32, 32, 3] and the facts about them.
 
     Raises:
         ValueError: the file is damaged, or its pixels are not the recorded ones.

@@ -1,4 +1,4 @@
-"""The pictures in a folder: which files are taken, which are left out and why, their classes and their splits."""
+"""The images in a folder: which files are taken, which are left out and why, their classes and their splits."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-HIDDEN, OTHER, LOOP, OUTSIDE = "hidden", "not named as a picture", "links to a folder above", "outside of the splits"
+HIDDEN, OTHER, LOOP, OUTSIDE = "hidden", "not named as an image", "links to a folder above", "outside of the splits"
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class FoundPictures:
 
     Attributes:
         root: the folder.
-        names: of the pictures, relative to it with slashes; ordered folder by folder.
-        broken: names of links to nothing, and of pipes and devices that are named as pictures.
+        names: names of the images, relative to it with slashes; ordered folder by folder.
+        broken: names of links to nothing, and of pipes and devices that are named as images.
         left_out: names of other files and folders, by the reason.
     """
 
@@ -60,7 +60,7 @@ class FoundPictures:
 
 
 def find_pictures(path: Path) -> FoundPictures:
-    """Pictures of a folder and of the folders below it, those behind links included.
+    """Images of a folder and of the folders below it, those behind links included.
 
     Left out are hidden files and folders (".": half-written files, notebooks' checkpoints and the like), __MACOSX,
     files whose ending is not in EXTENSIONS, and links that lead back to a folder above them.
@@ -104,7 +104,7 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...], found: 
 
 
 def below_data(found: FoundPictures) -> FoundPictures:
-    """The same pictures seen from the folder data in it, if all of them are in that."""
+    """The same images seen from the folder data in it, if all of them are in that."""
     tops = {name.partition("/")[0] for name in found.names if "/" in name}
     if len(tops) != 1 or not all("/" in name for name in found.names) or (top := tops.pop()).lower() != "data":
         return found
@@ -115,7 +115,7 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
     """Splits by the name of their folder, where the topmost folders are splits; empty where they are classes.
 
     They are splits if one is named as the training split, and another as a further one or there is no other. A single
-    folder "train" among others is a split too if its pictures are in folders below it, else a class like them.
+    folder "train" among others is a split too if its images are in folders below it, else a class like them.
     """
     inner = [name.split("/") for name in names if "/" in name]
     tops = {parts[0] for parts in inner}
@@ -133,10 +133,10 @@ def split_of_file(name: str) -> str | None:
 
 
 def hold_out(names: Sequence[str], split_N: np.ndarray | None = None) -> np.ndarray:
-    """Splits, int8 [N], with pictures for validation: a twentieth, by a hash of the name, and at least one of two.
+    """Splits, int8 [N], with images for validation: a twentieth, by a hash of the name, and at least one of two.
 
     Args:
-        names: of the pictures.
+        names: names of the images.
         split_N: splits that are known; they stay as they are where one is for validation.
     """
     split = np.zeros(len(names), np.int8) if split_N is None else split_N.astype(np.int8)

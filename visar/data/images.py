@@ -1,4 +1,4 @@
-"""Image sets: pictures of one size with labels, captions and splits, from any of the usual places."""
+"""Image sets: images of one size with labels, captions and splits, from any of the usual places."""
 
 import hashlib
 import logging
@@ -53,14 +53,14 @@ _NO_MIRROR_WORDS = frozenset({"left", "right", "clockwise", "counterclockwise", 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures with what is known about them.
+    """Images with what is known about them.
 
     Attributes:
         name: what it is called in cards and logs.
         images: uint8 [N, H, W, 3]; those of folders and parquet files are decoded when they are asked for.
         labels_NA: int64 [N, columns], as in `vocabulary.attributes`.
         words_NT: int64 [N, num_words] word ids of the captions, padded with 0; None without captions.
-        captions: of all pictures, "" for one that has none; None without.
+        captions: captions of all images, "" for one that has none; None without.
         split_N: int8 [N]: index in ("train", "val", "test").
         mirror_allowed_N: bool [N].
         vocabulary: names of labels and words.
@@ -80,20 +80,20 @@ class ImageSet:
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures in pixels."""
+        """Side of the images in pixels."""
         return self.images.shape[1]
 
     def indices(self, split: str) -> np.ndarray:
-        """Numbers of the pictures of a split, ascending.
+        """Numbers of the images of a split, ascending.
 
         Raises:
-            ValueError: unknown split, or one without pictures.
+            ValueError: unknown split, or one without images.
         """
         if split not in SPLITS:
             raise ValueError(f"unknown split {split!r}; choose one of {', '.join(SPLITS)}")
         found = np.flatnonzero(self.split_N == SPLITS.index(split))
         if not len(found):
-            raise ValueError(f"{self.name} has no pictures in its split {split}")
+            raise ValueError(f"{self.name} has no images in its split {split}")
         return found
 
     def digest(self) -> str:
@@ -119,19 +119,19 @@ def as_float(images_NHWC: torch.Tensor) -> torch.Tensor:
 
 
 def load_image_set(source: str | Path, image_size: int | None = None, skip_unreadable: bool = False) -> ImageSet:
-    """Pictures from a place.
+    """Images from a place.
 
     Args:
         source: an emoji set (emoji64.zip, or the folder that holds it); Fashion-MNIST (fashion.zip); a folder with a
             subfolder a class, perhaps below train, val and test (or validation, ...), or in its folder data; a parquet
             file or a folder of them, with columns image, label, caption (or img, labels, text) and perhaps a split in
             the files' names; or an .npz with images (or arr_0) and perhaps labels.
-        image_size: side in pixels: pictures are cropped to their centre square and resized; None keeps the size of
+        image_size: side in pixels: images are cropped to their centre square and resized; None keeps the size of
             sets that have one, and is an error for folders and parquet files.
-        skip_unreadable: leave unreadable pictures of folders and parquet files out, with a warning that names them.
+        skip_unreadable: leave unreadable images of folders and parquet files out, with a warning that names them.
 
     Raises:
-        ValueError: no such place, no picture in it, unreadable pictures (each named), columns missing.
+        ValueError: no such place, no image in it, unreadable images (each named), columns missing.
         ImportError: a parquet file, and pyarrow is missing.
     """
     path = Path(source)
@@ -148,13 +148,15 @@ def load_image_set(source: str | Path, image_size: int | None = None, skip_unrea
     if path.is_dir():
         return _folder_set(path, _required(image_size, path), skip_unreadable)
     raise ValueError(
-        f"{shown(path)} is not an image set: a .zip, .npz or .parquet file or a folder of pictures is needed"
+        f"{shown(path)} is not an image set: a .zip, .npz or .parquet file or a folder of images is needed"
     )
 
 
 def _required(image_size: int | None, path: Path) -> int:
     if image_size is None or image_size < 1:
-        raise ValueError(f"image_size {image_size}: the pictures of {path} may be of any size, so say image_size >= 1")
+        raise ValueError(
+            f"image_size {image_size}: the images of {path} may be of any size; give their side (--image-size), >= 1"
+        )
     return image_size
 
 
@@ -205,15 +207,15 @@ def make_image_set(
     """An image set from arrays; the vocabulary is made from the training split's captions and labels.
 
     Raises:
-        ValueError: arrays of different lengths, or no training picture.
+        ValueError: arrays of different lengths, or no training image.
     """
     lengths = {len(images), len(labels_NA), len(split_N), len(captions) if captions is not None else len(images)}
     if len(lengths) != 1 or not len(images):
-        counts = f"{len(images)} pictures, {len(labels_NA)} labels, {len(split_N)} splits"
+        counts = f"{len(images)} images, {len(labels_NA)} labels, {len(split_N)} splits"
         raise ValueError(f"{name}: {counts}" + (f", {len(captions)} captions" if captions is not None else ""))
     train = np.flatnonzero(split_N == 0)
     if not len(train):
-        raise ValueError(f"{name} has no training pictures")
+        raise ValueError(f"{name} has no training images")
     if captions is not None:
         captions = [caption if split_words(caption) else "" for caption in captions]
     vocabulary = build_vocabulary(attributes, labels_NA, captions, train)
@@ -235,7 +237,7 @@ def _square(image: PIL.Image.Image, size: int) -> np.ndarray:
 
 
 def _decoded(encoded: EncodedFiles | EncodedBytes, size: int, skip_unreadable: bool) -> DecodedPictures:
-    """The pictures, with a warning for each that is left out."""
+    """The images, with a warning for each that is left out."""
     images = DecodedPictures(encoded, size, skip_unreadable)
     for line in images.unreadable:
         logger.warning("left out: %s", line)
@@ -252,7 +254,7 @@ def _folder_set(path: Path, size: int, skip_unreadable: bool) -> ImageSet:
     parts = split_folders(found.names)
     names = [name for name in found.names if not parts or ("/" in name and name.partition("/")[0] in parts)]
     if not names:
-        raise ValueError(f"{shown(path)} has no pictures ({', '.join(EXTENSIONS)})")
+        raise ValueError(f"{shown(path)} has no images ({', '.join(EXTENSIONS)})")
     if len(names) < len(found.names):
         found.left_out[OUTSIDE] = sorted({*found.names} - {*names})
     images = _decoded(EncodedFiles(found.root, names), size, skip_unreadable)
@@ -270,10 +272,10 @@ def _folder_set(path: Path, size: int, skip_unreadable: bool) -> ImageSet:
 
 
 def _facts(images: ImageSet) -> str:
-    """How many pictures, classes and pictures of each split there are."""
+    """How many images, classes and images of each split there are."""
     counts = np.bincount(images.split_N, minlength=len(SPLITS)).tolist()
     classes = len(images.vocabulary.attributes["class"])
-    return f"{len(images)} pictures of {images.image_size} pixels, {classes} classes; {counts[1]} for validation" + (
+    return f"{len(images)} images of {images.image_size} pixels, {classes} classes; {counts[1]} for validation" + (
         f", {counts[2]} for tests" if counts[2] else ""
     )
 
@@ -309,7 +311,7 @@ def _npz_set(path: Path, image_size: int | None) -> ImageSet:
             f"{shown(path)}: {label_key} is {labels.dtype} {labels.shape}; whole numbers [N] >= 0 are needed"
         )
     if len(labels) != len(images):
-        raise ValueError(f"{shown(path)}: {label_key} has {len(labels)} labels for {len(images)} pictures")
+        raise ValueError(f"{shown(path)}: {label_key} has {len(labels)} labels for {len(images)} images")
     if "classes" in arrays:
         names = _texts(path, "classes", arrays["classes"])
     elif labels.max() < MOST_UNNAMED:

@@ -71,7 +71,7 @@ CLIP_PACKAGES: tuple[Package, ...] = tuple(
 def fetch_package(package: Package, folder: Path) -> Path:
     """Path of a package's tarball in the folder; downloaded unless it is there already.
 
-    A download that breaks off leaves nothing behind, so a second call goes on with the packages that are missing.
+    A download that breaks off leaves nothing behind, so a second call resumes with the packages that are missing.
 
     Raises:
         ValueError: no npm client, a failed download, or a tarball that is not the recorded one.
@@ -95,7 +95,7 @@ def fetch_package(package: Package, folder: Path) -> Path:
         if done.returncode or not downloaded.is_file():
             reason = re.sub(r"\s+", " ", done.stderr).strip()[-300:] or f"exit status {done.returncode}"
             raise ValueError(f"npm could not fetch {package.name} {package.version}: {reason}; run the command again")
-        _check(downloaded, package, "nothing was kept; check the registry that npm is set up with")
+        _check(downloaded, package, "nothing was stored; check the registry that npm is set up with")
         downloaded.replace(path)
     return path
 

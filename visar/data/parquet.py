@@ -1,4 +1,4 @@
-"""Image sets in parquet files, in the form that the Hugging Face hub has them: encoded pictures, labels, captions."""
+"""Image sets in parquet files, in the form that the Hugging Face hub has them: encoded images, labels, captions."""
 
 import json
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ class Tables:
     """The rows of some parquet files.
 
     Attributes:
-        encoded: the pictures.
+        encoded: the images.
         labels_N: int64 class numbers.
         classes: their names.
         captions: "" where there is none; None without a column of them.
@@ -130,7 +130,7 @@ def _cells(tables: dict[Path, Any], column: str, kind: str) -> Iterator[Any]:
         texts = types.is_string(of) or types.is_large_string(of) or types.is_null(of)
         if not texts and not (kind != "text" and types.is_integer(of)):
             needed = "texts are needed" if kind == "text" else "whole numbers or texts are needed"
-            raise ValueError(f"{shown(file)}: the column {column} is {of}; {needed}, one a row")
+            raise ValueError(f"{shown(file)}: the column {column} is {of}; {needed}, one per row")
         for row, cell in enumerate(cells.to_pylist()):
             if cell is None and kind != "text":
                 raise ValueError(f"{shown(file)}: row {row} has no {column}")

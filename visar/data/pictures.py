@@ -1,6 +1,6 @@
-"""One picture of any format as RGB pixels: what training, evaluation, references and editing read pictures with.
+"""One image of any format as RGB pixels: what training, evaluation, references and editing read images with.
 
-Grey pictures of 16 and 32 bits are scaled to 8, the orientation that a camera noted is applied, transparent parts are
+Grey images of 16 and 32 bits are scaled to 8, the orientation that a camera noted is applied, transparent parts are
 white, and of an animation the first frame is read.
 """
 
@@ -15,7 +15,7 @@ import PIL.ImageOps
 from visar.data.crops import center_crop
 from visar.io.files import shown
 
-# Endings of the pictures that Pillow reads; others are left out of a folder.
+# Endings of the images that Pillow reads; others are left out of a folder.
 EXTENSIONS = (
     *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".pcx", ".qoi", ".sgi", ".rgb", ".ico", ".icns"),
@@ -24,10 +24,10 @@ WHITES = (255, 2**16 - 1, 2**32 - 1)  # white of whole numbers of 8, 16 and 32 b
 
 
 def rgb(image: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
-    """A picture in mode RGB, transparent parts white.
+    """An image in mode RGB, transparent parts white.
 
     Args:
-        image: of any mode and bit depth that Pillow opens.
+        image: image of any mode and bit depth that Pillow opens.
         upright: turn it as its EXIF orientation says.
 
     Raises:
@@ -44,7 +44,7 @@ def rgb(image: PIL.Image.Image, upright: bool = True) -> PIL.Image.Image:
 
 
 def _eight_bits(levels: np.ndarray, stored: PIL.Image.Image) -> np.ndarray:
-    """uint8 [H, W] of the levels of a picture with one wide channel, as its file stores them.
+    """uint8 [H, W] of the levels of an image with one wide channel, as its file stores them.
 
     White is 65535 where the file has 16 bits. Of 32 bits files hold numbers of any range: white is then the smallest
     of 255, 65535 and 2^32 - 1 that no level exceeds, or 1.0 of fractions.
@@ -73,7 +73,7 @@ def read_picture(
     upright: bool = True,
     resize: Callable[[PIL.Image.Image, int], PIL.Image.Image] = center_crop,
 ) -> np.ndarray:
-    """Pixels of one picture, uint8 [H, W, 3].
+    """Pixels of one image, uint8 [H, W, 3].
 
     Args:
         source: a file, or its bytes.
@@ -95,6 +95,6 @@ def read_picture(
     except PIL.UnidentifiedImageError as error:
         empty = not (source if isinstance(source, bytes) else source.stat().st_size)
         reason = "it is empty" if empty else "in no format that Pillow knows"
-        raise ValueError(f"{shown(name)} is not a readable picture ({reason})") from error
+        raise ValueError(f"{shown(name)} is not a readable image ({reason})") from error
     except Exception as error:  # of damaged files, Pillow's decoders raise errors of any kind
-        raise ValueError(f"{shown(name)} is not a readable picture ({error or type(error).__name__})") from error
+        raise ValueError(f"{shown(name)} is not a readable image ({error or type(error).__name__})") from error

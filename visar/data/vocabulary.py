@@ -1,4 +1,4 @@
-"""Names of labels and words, and the law of conditions of a training set.
+"""Names of labels and words, and the distribution of conditions of a training set.
 
 A model's conditions are label columns (the class first, then attributes such as a drawing style) and, for some, the
 words of a caption. What a user leaves open is drawn from the training set's own rows, given what is set: p(style,
@@ -121,7 +121,7 @@ class Vocabulary:
         words: the word table; 0 is padding and 1 means "not given". Empty for models without words.
         num_words: most words of a caption.
         texts: distinct captions of the training set.
-        rows: int [M, 1 + columns] training pictures: number of its caption (-1 = none), then its labels. Without rows
+        rows: int [M, 1 + columns] training images: number of its caption (-1 = none), then its labels. Without rows
             (M = 0) a class that is not given is drawn among all alike, and other columns are left open.
 
     Raises:
@@ -241,7 +241,7 @@ class Vocabulary:
         """Rows with the wanted labels.
 
         Raises:
-            ValueError: the training set has no such picture; says which values go with the first wanted one.
+            ValueError: the training set has no such image; says which values go with the first wanted one.
         """
         columns = list(self.attributes)
         fits = np.ones(len(self.rows), bool)
@@ -251,8 +251,8 @@ class Vocabulary:
                 seen = sorted(set(self.rows[before, 1 + columns.index(column)].tolist()))
                 names = ", ".join(self.attributes[column][i] for i in seen)
                 raise ValueError(
-                    f"no training picture has {column} {self.attributes[column][label]!r} with the other conditions; "
-                    f"with them go: {names}"
+                    f"no training image has {column} {self.attributes[column][label]!r} with the other conditions; "
+                    f"they occur with: {names}"
                 )
         return np.flatnonzero(fits)
 
@@ -290,9 +290,9 @@ class Vocabulary:
         """Conditions of B images: what is given, and the rest from a training row drawn among those that fit it.
 
         Args:
-            uniform_B: float in (0, 1), one an image: picks the row.
-            class_labels: names or numbers, one an image.
-            prompts: texts, one an image; nothing is drawn then.
+            uniform_B: float in (0, 1), one per image: picks the row.
+            class_labels: names or numbers, one per image.
+            prompts: texts, one per image; nothing is drawn then.
             attributes: names by column, for all images.
             with_labels, with_words: what the model reads.
 
@@ -331,8 +331,8 @@ def build_vocabulary(
 
     Args:
         attributes: names by column.
-        labels_NA: int labels of all pictures.
-        captions: of all pictures, or None.
+        labels_NA: int labels of all images.
+        captions: captions of all images, or None.
         train: indices of the training split.
     """
     words: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""A picture of quality against cost: one point a run, and the line of those that no other beats in both."""
+"""A plot of quality against cost: one point per run, and the line of those that no other beats in both."""
 
 import json
 import math
@@ -43,13 +43,13 @@ def draw_pareto(
     distance_name: str,
     size: tuple[int, int] = (900, 600),
 ) -> Path:
-    """Writes the picture as PNG: cost to the right on a logarithmic scale, distance upwards, frontier as a line.
+    """Writes the plot as PNG: cost to the right on a logarithmic scale, distance upwards, frontier as a line.
 
     Points are numbered in their order; what the numbers are stands below.
 
     Args:
-        points: of the runs.
-        path: of the picture.
+        points: points of the runs.
+        path: path of the plot.
         cost_name, distance_name: written beside the axes.
         size: about that of the plot without the lines below it, in pixels.
 
@@ -58,7 +58,7 @@ def draw_pareto(
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"a picture is named .png, got {path}")
+        raise ValueError(f"the name of a plot ends in .png, got {path}")
     wrong = [point for point in points if not point.cost > 0 or not math.isfinite(point.distance)]
     if not points or wrong:
         raise ValueError(f"{wrong[0] if wrong else 'no point'}: costs must be above 0 and distances finite")
@@ -88,7 +88,7 @@ def write_comparison(reports: list[Report], out: str | Path) -> None:
     """Writes compare.json, compare.md and pareto.png of comparable reports; the first row is what ratios refer to.
 
     In pareto.png the cost is the time of an image at the largest batch size that was timed (`--speed-batches`) in all
-    runs, else the number of forward passes; without either there is no picture.
+    runs, else the number of forward passes; without either there is no plot.
 
     Raises:
         ValueError: the reports do not compare, or there is none.

@@ -1,7 +1,7 @@
-"""How close samples are to training pictures: the copy rate, and a picture of nearest neighbours.
+"""How close samples are to training images: the copy rate, and a sheet of nearest neighbours.
 
-Distances are root mean square differences of pictures averaged to 16 x 16 RGB in [0, 1]. A sample closer than 0.029
-to a training picture is called a copy: among emoji64's held-out pictures 1% are that close.
+Distances are root mean square differences of images averaged to 16 x 16 RGB in [0, 1]. A sample closer than 0.029
+to a training image is called a copy: among emoji64's held-out images 1% are that close.
 """
 
 from dataclasses import dataclass
@@ -25,12 +25,12 @@ class Copies:
     """Copy rates of N samples.
 
     Attributes:
-        copy_rate: share of samples closer than `threshold` to a training picture.
-        copy_rate_moved: the same, to a training picture as it is, mirrored, or shifted by `SHIFTS` pixels of 64.
-        held_out_rate, held_out_rate_moved: the same of real pictures that were not trained on, or None.
+        copy_rate: share of samples closer than `threshold` to a training image.
+        copy_rate_moved: the same, to a training image as it is, mirrored, or shifted by `SHIFTS` pixels of 64.
+        held_out_rate, held_out_rate_moved: the same of real images that were not trained on, or None.
         threshold: the distance used.
-        distance_N: float32 distance of each sample to its nearest training picture as it is.
-        nearest_N: int64 index of that picture.
+        distance_N: float32 distance of each sample to its nearest training image as it is.
+        nearest_N: int64 index of that image.
     """
 
     copy_rate: float
@@ -46,12 +46,10 @@ def thumbnails(image_BCHW: Tensor) -> Tensor:
     """uint8 [B, 3, H, W] averaged to float32 [B, 768] in [0, 1].
 
     Raises:
-        ValueError: pictures smaller than 16 x 16, or clips.
+        ValueError: images smaller than 16 x 16, or clips.
     """
     if image_BCHW.dim() != 4 or min(image_BCHW.shape[-2:]) < THUMBNAIL:
-        raise ValueError(
-            f"{tuple(image_BCHW.shape)} has no 16x16 averages: pictures [B, 3, H, W] of 16x16 or more have"
-        )
+        raise ValueError(f"{tuple(image_BCHW.shape)} has no 16x16 averages: images [B, 3, H, W] of 16x16 or more have")
     return F.adaptive_avg_pool2d(image_BCHW.float() / 255.0, THUMBNAIL).flatten(1)
 
 
@@ -71,7 +69,7 @@ def _matrix_distance(first_ND: Tensor, second_MD: Tensor) -> Tensor:
 
 
 def moved(image_BCHW: Tensor) -> list[Tensor]:
-    """The pictures mirrored and shifted in every combination, edges repeated; shifts are in 64ths of the picture."""
+    """The images mirrored and shifted in every combination, edges repeated; shifts are in 64ths of the image."""
     unit = image_BCHW.shape[-1] / 64.0
     shifts = sorted({round(shift * unit) for shift in SHIFTS})
     reach = max(shifts)
@@ -87,7 +85,7 @@ def moved(image_BCHW: Tensor) -> list[Tensor]:
 
 
 def nearest_moved(thumbnail_ND: Tensor, train_BCHW: Tensor, block: int = 1024) -> Tensor:
-    """Distance float32 [N] to the nearest training picture among all its `moved` variants."""
+    """Distance float32 [N] to the nearest training image among all its `moved` variants."""
     best_N = torch.full((len(thumbnail_ND),), float("inf"), device=thumbnail_ND.device)
     for images in train_BCHW.split(block):
         for variant in moved(images.to(thumbnail_ND.device)):
@@ -104,12 +102,12 @@ def copies(
     threshold: float = COPY_DISTANCE,
     device: torch.device | str = "cpu",
 ) -> Copies:
-    """Copy rates of samples, with the same rates of held-out real pictures as their null.
+    """Copy rates of samples, with the same rates of held-out real images as their null.
 
     Args:
         thumbnail_ND: float32 [N, 768] thumbnails of the samples.
-        train_NHWC: uint8 training pictures.
-        held_out_NHWC: uint8 real pictures that were not trained on; None leaves the null out.
+        train_NHWC: uint8 training images.
+        held_out_NHWC: uint8 real images that were not trained on; None leaves the null out.
         threshold: below it a sample counts as a copy.
         device: where distances are computed.
     """
@@ -140,23 +138,23 @@ def _share(distance_N: Tensor, threshold: float) -> float:
 
 
 def neighbour_picture(sample_NHWC: Tensor, train_NHWC: Tensor, path: str | Path, neighbours: int = 4) -> Path:
-    """Writes a PNG: each row a sample, then its nearest training pictures, nearest first.
+    """Writes a PNG: each row a sample, then its nearest training images, nearest first.
 
     Args:
-        sample_NHWC: uint8 samples, one a row.
-        train_NHWC: uint8 training pictures of the same size.
+        sample_NHWC: uint8 samples, one per row.
+        train_NHWC: uint8 training images of the same size.
         path: file to write, .png.
-        neighbours: training pictures a row.
+        neighbours: training images per row.
 
     Raises:
         ValueError: sizes differ, or the path is not a .png that can be written.
     """
     path = Path(path)
     if path.suffix != ".png":
-        raise ValueError(f"a picture is named .png, got {path}")
+        raise ValueError(f"the name of a sheet ends in .png, got {path}")
     if sample_NHWC.shape[1:] != train_NHWC.shape[1:]:
         raise ValueError(
-            f"samples {tuple(sample_NHWC.shape[1:])} and pictures {tuple(train_NHWC.shape[1:])} differ in size"
+            f"samples {tuple(sample_NHWC.shape[1:])} and images {tuple(train_NHWC.shape[1:])} differ in size"
         )
     train_MD = torch.cat([thumbnails(part.movedim(-1, -3)) for part in train_NHWC.split(1024)])
     distance_NM = torch.cdist(thumbnails(sample_NHWC.movedim(-1, -3)), train_MD)

@@ -31,7 +31,7 @@ def check_images(image_BCHW: Tensor) -> None:
         ValueError: not uint8 [B, 3, H, W].
     """
     if image_BCHW.dtype != torch.uint8 or image_BCHW.dim() != 4 or image_BCHW.shape[1] != 3:
-        raise ValueError(f"pictures are {image_BCHW.dtype} {tuple(image_BCHW.shape)}; uint8 [B, 3, H, W] is needed")
+        raise ValueError(f"images are {image_BCHW.dtype} {tuple(image_BCHW.shape)}; uint8 [B, 3, H, W] is needed")
 
 
 def resampled(image_BCHW: Tensor, side: int) -> Tensor:
@@ -66,7 +66,7 @@ class FeatureExtractorLite0(FeatureExtractorBase):
         return self.network.dtype
 
     def all_features(self, image_BCHW: Tensor) -> dict[str, Tensor]:
-        """Every feature of uint8 [B, 3, H, W] pictures, float32 [B, D]."""
+        """Every feature of uint8 [B, 3, H, W] images, float32 [B, D]."""
         image = image_BCHW.to(self.feature_extractor_internal_dtype) / 127.5 - 1.0
         last_BD, head_BD, logits_BD = self.network.pooled(resampled(image, self.INPUT_IMAGE_SIZE))
         return {"320": last_BD.float(), "1280": head_BD.float(), "logits": logits_BD.float()}
@@ -208,7 +208,7 @@ class ExtractorKind:
         layer: features of the Frechet distance, KID, precision and recall.
         logits: features of the inception score; None if it has no classes.
         spatial: features of sFID; None if it has none.
-        resize: how a picture of any size reaches the network's size.
+        resize: how an image of any size reaches the network's size.
         weights: finds the weights of the installed package; None where torch-fidelity downloads them.
     """
 
@@ -267,7 +267,7 @@ class Extractor:
     Attributes:
         name: key of its kind.
         kind: the row of `EXTRACTORS`.
-        module: the network; calling it on uint8 pictures gives the features of `layers`, in that order.
+        module: the network; calling it on uint8 images gives the features of `layers`, in that order.
         layers: names of the features it computes.
         device: where it is.
         dtype: "float32" or "float64", of its arithmetic.
@@ -363,7 +363,7 @@ def _weights_digest(kind: ExtractorKind, weights: str | Path | None) -> str | No
 def extract(
     extractor: Extractor, source: ImageSource, batch_size: int, progress: Callable[[int], None] | None = None
 ) -> Iterable[dict[str, Tensor]]:
-    """Features of a set of pictures, a batch at a time, in order; `progress` is told the number of pictures done."""
+    """Features of a set of images, a batch at a time, in order; `progress` is told the number of images done."""
     done = 0
     for images in source.batches(batch_size):
         yield extractor(images)

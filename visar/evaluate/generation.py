@@ -1,4 +1,4 @@
-"""Making the pictures of an evaluation: sharded over processes, resumable, the same whatever the number of processes.
+"""Making the images of an evaluation: sharded over processes, resumable, the same whatever the number of processes.
 
 Image i has seed base + i and a label that is a function of i (visar/evaluate/labels.py). Batches, processes and
 restarts decide only who makes it and when.
@@ -34,7 +34,7 @@ KEEP_IMAGES: tuple[KeepImages, ...] = ("none", "png", "npz")
 
 
 class ImageGenerator(Protocol):
-    """Makes pictures from seeds and labels; picture b depends on seeds[b] and labels[b] only."""
+    """Makes images from seeds and labels; image b depends on seeds[b] and labels[b] only."""
 
     def __call__(self, seeds: list[int], labels: list[Label]) -> tuple[Tensor, SampleStatistics]:
         """uint8 [B, 3, H, W] (clips [B, T, 3, H, W]) and the sampler's counts."""
@@ -43,16 +43,16 @@ class ImageGenerator(Protocol):
 
 @dataclass(frozen=True)
 class Generated:
-    """The pictures of a finished run, as features.
+    """The images of a finished run, as features.
 
     Attributes:
         num_samples: N.
         features: float32 [N, D] by layer, in the order of the images.
-        second_features: of a second extractor.
+        second_features: features of a second extractor.
         thumbnails_ND: float32 [N, 768], or None.
-        images_sha256: sha256 over the images' own sha256, in order: equal for equal pictures.
-        duplicates: pictures that have the same bytes as an earlier one.
-        statistics: of all sampler calls together.
+        images_sha256: sha256 over the images' own sha256, in order: equal for equal images.
+        duplicates: images that have the same bytes as an earlier one.
+        statistics: statistics of all sampler calls together.
         calls: how many there were.
         forward_passes_per_image: model calls that an image needed (of its batch), by model, averaged over images.
         images_per_second: of one process, decoding included; its first batch left out where there are others. None if
@@ -72,10 +72,10 @@ class Generated:
 
 
 def _check_identity(folder: Path, identity: dict[str, object]) -> None:
-    """Stores what the run's pictures depend on, or compares it with what is stored.
+    """Stores what the run's images depend on, or compares it with what is stored.
 
     Raises:
-        ValueError: the folder holds pictures of another run; the message names what differs.
+        ValueError: the folder holds images of another run; the message names what differs.
     """
     path = folder / "run.json"
     wanted = json.loads(json.dumps(identity, sort_keys=True))
@@ -88,7 +88,7 @@ def _check_identity(folder: Path, identity: dict[str, object]) -> None:
         ]
         if differing:
             raise ValueError(
-                f"{folder} holds pictures of another run: {'; '.join(differing)}. Choose another folder, or delete it"
+                f"{folder} holds images of another run: {'; '.join(differing)}. Choose another folder, or delete it"
             )
         return
     with atomic_write(path) as temporary:
@@ -132,29 +132,29 @@ def generate_images(
     second: Extractor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Makes the pictures that a run's folder lacks, and their features. Every process of the run calls it.
+    """Makes the images that a run's folder lacks, and their features. Every process of the run calls it.
 
-    A killed run goes on after its last finished batch. num_samples may be raised later, and the number of processes
-    and the batch size may change; anything else that changes pictures belongs into `identity`.
+    A killed run resumes after its last finished batch. num_samples may be raised later, and the number of processes
+    and the batch size may change; anything else that changes images belongs into `identity`.
 
     Args:
         generate: makes a batch.
         extractor: whose features are stored.
         plan: label of image i.
-        folder: state of the run; parts in `parts/`, pictures in `images/` when kept as PNG.
-        num_samples: pictures in all.
-        batch_size: pictures of one call.
+        folder: state of the run; parts in `parts/`, images in `images/` when stored as PNG.
+        num_samples: images in all.
+        batch_size: images of one call.
         seed: image i has seed + i.
         world: the processes.
-        identity: what the pictures depend on besides the seed and labels, as JSON values; when a run goes on it must
+        identity: what the images depend on besides the seed and labels, as JSON values; when a run resumes it must
             be the stored one.
-        keep_images: "none", "png" (one file an image) or "npz" (one file, arr_0, as ADM's evaluator reads it).
+        keep_images: "none", "png" (one file per image) or "npz" (one file, arr_0, as ADM's evaluator reads it).
         keep_thumbnails: store what the copy rate needs.
         second: whose features are stored too.
-        progress: told the pictures done by this process.
+        progress: told the images done by this process.
 
     Raises:
-        ValueError: a count below 1, another run's folder, or pictures that are not uint8 [B, 3, H, W].
+        ValueError: a count below 1, another run's folder, or images that are not uint8 [B, 3, H, W].
     """
     if num_samples < 1 or batch_size < 1:
         raise ValueError(f"num_samples {num_samples} and batch_size {batch_size} must be >= 1")
@@ -217,10 +217,10 @@ def read_pictures(
     second: Extractor | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Generated:
-    """Pictures made elsewhere, as features: so that they can be scored like a run's.
+    """Images made elsewhere, as features: so that they can be scored like a run's.
 
     Raises:
-        ValueError: a picture that cannot be read.
+        ValueError: an image that cannot be read.
     """
     features: dict[str, list[Tensor]] = {}
     small: list[Tensor] = []
@@ -256,7 +256,7 @@ def _check_images(images: Tensor, count: int) -> None:
 
 
 def _save_pngs(images: Tensor, first: int, folder: Path) -> None:
-    """Each picture as a PNG named by its index; a clip as a strip of its frames from left to right."""
+    """Each image as a PNG named by its index; a clip as a strip of its frames from left to right."""
     folder.mkdir(parents=True, exist_ok=True)
     for offset, image in enumerate(images):
         pixels = image if image.dim() == 3 else torch.cat(list(image), dim=-1)
@@ -307,10 +307,10 @@ def collect(folder: str | Path, num_samples: int, progress: Callable[[int], None
 
 
 def write_npz(folder: str | Path, num_samples: int, path: str | Path) -> Path:
-    """Writes the kept pictures of a run as one .npz, arr_0 uint8 [N, H, W, 3], streamed: the file of ADM's evaluator.
+    """Writes the stored images of a run as one .npz, arr_0 uint8 [N, H, W, 3], streamed: the file of ADM's evaluator.
 
     Raises:
-        ValueError: the run did not keep its pictures as npz, or is not finished.
+        ValueError: the run did not keep its images as npz, or is not finished.
     """
     path = Path(path)
     parts = parts_in_order(Path(folder) / "parts", num_samples, with_images=True)
@@ -319,7 +319,7 @@ def write_npz(folder: str | Path, num_samples: int, path: str | Path) -> Path:
             started = False
             for part in parts:
                 if part.images is None:
-                    raise ValueError(f"the pictures of {folder} were not kept; run with keep_images='npz'")
+                    raise ValueError(f"the images of {folder} were not stored; run with keep_images='npz'")
                 if not started:
                     shape = (num_samples, *part.images.shape[1:])
                     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False}
@@ -330,7 +330,7 @@ def write_npz(folder: str | Path, num_samples: int, path: str | Path) -> Path:
 
 
 def remake_images(indices: list[int], generate: ImageGenerator, plan: LabelPlan, seed: int) -> Tensor:
-    """Some pictures of a run made again, uint8 [B, H, W, 3]: from their seeds, so nothing need have been kept."""
+    """Some images of a run made again, uint8 [B, H, W, 3]: from their seeds, so nothing need have been stored."""
     seeds = [seed + index for index in indices]
     images, _ = generate(seeds, plan.labels(indices, seeds))
     return images.cpu().movedim(-3, -1).contiguous()

@@ -1,4 +1,4 @@
-"""Sets of pictures to be scored: a folder, an .npz of images, an array; read batch by batch as uint8 [B, 3, H, W]."""
+"""Sets of images to be scored: a folder, an .npz of images, an array; read batch by batch as uint8 [B, 3, H, W]."""
 
 import hashlib
 import os
@@ -41,7 +41,7 @@ UINT8_RULES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class ImageSource(Protocol):
-    """Pictures that can be read in order, more than once.
+    """Images that can be read in order, more than once.
 
     Attributes:
         name: what reports call it.
@@ -63,15 +63,15 @@ class ImageSource(Protocol):
 
 
 class ArrayImages:
-    """Pictures in memory.
+    """Images in memory.
 
     Args:
         images_NHWC: uint8 [N, H, W, 3], or clips [N, T, H, W, 3]; numpy or torch.
         name: what reports call it.
-        labels: of the pictures, if known.
+        labels: labels of the images, if known.
 
     Raises:
-        ValueError: another dtype or shape, or no picture.
+        ValueError: another dtype or shape, or no image.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class ArrayImages:
 
 
 class NpzImages:
-    """Pictures of an .npz as ADM's evaluator takes them (`arr_0`, or `images`), streamed: never all in memory.
+    """Images of an .npz as ADM's evaluator takes them (`arr_0`, or `images`), streamed: never all in memory.
 
     Raises:
         ValueError: no such file, not an .npz, no array of images in it, or one of another dtype or shape.
@@ -140,15 +140,15 @@ class NpzImages:
                 count = min(batch_size, len(self) - start)
                 block = file.read(count * item)
                 if len(block) != count * item:
-                    raise EOFError(f"truncated: it ends in picture {start} of {len(self)}")
+                    raise EOFError(f"truncated: it ends in image {start} of {len(self)}")
                 images = torch.frombuffer(bytearray(block), dtype=torch.uint8).view(count, *self.shape[1:])
                 yield images.movedim(-1, -3).contiguous()
             if file.read(1):
-                raise EOFError(f"longer than {len(self)} pictures")
+                raise EOFError(f"longer than {len(self)} images")
 
 
 class SplitImages:
-    """A split of an image set whose pictures are decoded when they are asked for, in the set's order.
+    """A split of an image set whose images are decoded when they are asked for, in the set's order.
 
     Args:
         images: the whole set.
@@ -181,19 +181,19 @@ class SplitImages:
 
 
 class FolderImages:
-    """Pictures of a folder and the folders below it, in the order of their relative names.
+    """Images of a folder and the folders below it, in the order of their relative names.
 
     Args:
         path: the folder.
-        resize: how a picture becomes `image_size` pixels square. "none": all must have one size already; "adm": box
+        resize: how an image becomes `image_size` pixels square. "none": all must have one size already; "adm": box
             halvings, bicubic, centre crop (openai/guided-diffusion, image_datasets.py center_crop_arr: the chain
-            behind ImageNet statistics, which takes pictures as they are stored); "torchvision": its Resize (bilinear,
-            antialiased) and CenterCrop. Other chains than "adm" turn pictures as their EXIF orientation says.
+            behind ImageNet statistics, which takes images as they are stored); "torchvision": its Resize (bilinear,
+            antialiased) and CenterCrop. Other chains than "adm" turn images as their EXIF orientation says.
             Transparent parts are white.
         image_size: side in pixels; None for "none".
 
     Raises:
-        ValueError: no folder, no picture, an unreadable picture or sizes that differ (each named).
+        ValueError: no folder, no image, an unreadable image or sizes that differ (each named).
     """
 
     def __init__(self, path: str | Path, resize: ResizeChain = "none", image_size: int | None = None) -> None:
@@ -211,8 +211,8 @@ class FolderImages:
         found = find_pictures(self.path)
         found.refuse_broken()
         if not found.names:
-            raise ValueError(f"no picture ({', '.join(EXTENSIONS)}) in {shown(path)} or below it")
-        found.log(f"{len(found.names)} pictures")
+            raise ValueError(f"no image ({', '.join(EXTENSIONS)}) in {shown(path)} or below it")
+        found.log(f"{len(found.names)} images")
         self.files = [self.path / name for name in sorted(found.names)]
         first = self.read(self.files[0])
         self.size = (first.shape[0], first.shape[1])
@@ -228,7 +228,7 @@ class FolderImages:
         return digest.hexdigest()
 
     def read(self, file: Path) -> Tensor:
-        """One picture, uint8 [H, W, 3]."""
+        """One image, uint8 [H, W, 3]."""
         pixels = read_picture(
             file,
             self.image_size,
@@ -247,25 +247,25 @@ class FolderImages:
                 for file, image in zip(self.files[start:], images, strict=False):
                     if tuple(image.shape[:2]) != self.size:
                         raise ValueError(
-                            f"{shown(file)} has {image.shape[1]}x{image.shape[0]} pixels, the pictures before it "
-                            f"{self.size[1]}x{self.size[0]}; choose resize='adm' or 'torchvision'"
+                            f"{shown(file)} has {image.shape[1]}x{image.shape[0]} pixels, the images before it "
+                            f"{self.size[1]}x{self.size[0]}; choose resize='adm' or resize='torchvision'"
                         )
                 yield torch.stack(images).movedim(-1, -3).contiguous()
 
     def _read_part(self, start: int, count: int, pool: ThreadPoolExecutor) -> list[Future[Tensor]]:
-        """Begins to read some pictures."""
+        """Begins to read some images."""
         return [pool.submit(self.read, file) for file in self.files[start : start + count]]
 
 
 def open_images(
     source: str | Path | np.ndarray | Tensor | ImageSource, resize: ResizeChain = "none", image_size: int | None = None
 ) -> ImageSource:
-    """A set of pictures.
+    """A set of images.
 
     Args:
         source: a folder; an .npz of images; PLACE@SPLIT, a split (train, val, test) of an image set as training reads
             them (emoji64.zip, parquet, folders of classes), with its labels; a .zip or .parquet without a split means
-            its training pictures; an array uint8 [N, H, W, 3]; or an open set, which is returned.
+            its training images; an array uint8 [N, H, W, 3]; or an open set, which is returned.
         resize, image_size: for folders, see FolderImages; image sets take the size only (their crop is "adm").
 
     Raises:
@@ -285,7 +285,7 @@ def open_images(
         return FolderImages(path, resize, image_size)
     if path.suffix == ".npz":
         return NpzImages(path)
-    raise ValueError(f"no pictures at {path}: a folder, an .npz of images or an image set (PLACE@train) is needed")
+    raise ValueError(f"no images at {path}: a folder, an .npz of images or an image set (PLACE@train) is needed")
 
 
 def _split_images(place: str | Path, split: str, image_size: int | None) -> ImageSource:
@@ -297,13 +297,13 @@ def _split_images(place: str | Path, split: str, image_size: int | None) -> Imag
 
 
 def named_labels(images: ImageSet, index: np.ndarray) -> LabelTable:
-    """Labels of some pictures of a set, with the names of their classes."""
+    """Labels of some images of a set, with the names of their classes."""
     labels = images.labels_NA[torch.from_numpy(index)].tolist()
     return LabelTable.of(labels, images.vocabulary.attributes["class"])
 
 
 def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
-    """One picture through a resize chain of `FolderImages` to size x size."""
+    """One image through a resize chain of `FolderImages` to size x size."""
     if chain == "adm":
         return center_crop(image, size)
     return transforms.center_crop(transforms.resize(image, [size]), [size, size])

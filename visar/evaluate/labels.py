@@ -18,7 +18,7 @@ Label = tuple[int, ...] | str | None
 
 @dataclass(frozen=True)
 class LabelTable:
-    """Distinct label rows of a set of pictures and how often each occurs.
+    """Distinct label rows of a set of images and how often each occurs.
 
     Attributes:
         rows: sorted; column 0 is the class, further columns attributes.
@@ -41,7 +41,7 @@ class LabelTable:
 
     @classmethod
     def of(cls, labels_NA: Sequence[Sequence[int]], classes: tuple[str, ...] | None = None) -> "LabelTable":
-        """The table of the labels of N pictures."""
+        """The table of the labels of N images."""
         found = sorted(Counter(tuple(int(value) for value in row) for row in labels_NA).items())
         return cls(tuple(row for row, _ in found), tuple(count for _, count in found), classes)
 
@@ -53,7 +53,7 @@ class LabelTable:
         """
         if not 1 <= columns <= len(self.rows[0]):
             raise ValueError(
-                f"the model reads {columns} label columns, the reference's pictures have {len(self.rows[0])}"
+                f"the model reads {columns} label columns, the reference's images have {len(self.rows[0])}"
             )
         return self._renamed(lambda row: row[:columns], self.classes)
 
@@ -65,8 +65,8 @@ class LabelTable:
         only is taken to have the model's.
 
         Args:
-            num_classes: of the model.
-            names: of its classes; None where they have numbers only.
+            num_classes: number of classes of the model.
+            names: names of its classes; None where they have numbers only.
 
         Raises:
             ValueError: the classes cannot be matched.
@@ -96,7 +96,7 @@ class LabelTable:
 
     @property
     def total(self) -> int:
-        """Pictures counted."""
+        """Images counted."""
         return sum(self.counts)
 
 
@@ -105,7 +105,7 @@ class LabelPlan:
     """Labels of the images of an evaluation.
 
     "balanced": image i has class i mod num_classes (50 a class for 50,000 images of ImageNet's 1,000 classes).
-    "random": uniform classes, drawn from the image's own seed. "histogram": the labels of the training pictures in one
+    "random": uniform classes, drawn from the image's own seed. "histogram": the labels of the training images in one
     fixed shuffled order, again from the start after the last: every `table.total` images repeat the training histogram
     exactly, and fewer are a sample of it without replacement. "prompts": prompt i mod their number. "none": no label.
 
@@ -124,7 +124,7 @@ class LabelPlan:
     num_classes: int | None = None
     table: LabelTable | None = None
     prompts: tuple[str, ...] = ()
-    pictures: str = "training pictures"
+    pictures: str = "training images"
 
     def __post_init__(self) -> None:
         if self.policy not in LABEL_POLICIES:
@@ -158,7 +158,7 @@ class LabelPlan:
 
     @cached_property
     def _shuffled(self) -> list[int]:
-        """Row number of every training picture, in the fixed shuffled order."""
+        """Row number of every training image, in the fixed shuffled order."""
         assert self.table is not None
         position = torch.arange(self.table.total)[None]
         order = Noise([0]).bits(Use.ORDER, position, (1,))[0, :, 0].argsort(stable=True)

@@ -1,8 +1,8 @@
-"""Scores of generated pictures from their features, by torch-fidelity's public pieces behind one typed function.
+"""Scores of generated images from their features, by torch-fidelity's public pieces behind one typed function.
 
 What torch-fidelity 0.4 leaves to its caller is settled here: keywords are checked (it ignores unknown ones), both
 sides of a Frechet distance are float64 (it asserts equal dtypes), the generated set is its first input (precision is
-the share of generated pictures inside the real manifold), KID's subsets are never larger than a set, precision and
+the share of generated images inside the real manifold), KID's subsets are never larger than a set, precision and
 recall use the same extractor as the distance (its own default is VGG16), and cached pickles are not read.
 """
 
@@ -54,7 +54,7 @@ class Metrics:
         spatial_distance: sFID.
         inception_score, inception_score_std: mean and standard deviation over the splits.
         kid, kid_std: kernel distance, unbiased, over the subsets.
-        precision: share of generated pictures inside the real manifold; recall: of real ones inside the generated.
+        precision: share of generated images inside the real manifold; recall: of real ones inside the generated.
         notes: what a reader of the figures should know.
     """
 
@@ -72,7 +72,7 @@ class Metrics:
 
 
 def inception_score(logits_NV: Tensor, splits: int = 10) -> tuple[float, float]:
-    """Mean and standard deviation over splits of exp E KL(p(y|x) || p(y)), of shuffled pictures.
+    """Mean and standard deviation over splits of exp E KL(p(y|x) || p(y)), of shuffled images.
 
     Source: Salimans et al., arXiv 1606.03498. The shuffle is torch-fidelity's, with a fixed seed.
     """
@@ -102,9 +102,7 @@ def precision_recall(generated_ND: Tensor, real_MD: Tensor, neighbours: int = 3)
     """
     smallest = min(len(generated_ND), len(real_MD))
     if smallest <= neighbours:
-        raise ValueError(
-            f"{smallest} pictures have no {neighbours}-th neighbour; at least {neighbours + 1} are needed"
-        )
+        raise ValueError(f"{smallest} images have no {neighbours}-th neighbour; at least {neighbours + 1} are needed")
     found = prc_features_to_metric(
         generated_ND,
         real_MD,
@@ -127,14 +125,14 @@ def compute_metrics(
     """All scores that the features and the reference allow.
 
     Args:
-        features: of the generated pictures, float32 [N, D] by layer.
-        reference: real pictures, measured with the same extractor.
+        features: features of the generated images, float32 [N, D] by layer.
+        reference: real images, measured with the same extractor.
         kind: the extractor's row in EXTRACTORS.
         layer: features of the distance, KID, precision and recall; None is the kind's own.
         options: None takes the defaults.
 
     Raises:
-        ValueError: widths differ, the layer is missing on a side, or fewer than two pictures.
+        ValueError: widths differ, the layer is missing on a side, or fewer than two images.
     """
     options, layer = options or MetricOptions(), layer or kind.layer
     for name, side in (("the samples", features), (reference.name, reference.statistics)):
@@ -145,7 +143,7 @@ def compute_metrics(
     real = reference.statistics[layer]
     notes = [singular_note(len(generated), real.width, "samples")]
     if real.count is not None:
-        notes.append(singular_note(real.count, real.width, "reference pictures"))
+        notes.append(singular_note(real.count, real.width, "reference images"))
     null, null_note = null_distance(real, len(generated))
     notes.append(null_note)
     spatial = isc = isc_std = kid = kid_std = precision = recall = None
@@ -165,7 +163,7 @@ def compute_metrics(
         if smallest > options.neighbours:
             precision, recall = precision_recall(generated, reference.features[layer], options.neighbours)
         else:
-            notes.append(f"no precision and recall: {smallest} pictures have no {options.neighbours}-th neighbour")
+            notes.append(f"no precision and recall: {smallest} images have no {options.neighbours}-th neighbour")
     else:
         notes.append("no KID, precision and recall: the reference holds statistics only, no features")
     return Metrics(

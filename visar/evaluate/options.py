@@ -19,9 +19,9 @@ class MetricOptions:
     """Settings of the scores; the defaults are torch-fidelity's and the papers'.
 
     Attributes:
-        inception_splits: parts of the inception score; pictures are shuffled first, so class order cannot skew them.
+        inception_splits: parts of the inception score; images are shuffled first, so class order cannot skew them.
         kid_subsets: subsets of KID.
-        kid_subset_size: pictures in one; at most as many as a set has.
+        kid_subset_size: images in one; at most as many as a set has.
         neighbours: k of precision and recall (Kynkaanniemi et al., arXiv 1904.06991: 3).
     """
 
@@ -44,9 +44,9 @@ class ExtractorOptions:
     """The network whose features are compared."""
 
     extractor: str = "efficientnet-lite0"
-    """efficientnet-lite0 (FD-Lite0), craft (FD-CRAFT) or inception-v3 (FID)."""
+    """Network whose features are compared: efficientnet-lite0 (FD-Lite0), craft (FD-CRAFT) or inception-v3 (FID)."""
     extractor_weights: Path | None = None
-    """Weights file of the extractor; needed for inception-v3 without a network."""
+    """Weights file of the extractor; needed for inception-v3 without a network connection."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class FeatureOptions(ExtractorOptions):
     """Which of its features."""
 
     layer: str | None = None
-    """Features of the distance; the extractor's own choice when not given."""
+    """Layer whose features the distance compares; when not given, the extractor's own choice."""
     spatial: bool = False
-    """Also sFID; inception-v3 only."""
+    """Also compute sFID; inception-v3 only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +64,9 @@ class ResizeOptions:
     """How the images of a folder get one size."""
 
     resize: ResizeChain = "none"
-    """How images of a folder get their size: adm is the chain of ImageNet statistics."""
+    """Resizing of a folder's images: adm is the chain of the ImageNet statistics."""
     image_size: int | None = None
-    """That size in pixels."""
+    """Side in pixels that a folder's images are resized to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,20 +74,20 @@ class ScoreOptions(FeatureOptions, ResizeOptions):
     """What images are scored with and against.
 
     Attributes:
-        extractor_dtype: of the extractor's arithmetic; no flag.
+        extractor_dtype: dtype of the extractor's arithmetic; it has no flag.
     """
 
     reference: str
-    """A shipped statistics file's name, a file of `visar stats`, an ADM batch, an .npz of images, a folder, or
-    PLACE@train, a split of an image set."""
+    """Reference: the name of a shipped statistics file, a file of `visar stats`, an ADM batch, an .npz of images, a
+    folder, or PLACE@train, a split of an image set."""
     second_extractor: str | None = None
-    """A second network that scores the same images, such as craft: runs are ranked by both."""
+    """Second network that scores the same images, such as craft; runs are ranked by both."""
     second_reference: str | None = None
-    """The second extractor's reference; --reference when not given, which must then hold images."""
+    """Reference for the second extractor; when not given, --reference, which must then hold images."""
     train: str | None = None
-    """Training images (folder, .npz, PLACE@train): also print the copy rate and draw the nearest ones."""
+    """Training images (a folder, an .npz or PLACE@train): also print the copy rate and draw the nearest ones."""
     held_out: str | None = None
-    """Real images that were not trained on (PLACE@val): the copy rate's null."""
+    """Real images that the model was not trained on (PLACE@val), for the null of the copy rate."""
     extractor_dtype: tyro.conf.Suppress[tyro.conf.Fixed[Literal["float32", "float64"]]] = "float32"
 
 
@@ -105,17 +105,18 @@ class RunOptions:
     out: Path
     """Folder for metrics.json, card.md and the state of the run."""
     num_samples: int = 10_000
-    """Images; published ImageNet figures use 50,000."""
+    """Number of images; published ImageNet figures use 50,000."""
     batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
-    """Images at a time; auto finds how many fit into memory."""
+    """Images per batch; auto finds how many fit into memory."""
     seed: int = 0
-    """Image i has seed + i."""
+    """Seed of the first image; image i has seed + i."""
     labels: LabelPolicy | Literal["auto"] = "auto"
-    """auto is the training histogram where the model or the reference knows it, else balanced classes."""
+    """Labels that are asked for. auto: the training histogram where the model or the reference has it, else balanced
+    classes."""
     captions: str | None = None
-    """PLACE@val, a split of an image set: its labels and captions are asked for instead of the training images'."""
+    """PLACE@val, a split of an image set, whose labels and captions are asked for instead of the training images'."""
     keep_images: KeepImages = "none"
-    """png: one file an image; npz: one file that ADM's evaluator reads."""
+    """Images to write: png, one file per image; npz, one file that ADM's evaluator reads."""
     metrics: tyro.conf.Suppress[tyro.conf.Fixed[MetricOptions]] = field(default_factory=MetricOptions)
 
     def __post_init__(self) -> None:
@@ -133,81 +134,83 @@ class RunOptions:
 class Eval(Placement, Filters, ScoreOptions, RunOptions):
     """Generates images, scores them against a reference and writes the figure with its whole protocol.
 
-    Under torchrun or accelerate launch the images are shared among the processes. A run that was stopped goes on where
-    it was when the same command is given again.
+    Under torchrun or accelerate launch the images are shared among the processes. A run that was stopped resumes when
+    the same command is given again.
     """
 
     model: tyro.conf.Positional[str]
-    """A model's name or folder (`visar models`); or pictures: a folder of them, an .npz, or PLACE@val."""
+    """A model's name or folder (`visar models`); or images to score: a folder of them, an .npz, or PLACE@val."""
     _: KW_ONLY
     out: Path = Path("evaluation")
     """Folder for metrics.json, card.md and the state of the run."""
     prompts: Path | None = None
-    """Text file, one prompt a line, for models conditioned on words."""
+    """Text file with one prompt per line, for models conditioned on words."""
     sampler: str | None = None
-    """See `visar samplers`; its own settings are given as --sampler.NAME VALUE. The model's default when not given."""
+    """Sampler (`visar samplers`); its own settings are given as --sampler.NAME VALUE. When not given, the model's
+    default."""
     guidance_schedule: Literal["constant", "linear"] = "constant"
-    """linear rises from 1.0 at the first block to the scale at the last."""
+    """Guidance over the blocks: constant; or linear, from 1.0 at the first block to the scale at the last."""
     uint8_rule: Literal["round", "truncate"] = "round"
     """How pixels are rounded; truncate only to reproduce figures that were made so."""
     quantize: Literal["none", "int8", "fp8"] = "none"
-    """8 bits for every weight of the generator's blocks and head; needs torchao."""
+    """int8 or fp8: store the weights of the generator's blocks and head in 8 bits; needs torchao."""
 
 
 @dataclass(frozen=True)
 class Stats(FeatureOptions, ResizeOptions):
-    """Writes a statistics file of real pictures, to evaluate against without the pictures."""
+    """Writes a statistics file of real images, to evaluate against without the images."""
 
     source: tyro.conf.Positional[str]
-    """A folder of pictures, an .npz of images, or PLACE@train, a split of an image set with its labels."""
+    """Real images: a folder, an .npz, or PLACE@train, a split of an image set with its labels."""
     out: Path
-    """File to write, .npz."""
+    """Statistics file to write, .npz."""
     protocol: Literal["generation", "reconstruction"] = "generation"
-    """What it is a reference for: generation (training pictures) or reconstruction (a tokenizer's originals)."""
+    """Use of the statistics: generation (of training images) or reconstruction (of a tokenizer's originals)."""
     keep_features: bool = False
-    """Store every picture's features too: KID, precision and recall need them."""
+    """Also store the features of every image, which KID, precision and recall need."""
     batch_size: int = 64
-    """Pictures at a time."""
+    """Images per batch."""
     device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
+    """Device to run on: cpu, cuda, cuda:1, ...; when not given, a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class EvalTokenizer(Placement, ExtractorOptions, ResizeOptions):
-    """Encodes and decodes pictures and prints PSNR, SSIM, the reconstructions' distance and use of the codebook."""
+    """Encodes and decodes images and prints PSNR, SSIM, the reconstructions' distance and use of the codebook."""
 
     tokenizer: tyro.conf.Positional[str]
-    """A tokenizer's name, or its folder."""
+    """Name or folder of a tokenizer."""
     images: str
-    """Pictures that were not trained on: a folder, an .npz, or PLACE@val, a split of an image set."""
+    """Images that the tokenizer was not trained on: a folder, an .npz, or PLACE@val, a split of an image set."""
     out: Path = Path("reconstruction")
     """Folder for metrics.json."""
     batch_size: int = 64
-    """Pictures at a time."""
+    """Images per batch."""
 
 
 @dataclass(frozen=True)
 class Compare(Placement, ScoreOptions, RunOptions):
-    """The same seeds through several samplers or models: one table, relative to the first, and a picture of the trade.
+    """The same seeds through several samplers or models: one table, relative to the first, and a plot.
 
     Without --samplers and --runs, the names are folders that `visar eval` wrote.
     """
 
     names: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Models (each goes through every sampler), or folders written by `visar eval`."""
+    """Models (each with every sampler), or folders that `visar eval` wrote."""
     _: KW_ONLY
     out: Path = Path("comparison")
-    """Folder for compare.md, compare.json, pareto.png, and a folder a run."""
+    """Folder for compare.md, compare.json, pareto.png, and one folder per run."""
     samplers: tuple[str, ...] = ()
-    """Each as NAME or NAME:setting=value,setting=value, such as static_tree:branches=2,1,drafter=eagle. Settings of
-    all: guidance_scale, guidance_schedule, temperature, top_k, top_p, as in next_scale:guidance_scale=2,top_p=0.9."""
+    """Samplers, each as NAME or NAME:setting=value,setting=value, such as static_tree:branches=2,1,drafter=eagle.
+    Settings of all samplers: guidance_scale, guidance_schedule, temperature, top_k, top_p, as in
+    next_scale:guidance_scale=2,top_p=0.9."""
     runs: tuple[str, ...] = ()
-    """Instead of names and --samplers, each as MODEL/SAMPLER, such as emoji-raster/ancestral
+    """Runs instead of names and --samplers, each as MODEL/SAMPLER, such as emoji-raster/ancestral
     runs/var/model/next_scale:top_k=900: the last slash before the first colon divides model and sampler."""
     reference: str = ""
-    """As of `visar eval`; not needed where finished folders are compared."""
+    """Reference, as of `visar eval`; not needed where finished folders are compared."""
     speed_batches: tuple[int, ...] = ()
-    """Also time whole calls of these batch sizes, tokens and decoding, and say the peak of GPU memory."""
+    """Batch sizes whose whole calls, tokens and decoding, are also timed, with the peak of GPU memory."""
     guidance_scale: float | None = None
-    """1.0 = off, of runs that do not say their own; each model's own default when not given. Where that default rises
-    from block to block, so does this."""
+    """Guidance scale of runs that do not say their own, 1.0 = off; when not given, each model's own default. Where
+    that default rises from block to block, so does this."""

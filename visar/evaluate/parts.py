@@ -31,7 +31,7 @@ class Part:
         digests_B32: uint8 [B, 32], sha256 of every image's uint8 bytes in [C, H, W] order.
         thumbnails_BD: float32 [B, 768], or None.
         images: uint8 [B, H, W, 3] (clips [B, T, H, W, 3]), or None.
-        statistics: of the sampler's call.
+        statistics: statistics of the sampler's call.
         seconds: wall clock of the call, decoding included.
         warm: whether the process had made a part before (the first one pays for compilation and captures).
     """
@@ -52,7 +52,7 @@ class Part:
 
 
 def image_digests(images: Tensor) -> Tensor:
-    """sha256 of every picture's bytes, uint8 [B, 32]."""
+    """sha256 of every image's bytes, uint8 [B, 32]."""
     digests = [hashlib.sha256(image.contiguous().cpu().numpy().tobytes()).digest() for image in images]
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(images), 32)
 

@@ -1,4 +1,4 @@
-"""Scoring a pipeline: seeds and labels in, uint8 pictures, figures and card out."""
+"""Scoring a pipeline: seeds and labels in, uint8 images, figures and card out."""
 
 import hashlib
 import logging
@@ -44,7 +44,7 @@ class Sampling:
     top_p: float | Sequence[float] | None = None
 
     def call_settings(self) -> dict[str, Any]:
-        """As keyword arguments of the pipeline, but for the sampler's own options."""
+        """The settings as keyword arguments of the pipeline, but for the sampler's own options."""
         return {
             "sampler": self.sampler,
             "guidance_scale": self.guidance,
@@ -82,7 +82,7 @@ class PipelineGenerator:
         self.texts = () if pipeline.vocabulary is None else pipeline.vocabulary.texts
 
     def __call__(self, seeds: list[int], labels: list[Label]) -> tuple[Tensor, SampleStatistics]:
-        """uint8 [B, 3, H, W], one image a seed."""
+        """uint8 [B, 3, H, W], one image per seed."""
         result = self.pipeline(
             **self._conditions(labels),
             **self.sampling.call_settings(),
@@ -171,7 +171,7 @@ class PipelineGenerator:
         return int(self.num_classes > 0) + len(self.pipeline.generator.config.get("attributes", ()))
 
     def settings(self) -> dict[str, Any]:
-        """What its pictures depend on besides seeds and labels, defaults filled in."""
+        """What its images depend on besides seeds and labels, defaults filled in."""
         settings = self.pipeline.sampling_settings(**self.sampling.call_settings())
         return settings | {
             "guidance": asdict(settings["guidance"]),

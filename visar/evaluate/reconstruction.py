@@ -1,4 +1,4 @@
-"""How well a tokenizer keeps pictures: PSNR, SSIM, the Frechet distance to the originals, and use of the codebook.
+"""How well a tokenizer reconstructs images: PSNR, SSIM, the Frechet distance to the originals, use of codes.
 
 These figures are of the "reconstruction" protocol: reconstructions against their originals. They never stand beside a
 Frechet distance of samples, which is against the training set.
@@ -34,13 +34,13 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class ReconstructionMetrics:
-    """Figures of a tokenizer on N pictures.
+    """Figures of a tokenizer on N images.
 
     Attributes:
         protocol: always "reconstruction".
         num_images: N.
-        psnr: dB on uint8 pixels, mean over pictures; a picture without any error counts as 100 dB.
-        ssim: structural similarity in [-1, 1], mean over pictures.
+        psnr: dB on uint8 pixels, mean over images; an image without any error counts as 100 dB.
+        ssim: structural similarity in [-1, 1], mean over images.
         distance_name: what the Frechet distance is called, with an r in front (rFID for Inception).
         distance: Frechet distance of the reconstructions to the reference.
         reference: what it is measured against.
@@ -64,22 +64,22 @@ class ReconstructionMetrics:
 
 
 def psnr(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of uint8 pictures in dB, float64 [B]: 10 log10(255^2 / MSE), at most 100."""
+    """Peak signal-to-noise ratio of uint8 images in dB, float64 [B]: 10 log10(255^2 / MSE), at most 100."""
     error_B = (first_BCHW.double() - second_BCHW.double()).square().flatten(1).mean(dim=1)
     return (10.0 * torch.log10(255.0**2 / error_B.clamp(min=1e-30))).clamp(max=100.0)
 
 
 def ssim(first_BCHW: Tensor, second_BCHW: Tensor) -> Tensor:
-    """Structural similarity of uint8 pictures, float64 [B], mean over channels and places.
+    """Structural similarity of uint8 images, float64 [B], mean over channels and places.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity" (2004): Gaussian
     window of 11 x 11 with sigma 1.5, K1 = 0.01, K2 = 0.03, on RGB, places where the window fits.
 
     Raises:
-        ValueError: pictures smaller than the window.
+        ValueError: images smaller than the window.
     """
     if min(first_BCHW.shape[-2:]) < 11:
-        raise ValueError(f"SSIM needs pictures of 11x11 or more, got {tuple(first_BCHW.shape[-2:])}")
+        raise ValueError(f"SSIM needs images of 11x11 or more, got {tuple(first_BCHW.shape[-2:])}")
     offset = torch.arange(11, dtype=torch.float64, device=first_BCHW.device) - 5.0
     window = torch.exp(-(offset**2) / (2 * 1.5**2))
     window = window / window.sum()
@@ -110,16 +110,16 @@ def evaluate_reconstruction(
     reference: Reference | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReconstructionMetrics:
-    """Encodes and decodes pictures and compares.
+    """Encodes and decodes images and compares.
 
     Args:
         tokenizer: in evaluation mode on `device`.
-        images: pictures it should keep; held-out ones, for an honest figure.
-        extractor: of the Frechet distance.
-        batch_size: pictures at a time.
+        images: images to reconstruct; held-out ones, for an honest figure.
+        extractor: extractor of the Frechet distance.
+        batch_size: images at a time.
         device: the tokenizer's.
-        reference: of protocol "reconstruction"; None takes the statistics of `images` themselves.
-        progress: told the number of pictures done.
+        reference: statistics for the protocol "reconstruction"; None takes the statistics of `images` themselves.
+        progress: told the number of images done.
 
     Raises:
         ValueError: a reference for generation, or for another extractor.

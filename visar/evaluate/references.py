@@ -1,4 +1,4 @@
-"""What samples are compared with: pictures, a batch file of ADM's evaluator, or a statistics file of ours.
+"""What samples are compared with: images, a batch file of ADM's evaluator, or a statistics file of ours.
 
 A statistics file is an .npz without pickles: `visar` (JSON: extractor, its weights, protocol, source and its sha256,
 ...), and for each layer L `mu_L` float64 [D], `sigma_upper_L` float64 [D (D + 1) / 2] (upper triangle, row by row),
@@ -41,7 +41,7 @@ SHIPPED = {"emoji64-lite0-f320": Path(__file__).with_name("emoji64-lite0-f320.np
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics of real pictures for one extractor.
+    """Statistics of real images for one extractor.
 
     Attributes:
         name: file, folder or set.
@@ -50,10 +50,10 @@ class Reference:
         protocol: what it is for; figures of the two protocols never share a column.
         extractor: name of the extractor; None when the file does not say (ADM batches).
         weights: sha256 of the extractor's weights; None when not known.
-        resize: how pictures got their size.
+        resize: how images got their size.
         statistics: by layer.
         features: float32 [N, D] by layer, for KID, precision and recall; empty when only statistics are known.
-        labels: the pictures' labels; None when not known.
+        labels: the images' labels; None when not known.
         notes: what a reader of a figure should know.
     """
 
@@ -93,17 +93,17 @@ def measure(
     keep_features: bool = True,
     progress: Callable[[int], None] | None = None,
 ) -> Reference:
-    """A reference made by running the extractor over pictures.
+    """A reference made by running the extractor over images.
 
     Args:
-        source: the pictures.
+        source: the images.
         extractor: its layers but the logits are measured.
         protocol: what the reference is for.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         labels: their labels, for samples that follow the training histogram; None takes those that the set brings.
         kind, resize: words for the report.
         keep_features: hold the features too; KID, precision and recall need them.
-        progress: told the number of pictures done.
+        progress: told the number of images done.
     """
     layers = [layer for layer in extractor.layers if layer != extractor.kind.logits]
     running = {layer: MeasuredStatistics() for layer in layers}
@@ -146,10 +146,10 @@ def load_reference(
             of images; or what `open_images` takes.
         extractor: must be the one behind a file's statistics.
         protocol: "generation" or "reconstruction"; must be the file's, where the file records it.
-        batch_size: pictures at a time, where pictures are read.
+        batch_size: images at a time, where images are read.
         resize, image_size: for folders, see FolderImages.
-        labels: of the pictures, where they are given as pictures that do not bring their own.
-        progress: told the number of pictures done.
+        labels: labels of the images, where they are given as images that do not bring their own.
+        progress: told the number of images done.
 
     Raises:
         ValueError: the file is missing or broken, lacks arrays, or is for another extractor, layer or protocol.
@@ -297,7 +297,7 @@ def save_statistics(reference: Reference, path: str | Path) -> Path:
         raise ValueError(f"a statistics file is named .npz, got {path}")
     counts = {layer: statistics.count for layer, statistics in reference.statistics.items()}
     if reference.extractor is None or None in counts.values():
-        raise ValueError(f"{reference.name} does not say its extractor or its number of pictures: it is not copied")
+        raise ValueError(f"{reference.name} does not say its extractor or its number of images: it is not copied")
     meta = {
         "format": FORMAT,
         "name": reference.name,
@@ -418,21 +418,21 @@ def make_statistics(
     keep_features: bool = False,
     progress: Progress | None = None,
 ) -> Reference:
-    """Writes a statistics file of real pictures; the whole of `visar stats`.
+    """Writes a statistics file of real images; the whole of `visar stats`.
 
     Args:
         source: folder, .npz of images, or an open set.
         extractor: whose features; the file can be used with this extractor and these weights only.
         out: file to write, .npz.
         protocol: what the file is a reference for.
-        batch_size: pictures at a time.
-        resize, image_size: how a folder's pictures get their size.
-        labels: the pictures' labels, for samples that follow their histogram; None takes those that the set brings.
-        keep_features: also store the features, which KID, precision and recall need; 4 bytes a picture and feature.
+        batch_size: images at a time.
+        resize, image_size: how a folder's images get their size.
+        labels: the images' labels, for samples that follow their histogram; None takes those that the set brings.
+        keep_features: also store the features, which KID, precision and recall need; 4 bytes per image and feature.
         progress: told (what, done, total).
 
     Raises:
-        ValueError: no pictures, unreadable ones, or a path that cannot be written.
+        ValueError: no images, unreadable ones, or a path that cannot be written.
     """
     check_file_output(out, (".npz",))
     images = open_images(source, resize, image_size)
@@ -444,7 +444,7 @@ def make_statistics(
         labels=labels,
         resize="none" if image_size is None else f"{resize} to {image_size}",
         keep_features=keep_features,
-        progress=counted(progress, "pictures", len(images)),
+        progress=counted(progress, "images", len(images)),
     )
     save_statistics(reference, out)
     return reference

@@ -47,9 +47,9 @@ class Report:
         metrics: the scores.
         second: scores by a second extractor; None without one.
         cost: images_per_second, forward_passes_per_image by model, mean_tokens_per_pass, acceptance_rate.
-        images_sha256: of all pictures; equal for equal pictures.
-        duplicates: pictures with the bytes of an earlier one.
-        copies: copy rates; None where no training pictures were given.
+        images_sha256: of all images; equal for equal images.
+        duplicates: images with the bytes of an earlier one.
+        copies: copy rates; None where no training images were given.
         speed: by batch size, where it was measured.
     """
 
@@ -78,7 +78,7 @@ class Report:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of one process, while the run's pictures were made; None for pictures that were not made here."""
+        """Images per second of one process while it made the run's images; None for images that were not made here."""
         return self.cost["images_per_second"]
 
 
@@ -141,13 +141,13 @@ def make_report(
     if second is not None:
         notes += [f"{second[1].distance_name}: {note}" for note in second[1].notes]
     if generated.duplicates:
-        notes.append(f"{generated.duplicates} of {generated.num_samples} pictures have the bytes of an earlier one")
+        notes.append(f"{generated.duplicates} of {generated.num_samples} images have the bytes of an earlier one")
     rates = None
     if copies is not None:
         rates = {key: value for key, value in vars(copies).items() if isinstance(value, float | None)}
         if copies.copy_rate > 0.1:
             notes.append(
-                f"{copies.copy_rate:.1%} of the samples are copies of training pictures: the distance says little"
+                f"{copies.copy_rate:.1%} of the samples are copies of training images: the distance says little"
             )
     return Report(
         name=name,
@@ -362,7 +362,7 @@ def card(report: Report) -> str:
         "",
     ]
     if held_out is not None:
-        lines += [f"Copies among real held-out pictures: {held_out:.1%}.", ""]
+        lines += [f"Copies among real held-out images: {held_out:.1%}.", ""]
     lines += ["## Protocol", ""]
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.protocol.items()]
     lines += [f"- {key.replace('_', ' ')}: {_plain(value)}" for key, value in report.cost.items()]
@@ -370,7 +370,7 @@ def card(report: Report) -> str:
         f"- speed at batch {row.batch}: {_plain({key: value for key, value in asdict(row).items() if key != 'batch'})}"
         for row in report.speed
     ]
-    lines += [f"- images sha256: {report.images_sha256}", f"- duplicate pictures: {report.duplicates}"]
+    lines += [f"- images sha256: {report.images_sha256}", f"- duplicate images: {report.duplicates}"]
     if report.notes:
         lines += ["", "## Notes", "", *(f"- {note}" for note in report.notes)]
     return "\n".join(lines) + "\n"

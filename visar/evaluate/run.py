@@ -1,4 +1,4 @@
-"""From something that makes pictures to its card: what `visar eval`, its mode --compare and `visar stats` run."""
+"""From something that makes images to its card: what `visar eval`, its mode --compare and `visar stats` run."""
 
 import gc
 from dataclasses import replace
@@ -38,7 +38,7 @@ def label_plan(
     num_classes: int,
     table: LabelTable | None,
     prompts: tuple[str, ...] = (),
-    pictures: str = "training pictures",
+    pictures: str = "training images",
 ) -> LabelPlan:
     """The plan of a policy; "auto" as RunOptions says. `pictures` says in words whose labels the table holds.
 
@@ -73,19 +73,19 @@ def evaluate_generator(
     second: Scorer | None = None,
     progress: Progress | None = None,
 ) -> Report | None:
-    """Makes the pictures, scores them, writes metrics.json, card.md and neighbours.png.
+    """Makes the images, scores them, writes metrics.json, card.md and neighbours.png.
 
     Args:
         generate: makes a batch.
         reference: None in processes other than the first.
-        extractor: its layers are computed for every picture.
+        extractor: its layers are computed for every image.
         plan: labels.
-        options: of the run.
+        options: options of the run.
         name: row of tables.
-        settings: what the pictures depend on besides seeds and labels; the run's folder remembers it.
+        settings: what the images depend on besides seeds and labels; the run's folder remembers it.
         world: the processes.
-        train_NHWC: uint8 training pictures for the copy rate; None leaves it out. Given in every process or in none.
-        held_out_NHWC: real pictures that were not trained on, for the copy rate's null.
+        train_NHWC: uint8 training images for the copy rate; None leaves it out. Given in every process or in none.
+        held_out_NHWC: real images that were not trained on, for the copy rate's null.
         second: scores the same images too.
         progress: told (what, done, total).
 
@@ -153,7 +153,7 @@ def evaluate_images(
     second: Scorer | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """Scores pictures made elsewhere (a folder, an .npz) and writes metrics.json, card.md; arguments as above."""
+    """Scores images made elsewhere (a folder, an .npz) and writes metrics.json, card.md; arguments as above."""
     generated = read_pictures(
         source,
         extractor,
@@ -206,7 +206,7 @@ def _copies(
     held_out_NHWC: Tensor | None,
     world: World,
 ) -> Copies:
-    """Copy rates, and a picture of the eight samples nearest to training pictures."""
+    """Copy rates, and a sheet of the eight samples nearest to training images."""
     assert generated.thumbnails_ND is not None
     found = copies(generated.thumbnails_ND, train_NHWC, held_out_NHWC, device=world.device)
     closest = found.distance_N.argsort(stable=True)[:8].tolist()
@@ -217,7 +217,7 @@ def _copies(
 
 
 def stacked(source: ImageSource) -> Tensor:
-    """All pictures of a set in memory, uint8 [N, H, W, 3]."""
+    """All images of a set in memory, uint8 [N, H, W, 3]."""
     return torch.cat(list(source.batches(1024))).movedim(-3, -1).contiguous()
 
 
@@ -240,12 +240,12 @@ def evaluate_pipeline(
         pipeline: on the device it shall run on.
         sampling: how it samples.
         score: reference and extractor.
-        options: of the run.
+        options: options of the run.
         name: the model's name in tables and cards.
         uint8_rule: key of UINT8_RULES.
         prompts: for models conditioned on words; image i has prompt i mod their number.
         speed_batches: batch sizes at which the first process times whole calls, see `measure_speed`; what the folder's
-            report of the same device says already is kept.
+            report of the same device says already stays.
         world: the processes; None joins those of the launcher.
         progress: told (what, done, total).
 
@@ -284,7 +284,7 @@ def evaluate_pipeline(
         num_classes=generate.num_classes,
         table=asked,
         prompts=prompts,
-        pictures="training pictures" if options.captions is None else f"pictures of {options.captions}",
+        pictures="training images" if options.captions is None else f"images of {options.captions}",
     )
     report = evaluate_generator(
         generate,

@@ -1,4 +1,4 @@
-"""How fast pictures are made, tokens and decoding together, and the GPU memory it takes: by batch size."""
+"""How fast images are made, tokens and decoding together, and the GPU memory it takes: by batch size."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Speed:
 
     Attributes:
         batch: images of a call.
-        images_per_s: of the median call.
+        images_per_s: images per second of the median call.
         spread: (longest - shortest) / median of the timed calls, which make different images.
         peak_gib: most GPU memory that tensors took, weights included, in GiB; None on a CPU.
     """
@@ -44,7 +44,7 @@ def check_batches(batches: Sequence[int]) -> None:
 def measure_speed(
     generate: ImageGenerator, plan: LabelPlan, batch: int, *, seed: int, device: torch.device, calls: int = 5
 ) -> Speed:
-    """Times calls that make images 0, 1, 2, ... of a run, a batch a call, after two untimed calls.
+    """Times calls that make images 0, 1, 2, ... of a run, one batch per call, after two untimed calls.
 
     Args:
         generate: makes a batch.

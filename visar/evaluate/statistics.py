@@ -18,8 +18,8 @@ class FeatureStatistics:
     Attributes:
         mu_D: float64 mean.
         sigma_DD: float64 covariance, divided by count - 1.
-        count: pictures behind it; None when the file does not say.
-        null_constant: c of the distance c (1/n + 1/m) that two disjoint sets of n and m real pictures have; None if
+        count: images behind it; None when the file does not say.
+        null_constant: c of the distance c (1/n + 1/m) that two disjoint sets of n and m real images have; None if
             not measured. The bias of the Frechet distance is proportional to 1/n where n is above the width D.
     """
 
@@ -34,7 +34,7 @@ class FeatureStatistics:
         return self.mu_D.shape[0]
 
     def null_distance(self, num_samples: int) -> float | None:
-        """The distance that num_samples real pictures, disjoint from these, would have to them; None if not known."""
+        """The distance that num_samples real images, disjoint from these, would have to them; None if not known."""
         if self.null_constant is None or self.count is None:
             return None
         return self.null_constant * (1.0 / num_samples + 1.0 / self.count)
@@ -42,7 +42,7 @@ class FeatureStatistics:
 
 @dataclass
 class RunningStatistics:
-    """Sums over any number of batches; the order of pictures changes results by float64 rounding only."""
+    """Sums over any number of batches; the order of images changes results by float64 rounding only."""
 
     count: int = 0
     sum_D: Tensor | None = field(default=None, repr=False)
@@ -72,10 +72,10 @@ class RunningStatistics:
         """Mean and covariance.
 
         Raises:
-            ValueError: fewer than two pictures.
+            ValueError: fewer than two images.
         """
         if self.count < 2 or self.sum_D is None or self.product_DD is None:
-            raise ValueError(f"{self.count} pictures have no covariance; at least 2 are needed")
+            raise ValueError(f"{self.count} images have no covariance; at least 2 are needed")
         mean = self.sum_D / self.count
         sigma = (self.product_DD - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return FeatureStatistics(mean.cpu().numpy(), sigma.cpu().numpy(), self.count)
@@ -90,25 +90,25 @@ def features_statistics(features_ND: Tensor) -> FeatureStatistics:
 
 
 def halves(start: int, count: int) -> Tensor:
-    """bool [count]: which of two fixed random halves the pictures start ... start + count - 1 of a set belong to."""
+    """bool [count]: which of two fixed random halves the images start ... start + count - 1 of a set belong to."""
     position = torch.arange(start, start + count)[None]
     return Noise([0]).bits(Use.ORDER, position, (1,), counter=1)[0, :, 0] % 2 == 1
 
 
 class MeasuredStatistics:
-    """Running statistics that also measure the null constant, between two fixed random halves of the pictures."""
+    """Running statistics that also measure the null constant, between two fixed random halves of the images."""
 
     def __init__(self) -> None:
         self.parts = (RunningStatistics(), RunningStatistics())
 
     def update(self, features_BD: Tensor) -> None:
-        """Add the next batch; pictures must come in the set's order."""
+        """Add the next batch; images must come in the set's order."""
         second_B = halves(sum(part.count for part in self.parts), len(features_BD))
         self.parts[0].update(features_BD[~second_B])
         self.parts[1].update(features_BD[second_B])
 
     def finish(self) -> FeatureStatistics:
-        """Mean and covariance of all, with the null constant (None if a half has fewer than two pictures)."""
+        """Mean and covariance of all, with the null constant (None if a half has fewer than two images)."""
         whole = self.parts[0].merged(self.parts[1]).finish()
         if min(part.count for part in self.parts) < 2:
             return whole
@@ -136,7 +136,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def singular_note(count: int, width: int, what: str) -> str | None:
-    """Words for a covariance that cannot have full rank, and a warning; None when there are enough pictures."""
+    """Words for a covariance that cannot have full rank, and a warning; None when there are enough images."""
     if count > width:
         return None
     note = (

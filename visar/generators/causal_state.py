@@ -1,6 +1,6 @@
-"""Where a raster transformer is in decoding a batch.
+"""Decoding state of a raster transformer for a batch.
 
-B images, R rows (2B when guided), P prefix positions, N image tokens, D width, S cache slots.
+B images, R rows (2B when guided), P prefix positions, N image tokens, D hidden size, S cache slots.
 """
 
 from dataclasses import dataclass
@@ -78,5 +78,5 @@ class RasterState:
 
     @property
     def parts(self) -> int:
-        """Rows an image: 2 when guided, else 1."""
+        """Rows per image: 2 when guided, else 1."""
         return 1 if self.scale_N is None else 2

@@ -4,7 +4,7 @@ Source: HMAR, CVPR 2025, arXiv 2506.04421: written from its method and from reco
 names are those of the released files. Attributes and words are this project's. The released weights are for
 non-commercial use.
 
-B images, R rows (2B when guided), L positions of one scale, N all positions, D width, V codes, C code width.
+B images, R rows (2B when guided), L positions of one scale, N all positions, D hidden size, V codes, C code width.
 """
 
 from collections.abc import Callable, Iterable, Sequence

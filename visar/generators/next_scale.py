@@ -3,7 +3,7 @@
 Source: VAR, arXiv 2404.02905 section 3; parameter names and numerics of FoundationVision/VAR@78b9539. Attributes and
 words are this project's.
 
-B images, R rows (2B when guided), L positions of a call, N all positions, D width, V codes, C code width.
+B images, R rows (2B when guided), L positions of a call, N all positions, D hidden size, V codes, C code width.
 """
 
 from collections.abc import Iterable, Sequence
@@ -49,8 +49,8 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         num_classes: classes of label column 0; 0 = not conditioned on a class.
         attributes: number of values of every further label column.
         word_vocab_size: size of the word table (0 padding, 1 "not given"); 0 = no words.
-        shared_adaln: one modulation layer for all blocks plus an offset a block (VAR at 512 px), else one a block.
-        qk_norm: l2-normalised queries and keys with a learned scale a head (all released models).
+        shared_adaln: one modulation layer for all blocks plus an offset per block (VAR at 512 px), else one per block.
+        qk_norm: l2-normalised queries and keys with a learned scale per head (all released models).
         drop_path: stochastic depth of the last block in training, rising linearly from 0 (VAR: 0.1 depth / 24).
         dropout: on the input, and after every attention and feed-forward part (VAR: 0.0).
         norm_eps: of all norms.

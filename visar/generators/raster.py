@@ -337,7 +337,8 @@ class RasterGPT(ModelMixin, ConfigMixin):
     def features(self, state: RasterState, window: Window | None = None) -> Tensor:
         """Last hidden vectors [R, L, D] (normed) that predict what comes after every slot of a window.
 
-        Commits nothing. window: drafted tokens, a chain or a tree; None is slot 0 alone: what predicts the next token.
+        Commits nothing. window: drafted tokens, a chain or a tree; None is slot 0 alone, which predicts the next
+            token.
         """
         if raster_kernels.usable(self):
             return raster_kernels.features(self, state, window)

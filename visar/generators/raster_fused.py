@@ -1,6 +1,6 @@
 """Decoding a raster transformer by the kernels of visar/kernels; the plain counterparts are in RasterGPT's methods.
 
-B images, R rows (2B when guided), N image tokens, K drafted tokens, L positions of one call, D width, V codes.
+B images, R rows (2B when guided), N image tokens, K drafted tokens, L positions of one call, D hidden size, V codes.
 """
 
 from typing import Any, cast
@@ -29,7 +29,7 @@ def prepare(model: Any) -> None:
 
 
 def features(model: Any, state: RasterState, window: Window | None) -> Tensor:
-    """What `RasterGPT.features` does, in 5 or 8 launches a layer."""
+    """What `RasterGPT.features` does, in 5 or 8 launches per layer."""
     from visar.kernels.attention import cached_attention
     from visar.kernels.elementwise import first_inputs
     from visar.kernels.overlap import overlaps
@@ -82,7 +82,7 @@ def commit(model: Any, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -
 
 def move_path(model: Any, state: RasterState, slots_BK: Tensor) -> None:
     """Moves a path's keys and values to where they would be had its nodes been read one by one."""
-    from visar.kernels.tree_walks import move_path as launch
+    from visar.kernels.tree_paths import move_path as launch
 
     with kernels.on(slots_BK.device):
         launch(state.cache.keys, state.cache.values, state.length, slots_BK, ahead=model.prefix_length - 1)

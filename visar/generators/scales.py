@@ -1,10 +1,10 @@
-"""What generators over a pyramid of scales share: decoding state, embedding of positions, how a scale is committed.
+"""Common parts of generators over a pyramid of scales: decoding state, embedding of positions, commit of a scale.
 
 A generator holds its own copy of the tokenizer's codebook and phi (`pyramid`), because the input of a scale is the map
 accumulated from the codes of the coarser ones: a model file is complete without its tokenizer, and samplers need none.
 
-B images, R rows (2B when guided), S scales, L positions of a call, N all positions, D width, V codes, C code width,
-h w the finest grid, M transformer blocks.
+B images, R rows (2B when guided), S scales, L positions of a call, N all positions, D hidden size, V codes, C code
+width, h w the finest grid, M transformer blocks.
 """
 
 from abc import abstractmethod
@@ -61,7 +61,7 @@ class ScaleState:
 
     @property
     def parts(self) -> int:
-        """Rows an image: 2 when guided, else 1."""
+        """Rows per image: 2 when guided, else 1."""
         return 1 if self.scale_S is None else 2
 
     def take_over(self, other: "ScaleState") -> None:

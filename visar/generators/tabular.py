@@ -1,8 +1,9 @@
 """A generator that is a table: every conditional of a short sequence over a small vocabulary is one row of logits.
 
 It has the interface of a raster generator (start, predict, verify, append, commit, guidance, ragged rows), so every
-sampler of one token a step runs on it, and its joint law can be written down: visar/evaluate/laws.py compares what a
-sampler draws with that law. Nothing is learned; use it to test a sampler or to see how one works.
+sampler of one token per step runs on it, and its joint distribution can be written down:
+visar/evaluate/exactness.py compares what a sampler draws with it. Nothing is learned; use it to test a sampler or to
+see how one works.
 
 B images, R rows (2B when guided), N tokens, K drafted tokens, L positions of one call, V codes.
 """
@@ -44,7 +45,7 @@ class TabularState:
 
 
 class TabularGenerator(ModelMixin, ConfigMixin):
-    """Random conditional tables, one a class and one for the null class.
+    """Random conditional tables, one per class and one for the null class.
 
     Row offset[n] + (x_0 ... x_{n-1} read as a number in base V, x_0 first) of a class's table holds the logits of
     token n after that prefix, where offset[n] = 1 + V + ... + V^(n-1).

@@ -20,7 +20,7 @@ Arguments = dict[str, Any]
 
 # -------------------------------------------------------------------------------------------------------------- loss
 def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = None) -> Tensor:
-    """Mean negative log-likelihood of ids, or cross-entropy to distributions; nats a token, float32.
+    """Mean negative log-likelihood of ids, or cross-entropy to distributions; nats per token, float32.
 
     Args:
         logits_BLV: conditionals.
@@ -33,7 +33,7 @@ def token_loss(logits_BLV: Tensor, target: Tensor, weight_L: Tensor | None = Non
 
 
 def position_weights(sizes: Sequence[int], weights: Sequence[float]) -> Tensor | None:
-    """Weight of every position, float32 [L], from one a map for each of its tokens; None where none is given.
+    """Weight of every position, float32 [L], from one per map, which its tokens share; None where none is given.
 
     Args:
         sizes: tokens of every map, coarse to fine.

@@ -92,7 +92,7 @@ def check_file_output(path: str | Path, endings: Collection[str] = ()) -> None:
     """Finds before the work that a file cannot be written; makes nothing.
 
     Args:
-        path: of the file.
+        path: path of the file.
         endings: allowed ones, with their dot; none = all.
 
     Raises:

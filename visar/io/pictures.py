@@ -1,4 +1,4 @@
-"""Sheets of pictures, drawn with Pillow."""
+"""Sheets of images, drawn with Pillow."""
 
 import math
 from collections.abc import Sequence
@@ -7,30 +7,30 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of pictures that commands write
+WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of images that commands write
 
 
 def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
-    """Pictures of images in [-1, 1]."""
+    """Images of images in [-1, 1]."""
     return [PIL.Image.fromarray(each) for each in to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()]
 
 
 def grid(
     images: Sequence[PIL.Image.Image], columns: int | None = None, gap: int = 2, zoom: int = 1
 ) -> PIL.Image.Image:
-    """Pictures of one size side by side on white, row by row.
+    """Images of one size side by side on white, row by row.
 
     Args:
-        columns: pictures a row; None makes the sheet about square.
-        gap: pixels between pictures and around them.
-        zoom: whole number by which every picture is enlarged, pixel by pixel.
+        columns: images per row; None makes the sheet about square.
+        gap: pixels between images and around them.
+        zoom: whole number by which every image is enlarged, pixel by pixel.
 
     Raises:
-        ValueError: no picture, or pictures of several sizes.
+        ValueError: no image, or images of several sizes.
     """
     sizes = {image.size for image in images}
     if len(sizes) != 1:
-        raise ValueError(f"a grid needs pictures of one size; got {sorted(sizes) or 'none'}")
+        raise ValueError(f"a grid needs images of one size; got {sorted(sizes) or 'none'}")
     width, height = (side * zoom for side in sizes.pop())
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)

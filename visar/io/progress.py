@@ -1,4 +1,4 @@
-"""Told (stage, done, total)."""
+"""Progress of a command: a function that is told (stage, done, total)."""
 
 from collections.abc import Callable
 

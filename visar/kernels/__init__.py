@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REACHED = 1.0 - 1e-6
 """Share of top-p at which probabilities count as having reached it: float32 sums are no more exact."""
 MAX_CODES = 65536
-"""Largest vocabulary of which a program holds a whole law."""
+"""Largest vocabulary of which a program holds a whole distribution."""
 
 
 def usable(tensor: Tensor) -> bool:
@@ -40,7 +40,7 @@ def available(device: torch.device) -> bool:
 
 @functools.cache
 def _works(device: torch.device) -> bool:
-    """Whether a small kernel compiles and starts; asked once a device, because Triton also needs a C compiler."""
+    """Whether a small kernel compiles and starts; asked once per device, because Triton also needs a C compiler."""
     if importlib.util.find_spec("triton") is None:
         logger.warning("Triton is not installed: decoding takes the slower plain path")
         return False

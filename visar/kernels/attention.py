@@ -1,4 +1,4 @@
-"""Rotary positions, cache write and attention of one decode step in one kernel a layer.
+"""Rotary positions, cache write and attention of one decode step in one kernel per layer.
 
 The cache is read once, up to the current length, which is a tensor on the device: one captured launch serves every
 step. B images, R rows (2B when guided), L new positions or nodes of a drafted tree, N heads, E head width, S slots.

@@ -1,7 +1,7 @@
 """Triton kernels between the convolutions of a decoder that runs channels-last: group norm, residuals, upsampling.
 
 A group norm takes three launches: moments of every channel over chunks of positions, their reduction to a center and
-a scale a channel, and the elementwise pass with its activation. The first also does what comes before a norm (a
+a scale per channel, and the elementwise pass with its activation. The first also does what comes before a norm (a
 convolution's bias, the residual addition), so that no tensor is read twice for it; a bias alone costs nothing, because
 it only moves a channel's mean. Chunks depend on the image's size only: an image's result does not depend on its batch.
 
@@ -212,24 +212,24 @@ def moments(
 
 
 def group_norm(
-    x_BCHW: Tensor, held: Moments, norm: nn.GroupNorm, *, silu: bool, bias_C: Tensor | None = None
+    x_BCHW: Tensor, stats: Moments, norm: nn.GroupNorm, *, silu: bool, bias_C: Tensor | None = None
 ) -> Tensor:
     """norm(x + bias), then silu if asked for; statistics and arithmetic in float32.
 
     Args:
-        x_BCHW: a tensor of which `held` has the moments (without the bias).
-        held: from `moments`.
+        x_BCHW: the tensor that `stats` describes (without the bias).
+        stats: the result of `moments` for it.
         norm: groups, weight, bias and eps.
         silu: activate.
         bias_C: bias of the convolution that made x, where it was not added; None = nothing.
     """
     batch, channels, height, width = x_BCHW.shape
     positions, group = height * width, channels // norm.num_groups
-    chunks = held.partial_BK2C.shape[1]
+    chunks = stats.partial_BK2C.shape[1]
     affine_B2C = torch.empty(batch, 2, channels, device=x_BCHW.device)
     _reduce[(norm.num_groups, batch)](
-        held.partial_BK2C,
-        held.partial_BK2C if bias_C is None else bias_C,
+        stats.partial_BK2C,
+        stats.partial_BK2C if bias_C is None else bias_C,
         norm.weight,
         affine_B2C,
         positions,
@@ -237,7 +237,7 @@ def group_norm(
         chunks,
         norm.eps,
         BIAS=bias_C is not None,
-        ROWS=held.rows,
+        ROWS=stats.rows,
         GROUP=group,
         BLOCK_K=triton.next_power_of_2(chunks),
         BLOCK_G=triton.next_power_of_2(group),

@@ -1,6 +1,6 @@
-"""Temperature, top-k and top-p, alone, as a law or with the draw of a code; one program a row of V codes.
+"""Temperature, top-k and top-p, alone, as a distribution or with the draw of a code; one program per row of V codes.
 
-The plain counterparts are in visar/samplers/filtering.py; `law` is `visar.samplers.filtering.token_law`.
+The plain counterparts are in visar/samplers/filtering.py; `probs_of` is `visar.samplers.filtering.filtered_probs`.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from visar.kernels import finite
-from visar.kernels.laws import codes_of, filtered, filters_of, inverted, note, tile
+from visar.kernels.distributions import codes_of, filtered, filters_of, inverted, note, tile
 from visar.kernels.overlap import launch, overlaps
 
 
@@ -43,7 +43,7 @@ def filter_codes(logits_MV: Tensor, temperature: float, top_k: int, top_p: float
 
 
 @triton.jit
-def _law(
+def _probs(
     logits_ptr, out_ptr, flag_ptr, codes, temperature, top_k, top_p,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, WATCHED: tl.constexpr,
 ):  # fmt: skip
@@ -57,8 +57,8 @@ def _law(
     tl.store(out_ptr + line + code, mass / tl.sum(mass), mask=inside)
 
 
-def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """`visar.samplers.filtering.token_law` of [..., V], V <= visar.kernels.MAX_CODES."""
+def probs_of(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """`visar.samplers.filtering.filtered_probs` of [..., V], V <= visar.kernels.MAX_CODES."""
     logits = logits.contiguous()
     codes = logits.shape[-1]
     out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
@@ -67,7 +67,7 @@ def law(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     if out.numel():
         pointers = (logits, out, out if flag_1 is None else flag_1)
         watched = dict(WATCHED=flag_1 is not None)
-        _law[(logits.numel() // codes,)](*pointers, codes, *settings, **switches, **watched, **tile(codes))
+        _probs[(logits.numel() // codes,)](*pointers, codes, *settings, **switches, **watched, **tile(codes))
     return out
 
 

@@ -1,4 +1,4 @@
-"""Kernels between the matrix products: residual + RMS norm, SwiGLU's product, guidance. M rows, D width, F hidden."""
+"""Kernels between the matrix products: residual + RMS norm, SwiGLU, guidance. M rows, D hidden size, F hidden."""
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false

@@ -1,4 +1,4 @@
-"""Whether the logits of a call were finite: a flag a session, set on the device and read once, at the end.
+"""Whether the logits of a call were finite: a flag per session, set on the device and read once, at the end.
 
 Steps may be captured, so what draws from logits cannot wait to look at them. It sets the flag of the session that runs
 in this thread instead (`visar.core.runtime.Session.run`), and `Session.check_finite` reads it where the host waits

@@ -2,7 +2,7 @@
 
 One program a slot. The plain counterparts are `shift` and `guess` of visar/samplers/jacobi_drafts.py.
 
-B images, K drafts, L = K + 1 slots, V codes, T positions with slack, S remembered laws.
+B images, K drafts, L = K + 1 slots, V codes, T positions with slack, S remembered distributions.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -13,15 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import codes_of, inverted, likeliest, tile
+from visar.kernels.distributions import codes_of, inverted, likeliest, tile
 
 
 @triton.jit
 def _carry(
-    next_ptr, p_ptr, count_ptr, size_ptr, length_ptr, tokens_ptr, uniform_ptr, recent_ptr, draft_ptr, law_ptr,
+    next_ptr, p_ptr, count_ptr, size_ptr, length_ptr, tokens_ptr, uniform_ptr, recent_ptr, draft_ptr, probs_ptr,
     codes, slots, drafts, columns, remembered, token_image, uniform_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr, TOKEN: tl.constexpr, MODE: tl.constexpr,
-    LAW: tl.constexpr,
+    PROBS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1)
@@ -33,7 +33,7 @@ def _carry(
     ring = recent_ptr + image * remembered * codes + code
     if slot < drafts:
         carried = tl.load(size_ptr + image) - count
-        target = law_ptr + (image * drafts + slot) * codes + code
+        target = probs_ptr + (image * drafts + slot) * codes + code
         if slot < carried:
             source = count + slot
             tl.store(draft_ptr + image * drafts + slot, tl.load(next_ptr + image * slots + source))
@@ -43,7 +43,7 @@ def _carry(
             uniform = tl.load(uniform_ptr + image * uniform_image + position)
             # A random code, unless there is a source to guess from.
             token = tl.minimum((uniform * codes).to(tl.int64), codes - 1)
-            if TOKEN or MODE or LAW:
+            if TOKEN or MODE or PROBS:
                 known = length + tl.maximum(carried, 0)
                 if LEFT:
                     source = tl.minimum(position - 1, known - 1)
@@ -61,20 +61,20 @@ def _carry(
                             token = tl.load(next_ptr + image * slots + index)
                 else:
                     here = found & (index >= 0)
-                    law = tl.load(window + tl.maximum(index, 0) * codes, mask=inside & here, other=0.0)
+                    probs = tl.load(window + tl.maximum(index, 0) * codes, mask=inside & here, other=0.0)
                     past = found & (index < 0)
-                    law += tl.load(ring + (source % remembered) * codes, mask=inside & past, other=0.0)
+                    probs += tl.load(ring + (source % remembered) * codes, mask=inside & past, other=0.0)
                     if MODE:
-                        token = tl.where(found, likeliest(tl.where(inside, law, -1.0), code), token)
-                    if LAW:
-                        law = tl.where(found, law, tl.where(code == token, 1.0, 0.0))
-                        token = inverted(law, uniform, ROWS, COLUMNS)
-            if not LAW:
-                law = tl.where(code == token, 1.0, 0.0)
+                        token = tl.where(found, likeliest(tl.where(inside, probs, -1.0), code), token)
+                    if PROBS:
+                        probs = tl.where(found, probs, tl.where(code == token, 1.0, 0.0))
+                        token = inverted(probs, uniform, ROWS, COLUMNS)
+            if not PROBS:
+                probs = tl.where(code == token, 1.0, 0.0)
             tl.store(draft_ptr + image * drafts + slot, token)
-            tl.store(target, law, mask=inside)
-    if MODE or LAW:
-        # The laws of the committed positions, at their position modulo S: what is read above lies elsewhere.
+            tl.store(target, probs, mask=inside)
+    if MODE or PROBS:
+        # The distributions of the committed positions, at their position modulo S: what is read above lies elsewhere.
         if (slot < count) & (slot + remembered >= count):
             position = tl.maximum(length - count + slot, 0)
             tl.store(
@@ -95,19 +95,19 @@ def carry(
     guess_uniform_BT: Tensor,
     recent_BSV: Tensor,
     draft_BK: Tensor,
-    law_BKV: Tensor,
+    probs_BKV: Tensor,
     columns: int,
 ) -> None:
-    """Makes the rows behind the committed tokens the next pass's drafts and laws, and guesses the slots beyond them.
+    """Carries the rows behind the committed tokens over to the next pass, and guesses the slots beyond them.
 
     Args:
         initial: see `visar.samplers.jacobi.sample_jacobi`.
-        next_BL, p_BLV: new drafts and laws of this pass; count_B: how many tokens it committed; size_B: slots of the
-            next pass.
+        next_BL, p_BLV: new drafts and distributions of this pass; count_B: how many tokens it committed; size_B: slots
+            of the next pass.
         length_B, tokens_BT: committed tokens, after this pass.
-        guess_uniform_BT: a uniform number a position.
-        recent_BSV: laws of the last S positions, each at its position modulo S; updated.
-        draft_BK, law_BKV: written.
+        guess_uniform_BT: a uniform number per position.
+        recent_BSV: distributions of the last S positions, each at its position modulo S; updated.
+        draft_BK, probs_BKV: written.
     """
     batch, slots, codes = p_BLV.shape
     drafts, remembered = draft_BK.shape[1], recent_BSV.shape[1]
@@ -121,7 +121,7 @@ def carry(
         guess_uniform_BT,
         recent_BSV if remembered else p_BLV,
         draft_BK,
-        law_BKV,
+        probs_BKV,
         codes,
         slots,
         drafts,
@@ -132,6 +132,6 @@ def carry(
         LEFT=initial.startswith("left"),
         TOKEN=initial in ("left", "above"),
         MODE=initial == "left_mode",
-        LAW=initial.endswith("law"),
+        PROBS=initial.endswith("law"),
         **tile(codes),
     )

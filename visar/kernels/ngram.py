@@ -1,6 +1,6 @@
-"""Laws of the n-gram drafter: every token so far votes for itself, more where its neighbours are those asked for.
+"""Distributions of the n-gram drafter: every token so far votes for itself, more where its neighbours match.
 
-One program a node of a tree's level, or the end of a chain. The plain counterpart is
+One program per node of a tree's level, or the end of a chain. The plain counterpart is
 `visar.samplers.drafters.ngram.NgramDrafting`; votes are summed in any order.
 
 B images, M nodes, W nodes asked for, T positions with slack, V codes.
@@ -15,12 +15,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import codes_of, tile
+from visar.kernels.distributions import codes_of, tile
 
 
 @triton.jit
 def _ngram(
-    tokens_ptr, length_ptr, draft_ptr, parents_ptr, law_ptr,
+    tokens_ptr, length_ptr, draft_ptr, parents_ptr, probs_ptr,
     token_image, draft_image, parents_image, num_tokens, columns, codes, first, depth, weight,
     POSITIONS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
@@ -28,8 +28,8 @@ def _ngram(
     node = tl.program_id(1)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
-    law = law_ptr + (image * tl.num_programs(1) + node) * codes
-    tl.store(law + code, tl.zeros([ROWS, COLUMNS], tl.float32), mask=inside)
+    probs = probs_ptr + (image * tl.num_programs(1) + node) * codes
+    tl.store(probs + code, tl.zeros([ROWS, COLUMNS], tl.float32), mask=inside)
 
     # Tokens of every position, of its left and of its upper neighbour, and the neighbours of the position asked for.
     length = tl.load(length_ptr + image)
@@ -61,16 +61,16 @@ def _ngram(
     left_here = tl.where(here % columns == 0, codes, left_here)
     above_here = tl.where(here < columns, codes, above_here)
     vote = (1.0 + weight * (left == left_here).to(tl.float32)) * (1.0 + weight * (above == above_here).to(tl.float32))
-    # The row of the law in memory is the counter: it must be zero before the votes, and read behind them.
+    # The row of the distribution in memory is the counter: it must be zero before the votes, and read behind them.
     tl.debug_barrier()
-    tl.atomic_add(law + token, vote, mask=real & (position < here))
+    tl.atomic_add(probs + token, vote, mask=real & (position < here))
     tl.debug_barrier()
-    votes = tl.load(law + code, mask=inside, other=0.0, cache_modifier=".cg")
+    votes = tl.load(probs + code, mask=inside, other=0.0, cache_modifier=".cg")
     votes = tl.where(inside, votes + 1.0 / codes, 0.0)
-    tl.store(law + code, votes / tl.sum(votes), mask=inside)
+    tl.store(probs + code, votes / tl.sum(votes), mask=inside)
 
 
-def ngram_laws(
+def ngram_probs(
     tokens_BT: Tensor,
     length_B: Tensor,
     draft_BM: Tensor,
@@ -84,21 +84,21 @@ def ngram_laws(
     vocab_size: int,
     weight: float,
 ) -> Tensor:
-    """Laws [B, W, V] of `visar.samplers.drafters.ngram.NgramDrafting` behind W nodes.
+    """Distributions [B, W, V] of `visar.samplers.drafters.ngram.NgramDrafting` behind W nodes.
 
     Args:
         draft_BM, parents_BM: the tree's tokens and parents; None: the drafts are one chain, whose end is asked for.
         first: slot of the first of the W nodes; depth: of all of them.
     """
     batch = tokens_BT.shape[0]
-    law_BWV = torch.empty(batch, nodes, vocab_size, dtype=torch.float32, device=tokens_BT.device)
+    probs_BWV = torch.empty(batch, nodes, vocab_size, dtype=torch.float32, device=tokens_BT.device)
     parents = draft_BM if parents_BM is None else parents_BM
     _ngram[(batch, nodes)](
         tokens_BT,
         length_B,
         draft_BM,
         parents,
-        law_BWV,
+        probs_BWV,
         tokens_BT.stride(0),
         draft_BM.stride(0),
         parents.stride(0) if parents.shape[0] > 1 else 0,
@@ -112,4 +112,4 @@ def ngram_laws(
         TREE=parents_BM is not None,
         **tile(vocab_size),
     )
-    return law_BWV
+    return probs_BWV

@@ -1,4 +1,4 @@
-"""Philox 4x32-10 random words of visar/core/noise.py in one launch; one program some blocks of four words."""
+"""Philox 4x32-10 random words of visar/core/noise.py in one launch; one program per few blocks of four words."""
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
 # pyright: reportOperatorIssue=false, reportCallIssue=false, reportAttributeAccessIssue=false, reportIndexIssue=false

@@ -1,6 +1,6 @@
 """Triton kernels of a transformer over scales: adaptive norms with the residual before them, queries and keys.
 
-R rows (2B when guided), L positions, D width, N heads, E head width, T cache slots.
+R rows (2B when guided), L positions, D hidden size, N heads, E head width, T cache slots.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.

@@ -1,7 +1,8 @@
 """Drafting of trees: siblings drawn without replacement (static), or the likeliest candidates (dynamic).
 
-Static trees draw as arXiv 2402.14160, one launch a level; dynamic ones grow as EAGLE-2, arXiv 2406.16858, two launches
-a level and one in the end. The plain counterparts are `draft_static` and `draft_dynamic` of visar/samplers/trees.py.
+Static trees draw as arXiv 2402.14160, one launch per level; dynamic ones grow as EAGLE-2, arXiv 2406.16858, two
+launches per level and one in the end. The plain counterparts are `draft_static` and `draft_dynamic` of
+visar/samplers/trees.py.
 
 B images, M nodes, L = M + 1 slots, D depth, W nodes of a level, C candidates, V codes.
 """
@@ -15,53 +16,55 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import codes_of, inverted, likeliest, tile
+from visar.kernels.distributions import codes_of, inverted, likeliest, tile
 
 
 @triton.jit
 def _siblings(
-    law_ptr, children_ptr, uniform_ptr, q_ptr, tokens_ptr, codes, nodes, law_image, law_row, uniform_image,
+    probs_ptr, children_ptr, uniform_ptr, q_ptr, tokens_ptr, codes, nodes, probs_image, probs_row, uniform_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One node of the level: its children, each from the law without its elder siblings."""
+    """One node of the level: its children, each from the distribution without its elder siblings."""
     image = tl.program_id(0).to(tl.int64)
     parent = tl.program_id(1)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
-    law = tl.load(law_ptr + image * law_image + parent * law_row + code, mask=inside, other=0.0)
+    probs = tl.load(probs_ptr + image * probs_image + parent * probs_row + code, mask=inside, other=0.0)
     first = tl.load(children_ptr + 2 * parent)
     count = tl.load(children_ptr + 2 * parent + 1)
     for node in range(first, first + count):
-        tl.store(q_ptr + (image * nodes + node) * codes + code, law, mask=inside)
-        token = inverted(law, tl.load(uniform_ptr + image * uniform_image + node), ROWS, COLUMNS)
+        tl.store(q_ptr + (image * nodes + node) * codes + code, probs, mask=inside)
+        token = inverted(probs, tl.load(uniform_ptr + image * uniform_image + node), ROWS, COLUMNS)
         tl.store(tokens_ptr + image * nodes + node, token)
-        mass = tl.where(code == token, 0.0, law)
-        mass = tl.where(tl.sum(mass) > 0, mass, law)
-        law = mass / tl.sum(mass)
+        mass = tl.where(code == token, 0.0, probs)
+        mass = tl.where(tl.sum(mass) > 0, mass, probs)
+        probs = mass / tl.sum(mass)
 
 
-def draw_siblings(law_BWV: Tensor, children_W2: Tensor, uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor) -> None:
-    """Draws the children of a level's nodes without replacement, and notes the law of each.
+def draw_siblings(
+    probs_BWV: Tensor, children_W2: Tensor, uniform_BM: Tensor, q_BMV: Tensor, tokens_BM: Tensor
+) -> None:
+    """Draws the children of a level's nodes without replacement, and notes the distribution of each.
 
     Args:
-        law_BWV: the level's laws; may be expanded over the nodes.
+        probs_BWV: the level's distributions; may be expanded over the nodes.
         children_W2: int64, the first child of every node and the number of its children.
-        uniform_BM: one uniform number a node of the tree.
+        uniform_BM: one uniform number per node of the tree.
         q_BMV, tokens_BM: written at the children's places.
     """
-    batch, width, codes = law_BWV.shape
-    if law_BWV.stride(2) != 1:
-        law_BWV = law_BWV.contiguous()
+    batch, width, codes = probs_BWV.shape
+    if probs_BWV.stride(2) != 1:
+        probs_BWV = probs_BWV.contiguous()
     _siblings[(batch, width)](
-        law_BWV,
+        probs_BWV,
         children_W2,
         uniform_BM,
         q_BMV,
         tokens_BM,
         codes,
         tokens_BM.shape[1],
-        law_BWV.stride(0),
-        law_BWV.stride(1),
+        probs_BWV.stride(0),
+        probs_BWV.stride(1),
         uniform_BM.stride(0),
         **tile(codes),
     )
@@ -69,15 +72,15 @@ def draw_siblings(law_BWV: Tensor, children_W2: Tensor, uniform_BM: Tensor, q_BM
 
 @triton.jit
 def _candidates(
-    law_ptr, score_ptr, of_slot_ptr, token_ptr, parent_ptr, scores_ptr,
-    codes, law_image, law_row, children, begin, offset, candidates, grown,
+    probs_ptr, score_ptr, of_slot_ptr, token_ptr, parent_ptr, scores_ptr,
+    codes, probs_image, probs_row, children, begin, offset, candidates, grown,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, ROOT: tl.constexpr,
 ):  # fmt: skip
     """One node: its likeliest children, whose scores are log probabilities of the paths down to them."""
     image = tl.program_id(0).to(tl.int64)
     node = tl.program_id(1)
     code = codes_of(ROWS, COLUMNS)
-    law = tl.load(law_ptr + image * law_image + node * law_row + code, mask=code < codes, other=-1.0)
+    probs = tl.load(probs_ptr + image * probs_image + node * probs_row + code, mask=code < codes, other=-1.0)
     if ROOT:
         score = 0.0
         parent = -1
@@ -85,14 +88,14 @@ def _candidates(
         score = tl.load(score_ptr + image * children + node)
         parent = tl.load(of_slot_ptr + image * (grown + 1) + begin + node)
     for child in range(children):
-        best = tl.max(law)
-        token = likeliest(law, code)
+        best = tl.max(probs)
+        token = likeliest(probs, code)
         place = image * candidates + offset + node * children + child
         tl.store(token_ptr + place, token)
         tl.store(parent_ptr + place, parent)
         # The small fine for depth lets a parent win the tie with a child that the drafter is sure of.
         tl.store(scores_ptr + place, score + tl.log(tl.maximum(best, 1e-30)) - 1e-3)
-        law = tl.where(code == token, -1.0, law)
+        probs = tl.where(code == token, -1.0, probs)
 
 
 @triton.jit
@@ -211,20 +214,20 @@ class Growth:
     def _new(self, length: int) -> Tensor:
         return torch.empty(self.batch, length, dtype=torch.int64, device=self.device)
 
-    def add(self, law_BWV: Tensor) -> None:
+    def add(self, probs_BWV: Tensor) -> None:
         """Adds the likeliest children of the nodes expanded last (at first: of the root) to the candidates."""
-        law_BWV = law_BWV if law_BWV.stride(2) == 1 else law_BWV.contiguous()
-        codes = law_BWV.shape[-1]
+        probs_BWV = probs_BWV if probs_BWV.stride(2) == 1 else probs_BWV.contiguous()
+        codes = probs_BWV.shape[-1]
         _candidates[(self.batch, self.width)](
-            law_BWV,
+            probs_BWV,
             self.score_BW,
             self.of_slot_BL,
             self.token_BC,
             self.parent_BC,
             self.scores_BC,
             codes,
-            law_BWV.stride(0),
-            law_BWV.stride(1),
+            probs_BWV.stride(0),
+            probs_BWV.stride(1),
             self.children,
             self.begin,
             self.offset,

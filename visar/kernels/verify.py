@@ -1,7 +1,7 @@
 """The verdict on a drafted window: which drafts stay, the token after them, what is counted, and the commit.
 
 The accept/resample rule (arXiv 2211.17192, algorithm 1) is applied to all rows of the window at once, one program a
-row; then one program an image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
+row; then one program per image finds the first rejection. The plain counterparts are in visar/samplers/verify.py, and
 `refresh` of visar/samplers/jacobi_drafts.py for the new drafts.
 
 B images, K drafts, L = K + 1 slots, V codes, W largest window, T positions with slack.
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from visar.kernels import finite
-from visar.kernels.laws import (
+from visar.kernels.distributions import (
     at,
     chance_of,
     codes_of,
@@ -35,15 +35,15 @@ _REFRESH = {None: 0, "none": 1, "maximal": 2, "gumbel": 3}
 
 
 @triton.jit
-def _judge(
-    given_ptr, p_ptr, flag_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, judged_ptr, chance_ptr, gumbel_ptr,
-    length_ptr, accepted_ptr, emitted_ptr, next_ptr,
+def _verify_window(
+    given_ptr, p_ptr, flag_ptr, q_ptr, draft_ptr, fresh_ptr, accept_ptr, emit_ptr, verified_ptr, chance_ptr,
+    gumbel_ptr, length_ptr, accepted_ptr, emitted_ptr, next_ptr,
     codes, slots, q_image, draft_image, fresh_image, fresh_slot, accept_image, accept_slot, emit_image, emit_slot,
     gumbel_image, temperature, top_k, top_p,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     LOGITS: tl.constexpr, WATCHED: tl.constexpr, LIMITED: tl.constexpr, CHANCE: tl.constexpr, REFRESH: tl.constexpr,
 ):  # fmt: skip
-    """One row: its law, its draft's own outcome, the token if this row is where the pass ends, and a new draft."""
+    """One row: its distribution, its draft's outcome, the token if the pass ends at this row, and a new draft."""
     line = tl.program_id(0).to(tl.int64)
     image = line // slots
     slot = line % slots
@@ -75,7 +75,7 @@ def _judge(
     # Behind the drafts that an image had itself stands what was read for images with longer windows.
     own = drafted
     if LIMITED:
-        own = slot < tl.load(judged_ptr + image)
+        own = slot < tl.load(verified_ptr + image)
         mass = tl.where(own, left, p)
     emit = tl.load(emit_ptr + image * emit_image + slot * emit_slot)
     emitted = inverted(mass, emit, ROWS, COLUMNS)
@@ -100,22 +100,22 @@ def _judge(
 
 @triton.jit
 def _counted(
-    count, kept, judged, left, refused, image, num_tokens, window,
+    count, num_accepted, verified, left, refused, image, num_tokens, window,
     per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """What visar.samplers.verify.Counts.add does for one image."""
     slot = tl.arange(0, SLOTS)
-    outcome = tl.where(slot < kept, 2, tl.where((slot == kept) & refused, 1, 0)).to(tl.int8)
+    outcome = tl.where(slot < num_accepted, 2, tl.where((slot == num_accepted) & refused, 1, 0)).to(tl.int8)
     tl.store(outcome_ptr + image * outcome_image + num_tokens - left + slot, outcome, mask=slot < window)
     if left > 0:
         tl.atomic_add(per_pass_ptr + tl.minimum(count, left), 1)
-        tl.atomic_add(drafts_ptr, judged)
-    tl.atomic_add(drafts_ptr + 1, tl.minimum(kept, left))
+        tl.atomic_add(drafts_ptr, verified)
+    tl.atomic_add(drafts_ptr + 1, tl.minimum(num_accepted, left))
 
 
 @triton.jit
 def _settle(
-    draft_ptr, accepted_ptr, emitted_ptr, judged_ptr, length_ptr, tokens_ptr, count_ptr, kept_ptr,
+    draft_ptr, accepted_ptr, emitted_ptr, verified_ptr, length_ptr, tokens_ptr, count_ptr, num_accepted_ptr,
     per_pass_ptr, drafts_ptr, outcome_ptr, slots, draft_image, num_tokens, window, outcome_image,
     SLOTS: tl.constexpr, LIMITED: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
@@ -124,26 +124,26 @@ def _settle(
     slot = tl.arange(0, SLOTS).to(tl.int64)
     drafted = slot < slots - 1
     accepted = tl.load(accepted_ptr + image * (slots - 1) + slot, mask=drafted, other=0) != 0
-    kept = tl.min(tl.where(accepted, slots - 1, slot), axis=0)
+    num_accepted = tl.min(tl.where(accepted, slots - 1, slot), axis=0)
     most = slots - 1
     if LIMITED:
-        most = tl.load(judged_ptr + image)
-        kept = tl.minimum(kept, most)
+        most = tl.load(verified_ptr + image)
+        num_accepted = tl.minimum(num_accepted, most)
     draft = tl.load(draft_ptr + image * draft_image + slot, mask=drafted, other=0)
-    emitted = tl.load(emitted_ptr + image * slots + kept)
-    tl.store(tokens_ptr + image * slots + slot, tl.where(slot == kept, emitted, draft), mask=slot < slots)
-    tl.store(kept_ptr + image, kept)
-    tl.store(count_ptr + image, kept + 1)
+    emitted = tl.load(emitted_ptr + image * slots + num_accepted)
+    tl.store(tokens_ptr + image * slots + slot, tl.where(slot == num_accepted, emitted, draft), mask=slot < slots)
+    tl.store(num_accepted_ptr + image, num_accepted)
+    tl.store(count_ptr + image, num_accepted + 1)
     if COUNT:
         left = num_tokens - tl.load(length_ptr + image)
-        judged = tl.minimum(tl.minimum(kept + 1, most), left)
+        verified = tl.minimum(tl.minimum(num_accepted + 1, most), left)
         _counted(
-            kept + 1, kept, judged, left, judged > kept, image, num_tokens, window,
+            num_accepted + 1, num_accepted, verified, left, verified > num_accepted, image, num_tokens, window,
             per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS,
         )  # fmt: skip
 
 
-def judge(
+def verify_window(
     given_BLV: Tensor,
     q_BKV: Tensor,
     draft_BK: Tensor,
@@ -151,7 +151,7 @@ def judge(
     emit_BL: Tensor,
     *,
     filters: tuple[float, int, float] | None = None,
-    judged_B: Tensor | None = None,
+    verified_B: Tensor | None = None,
     chance_BK: Tensor | None = None,
     coupling: str | None = None,
     fresh_BL: Tensor | None = None,
@@ -159,19 +159,20 @@ def judge(
     length_B: Tensor | None = None,
     counts: tuple[int, Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`token_law`, `verify` and `refresh` of a window in two launches.
+    """`filtered_probs`, `verify` and `refresh` of a window in two launches.
 
     Args:
-        given_BLV: float32 logits; with filters None, laws.
-        q_BKV, draft_BK, accept_BL, emit_BL, judged_B, chance_BK: see `visar.samplers.verify.verify`; of accept_BL the
-            last slot is not read.
-        filters: temperature, top_k and top_p of the laws.
+        given_BLV: float32 logits; with filters None, distributions.
+        q_BKV, draft_BK, accept_BL, emit_BL, verified_B, chance_BK: see `visar.samplers.verify.verify`; of accept_BL
+            the last slot is not read.
+        filters: temperature, top_k and top_p of the distributions.
         coupling, fresh_BL, gumbel_BTV: of `visar.samplers.jacobi_drafts.refresh`, the noise of all positions; None
             draws no new drafts.
         length_B: int64 committed tokens, for the noise and the counts.
         counts: num_tokens and the counters of `visar.samplers.verify.Counts` to add this pass to.
 
-    Returns: laws [B, L, V]; tokens_BL, count_B, kept_B and accepted_BK of the verdict; new drafts int64 [B, L].
+    Returns: distributions [B, L, V]; tokens_BL, count_B, accepted_B and accepted_BK of the verdict; new drafts int64
+        [B, L].
     """
     given_BLV = given_BLV.contiguous()
     batch, slots, codes = given_BLV.shape
@@ -185,11 +186,11 @@ def judge(
     # What a kernel does not need stands in for itself: the pointer is never followed.
     fresh_BL = emit_BL if fresh_BL is None else fresh_BL
     gumbel_BTV = p_BLV if gumbel_BTV is None else gumbel_BTV
-    judged = emitted_BL if judged_B is None else judged_B
+    verified = emitted_BL if verified_B is None else verified_B
     length = emitted_BL if length_B is None else length_B
     flag_1 = finite.flag()
     settings, switches = filters_of(codes, *(filters or (1.0, 0, 1.0)))
-    _judge[(batch * slots,)](
+    _verify_window[(batch * slots,)](
         given_BLV,
         p_BLV,
         p_BLV if flag_1 is None else flag_1,
@@ -198,7 +199,7 @@ def judge(
         fresh_BL,
         accept_BL,
         emit_BL,
-        judged,
+        verified,
         p_BLV if chance_BK is None else chance_BK.contiguous(),
         gumbel_BTV,
         length,
@@ -217,25 +218,25 @@ def judge(
         **switches,
         LOGITS=filters is not None,
         WATCHED=flag_1 is not None,
-        LIMITED=judged_B is not None,
+        LIMITED=verified_B is not None,
         CHANCE=chance_BK is not None,
         REFRESH=_REFRESH[coupling],
         **tile(codes),
     )
     tokens_BL = torch.empty_like(emitted_BL)
     count_B = torch.empty(batch, dtype=torch.int64, device=device)
-    kept_B = torch.empty_like(count_B)
+    accepted_B = torch.empty_like(count_B)
     num_tokens, per_pass_W, drafts_2, outcome_BT = counts or (0, count_B, count_B, tokens_BL)
     window = per_pass_W.shape[0] - 1
     _settle[(batch,)](
         draft_BK,
         accepted_BK.view(torch.uint8),
         emitted_BL,
-        judged,
+        verified,
         length,
         tokens_BL,
         count_B,
-        kept_B,
+        accepted_B,
         per_pass_W,
         drafts_2,
         outcome_BT,
@@ -245,34 +246,34 @@ def judge(
         window,
         outcome_BT.stride(0),
         SLOTS=triton.next_power_of_2(max(slots, window)),
-        LIMITED=judged_B is not None,
+        LIMITED=verified_B is not None,
         COUNT=counts is not None,
         num_warps=1,
     )
-    return p_BLV, (tokens_BL, count_B, kept_B, accepted_BK), next_BL
+    return p_BLV, (tokens_BL, count_B, accepted_B, accepted_BK), next_BL
 
 
 @triton.jit
 def _count(
-    count_ptr, kept_ptr, judged_ptr, left_ptr, refused_ptr, per_pass_ptr, drafts_ptr, outcome_ptr,
+    count_ptr, num_accepted_ptr, verified_ptr, left_ptr, refused_ptr, per_pass_ptr, drafts_ptr, outcome_ptr,
     num_tokens, window, outcome_image, SLOTS: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(0).to(tl.int64)
     count = tl.load(count_ptr + image)
-    kept = tl.load(kept_ptr + image)
-    judged = tl.load(judged_ptr + image)
+    num_accepted = tl.load(num_accepted_ptr + image)
+    verified = tl.load(verified_ptr + image)
     left = tl.load(left_ptr + image)
     refused = tl.load(refused_ptr + image) != 0
     _counted(
-        count, kept, judged, left, refused, image, num_tokens, window,
+        count, num_accepted, verified, left, refused, image, num_tokens, window,
         per_pass_ptr, drafts_ptr, outcome_ptr, outcome_image, SLOTS,
     )  # fmt: skip
 
 
 def count_pass(
     count_B: Tensor,
-    kept_B: Tensor,
-    judged_B: Tensor,
+    accepted_B: Tensor,
+    verified_B: Tensor,
     left_B: Tensor,
     refused_B: Tensor,
     counts: tuple[int, Tensor, Tensor, Tensor],
@@ -282,8 +283,8 @@ def count_pass(
     window = per_pass_W.shape[0] - 1
     _count[(len(count_B),)](
         count_B.contiguous(),
-        kept_B.contiguous(),
-        judged_B.contiguous(),
+        accepted_B.contiguous(),
+        verified_B.contiguous(),
         left_B.contiguous(),
         refused_B.contiguous().view(torch.uint8),
         per_pass_W,
@@ -311,7 +312,7 @@ def _commit(
 
 
 def commit(tokens_BT: Tensor, length_B: Tensor, new_BL: Tensor, count_B: Tensor, num_tokens: int) -> None:
-    """Writes L tokens behind the committed ones of every row and moves its length on by count_B, `num_tokens` at most.
+    """Writes L tokens behind the committed ones of every row and adds count_B to its length, `num_tokens` at most.
 
     Differs from the plain commit where tokens fall beyond the last position: they are dropped.
     """

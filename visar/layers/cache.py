@@ -3,7 +3,7 @@
 Rejected drafts need no clean-up: a slot is only ever read by queries at its position or later, and it is written again
 before such a query exists. Committing tokens is therefore nothing but moving on.
 
-R rows (a guided batch has two rows an image), N heads, L new tokens, T slots, E head width.
+R rows (a guided batch has two rows per image), N heads, L new tokens, T slots, E head width.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class KVCache:
 
     Args:
         num_layers, rows, num_heads, num_slots, head_width: sizes.
-        ragged: False when all rows always write the same positions (one index copy a layer), True when every row has
+        ragged: False when all rows always write the same positions (one index copy per layer), True when every row has
             positions of its own.
         device, dtype: of the buffers; dtype is the model's.
     """

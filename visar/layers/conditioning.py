@@ -1,6 +1,6 @@
 """What a raster transformer is told: its prefix from classes, attributes, words or captions.
 
-B images, R rows (2B when guided), P prefix positions, L positions of one call, D width.
+B images, R rows (2B when guided), P prefix positions, L positions of one call, D hidden size.
 """
 
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Transformer parts that two families or more share. D width, F hidden width of the feed-forward part."""
+"""Transformer parts that two families or more share. D hidden size, F hidden size of the feed-forward part."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""The layers of a raster transformer on new positions: 5 launches a layer for a few rows, 8 for more.
+"""The layers of a raster transformer on new positions: 5 launches per layer for a few rows, 8 for more.
 
 For a few rows all products are visar/kernels/product.py's, with norms, SwiGLU and residuals inside, and every kernel
 reads its weights or its cache while the one before it ends. For more rows products are the library's; those of

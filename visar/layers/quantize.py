@@ -118,7 +118,7 @@ def stored(layer: nn.Linear) -> tuple[Tensor, Tensor | None]:
     if name not in ("Int8Tensor", "Float8Tensor"):
         raise TypeError(f"a weight of class {name}; known are torchao's Int8Tensor and Float8Tensor")
     if weight.scale.numel() != weight.shape[0]:
-        raise TypeError(f"a weight of {weight.shape[0]} rows with {weight.scale.numel()} scales; one a row is needed")
+        raise TypeError(f"a weight of {weight.shape[0]} rows with {weight.scale.numel()} scales; needed: one per row")
     return weight.qdata, weight.scale.flatten().float()
 
 

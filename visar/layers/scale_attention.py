@@ -2,7 +2,7 @@
 "own" (a position sees coarser scales and itself, but not the others of its scale).
 
 Which of the equivalent ways is fastest depends on the length (one H100, float16, 30 heads of 64, forward +
-backward): at 680 tokens the dense mask; at 2240 FlexAttention; at 9451 FlexAttention or one unmasked call a scale.
+backward): at 680 tokens the dense mask; at 2240 FlexAttention; at 9451 FlexAttention or one unmasked call per scale.
 
 R rows, N heads, L positions, E head width.
 """
@@ -34,7 +34,7 @@ def scale_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device | 
 
 
 @functools.lru_cache(maxsize=16)
-def _held_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
+def _static_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
     return scale_mask(sizes, pattern, device)
 
 
@@ -62,7 +62,7 @@ def per_scale_attention(
     pattern: Pattern,
     softmax_scale: float,
 ) -> Tensor:
-    """One unmasked call a scale, against its own keys or against all keys up to its end."""
+    """One unmasked call per scale, against its own keys or against all keys up to its end."""
     parts, begin = [], 0
     for size in sizes:
         end = begin + size
@@ -96,7 +96,7 @@ def scale_attention(
         sizes: tokens of every scale.
         pattern: "causal" (VAR), "diagonal" (HMAR) or "own" (one-step students; always by the dense mask).
         softmax_scale: multiplies query-key products.
-        method: "mask" (dense mask), "per_scale" (one call a scale), "flex" (compiled FlexAttention, on GPUs), or
+        method: "mask" (dense mask), "per_scale" (one call per scale), "flex" (compiled FlexAttention, on GPUs), or
             "auto": the mask up to 1024 positions, beyond that flex on a GPU and per_scale elsewhere.
 
     Returns: [R, N, L, E]; all methods agree to rounding.
@@ -118,5 +118,5 @@ def scale_attention(
     if method == "flex":
         block_mask = _flex_mask(sizes, pattern, query_RNLE.device)
         return _compiled_flex()(query_RNLE, key_RNLE, value_RNLE, block_mask=block_mask, scale=softmax_scale)
-    mask = _held_mask(sizes, pattern, query_RNLE.device)
+    mask = _static_mask(sizes, pattern, query_RNLE.device)
     return attention(query_RNLE, key_RNLE, value_RNLE, mask=mask, scale=softmax_scale)

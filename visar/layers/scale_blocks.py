@@ -2,7 +2,7 @@
 
 Source: VAR, arXiv 2404.02905; parameter names and numerics of FoundationVision/VAR@78b9539.
 
-B images, R rows (2B when guided), L positions, D width, N heads, E head width, F feed-forward width.
+B images, R rows (2B when guided), L positions, D hidden size, N heads, E head width, F feed-forward width.
 """
 
 import math
@@ -40,7 +40,7 @@ class LayerCache:
 
 
 class ScaleSelfAttention(nn.Module):
-    """Self-attention with biases on queries and values only, and cosine similarity with a learned scale a head.
+    """Self-attention with biases on queries and values only, and cosine similarity with a learned scale per head.
 
     Args:
         width, num_heads: D, N.

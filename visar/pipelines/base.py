@@ -104,7 +104,7 @@ class TokenPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: the folder.
             tokenizer, generator: used instead of the folder's.
-            torch_dtype, dtype: of both parts, as torch has it or by name; None is float32.
+            torch_dtype, dtype: dtype of both parts, as torch has it or by name; None is float32.
             device_map: one device for all, such as "cpu" or "cuda:1"; None is the CPU.
             use_safetensors: None or True; there is no other format.
             local_files_only: any value; nothing is fetched.
@@ -178,7 +178,7 @@ class TokenPipeline(DiffusionPipeline):
         Args:
             most: bound, such as the number of images.
             limit_bytes: memory beside the weights; None is 90 % of a GPU's free memory, or half of a CPU's.
-            settings: of `sampling_settings`, and sampler_options.
+            settings: arguments of `sampling_settings`, and sampler_options.
 
         Raises:
             ValueError: most < 1, or not even one image fits.
@@ -210,13 +210,13 @@ class TokenPipeline(DiffusionPipeline):
         prompts: Sequence[str] | None = None,
         attributes: dict[str, str] | None = None,
     ) -> tuple[Condition, list[str]]:
-        """Conditions of the images and their descriptions; what is not given is drawn from the law of the training
-        set.
+        """Conditions of the images and their descriptions; what is not given is drawn from the distribution
+        of the training set.
 
         Args:
-            seeds: one an image; unspecified conditions are functions of it.
-            class_labels: one class an image, by number or by name.
-            prompts: one an image, for models conditioned on words or captions.
+            seeds: one per image; unspecified conditions are functions of it.
+            class_labels: one class per image, by number or by name.
+            prompts: one per image, for models conditioned on words or captions.
             attributes: further labels by name, such as {"style": "noto"}.
 
         Raises:
@@ -287,11 +287,11 @@ class TokenPipeline(DiffusionPipeline):
 
     def check_settings(self, *, sampler_options: dict[str, Any] | None = None, **settings: Any) -> None:
         """Finds before anything is drawn what would not: the sampler's name, its options and what it needs of the
-        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it, and not kept.
+        generator, guidance, temperature, top_k and top_p. Drafters and followers are loaded for it and freed again.
 
         Args:
-            sampler_options: of the sampler.
-            settings: of `sampling_settings`.
+            sampler_options: settings of the sampler.
+            settings: arguments of `sampling_settings`.
 
         Raises:
             ValueError: the first thing that does not fit.
@@ -324,7 +324,7 @@ class TokenPipeline(DiffusionPipeline):
         names or folders of pipelines.
 
         Args:
-            condition, seeds: of the images.
+            condition, seeds: condition and seeds of the images.
             sampler, sampler_options: see `visar samplers`.
             callback: called in the sampler's loop; True ends the sampling, see `Callback`.
             settings: guidance, and those of temperature, top_k and top_p that the sampler has.
@@ -350,7 +350,7 @@ class TokenPipeline(DiffusionPipeline):
 
 
 def summary(pipeline: Any) -> str:
-    """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one a line."""
+    """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one per line."""
     generator, config = pipeline.generator, pipeline.generator.config
     dtype = str(generator.dtype).removeprefix("torch.")
     settings = [f"{name} {value}" for name, value in pipeline.config["defaults"].items()]

@@ -167,8 +167,8 @@ def load_part(allowed: Mapping[str, str], index: Mapping[str, Any], name: str, f
     Args:
         allowed: see `model_class`.
         index: content of model_index.json.
-        name: of the part.
-        folder: of the pipeline.
+        name: name of the part.
+        folder: folder of the pipeline.
 
     Raises:
         ValueError: the index does not name it as it should, or see `load_component`.

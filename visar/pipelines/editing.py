@@ -1,4 +1,4 @@
-"""Pictures edited by a next-scale pipeline, and previews of its scales."""
+"""Images edited by a next-scale pipeline, and previews of its scales."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -41,7 +41,7 @@ def check_previews(pipeline: ImagePipeline) -> None:
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
-    """Pictures as float [B, 3, side, side] in [-1, 1]: read as for training, their centre squares."""
+    """Images as float [B, 3, side, side] in [-1, 1]: read as for training, their centre squares."""
     return as_float(torch.from_numpy(np.stack([np.asarray(center_crop(rgb(each), side)) for each in pictures])))
 
 
@@ -66,21 +66,21 @@ def edit_images(
     seed: int = 0,
     **settings: Any,
 ) -> ImageOutput:
-    """Draws a part of pictures anew: inpainting, outpainting or a class edit. Lossy, see `sample_edit`.
+    """Redraws a part of images: inpainting, outpainting or a class edit. Lossy, see `sample_edit`.
 
     Args:
         pipeline: over scales.
-        pictures: of any size; their centre squares are resized to the model's size, as in training.
+        pictures: images of any size; their centre squares are resized to the model's size, as in training.
         box: top, left, bottom, right as fractions of that square, in 0 ... 1.
-        mask: bool [B or 1, H, W] in the model's pixels, True where the picture stays; instead of box.
+        mask: bool [B or 1, H, W] in the model's pixels, True where the image stays; instead of box.
         keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
         strategy: "codes", "map", or "refine" for a hierarchical masked model; see `sample_edit`.
-        class_labels: one a picture, by name or number, to edit towards; None draws it from the training law.
+        class_labels: one per image, by name or number, to edit towards; None draws it from the training distribution.
         attributes: further labels by name.
-        unconditional: give the model nothing instead, so that the rest of the picture alone decides.
-        paste: put the given pixels back where the picture stays; else they too have gone through the tokenizer.
-        seed: picture i has seed + i.
-        settings: of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
+        unconditional: give the model nothing instead, so that the rest of the image alone decides.
+        paste: put the given pixels back where the image stays; else they too have gone through the tokenizer.
+        seed: image i has seed + i.
+        settings: arguments of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
             sampler_options.
 
     Returns: as of the pipeline.
@@ -123,7 +123,7 @@ def edit_images(
 
 @torch.no_grad()
 def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.Image.Image]]:
-    """Pictures after every scale: one list a row of ids int64 [B, N], coarse to fine.
+    """Images after every scale: one list per row of ids int64 [B, N], coarse to fine.
 
     Raises:
         ValueError: a model without scales, or ids that are no whole number of scales.

@@ -88,8 +88,8 @@ def check_defaults(defaults: Any, num_blocks: int | None = None) -> None:
     """Checks a pipeline's default sampling settings.
 
     Args:
-        defaults: of the pipeline.
-        num_blocks: of its generator; None where there is none.
+        defaults: defaults of the pipeline.
+        num_blocks: number of blocks of its generator; None where there is none.
 
     Raises:
         ValueError: unknown settings, or values that no sampler takes.
@@ -111,7 +111,7 @@ def check_defaults(defaults: Any, num_blocks: int | None = None) -> None:
     for name, (fits, allowed) in _ALLOWED.items():
         value = settings[name]
         if not all(map(fits, value if isinstance(value, list | tuple) else [value])):
-            raise ValueError(f"default {name} {value!r:.200}; needed: {allowed}, or a list with one a scale")
+            raise ValueError(f"default {name} {value!r:.200}; needed: {allowed}, or a list with one per scale")
     encoder = settings.get("text_encoder")
     if not isinstance(encoder, str | None):
         raise ValueError(f"default text_encoder {encoder!r:.200}; needed: the name or folder of one")

@@ -26,9 +26,9 @@ class ImageOutput(BaseOutput):
 
     Attributes:
         images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], or float array [B, H, W, 3] in [0, 1].
-        statistics: of the sampler.
+        statistics: statistics of the sampler.
         tokens: int64 [B, N].
-        seeds: one an image; an image can be made again alone with its seed and condition.
+        seeds: one per image; an image can be made again alone with its seed and condition.
         descriptions: what each image was conditioned on, in words.
     """
 
@@ -68,8 +68,8 @@ class ImagePipeline(TokenPipeline):
         """Makes images.
 
         Args:
-            class_labels: a class or one a picture, by name or number; None draws from the training law.
-            prompt: words, or one prompt a picture, for models conditioned on words or captions.
+            class_labels: a class, or one per image, by name or number; None draws from the training distribution.
+            prompt: words, or one prompt per image, for models conditioned on words or captions.
             num_images: images of every class or prompt.
             attributes: further labels by name, such as {"style": "noto"}.
             condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders'
@@ -81,7 +81,7 @@ class ImagePipeline(TokenPipeline):
             top_p: in (0, 1]; 1.0 = off.
             seed: image i of the call has seed + i; an image depends on its own seed and condition only, and on how
                 matrix products of the batch's size are rounded.
-            seeds: one an image, instead of seed.
+            seeds: one per image, instead of seed.
             generator: torch generator(s) to draw the seeds from, instead of seed.
             batch_size: most images at a time; None is all; "auto" finds the most that fit, see `find_batch_size`.
             output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
@@ -103,7 +103,7 @@ class ImagePipeline(TokenPipeline):
         if not isinstance(attributes, Mapping | None):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
-            raise ValueError("give a class (class_labels) or a prompt, not both")
+            raise ValueError("give a class (class_labels, --class) or a prompt, not both")
         if condition is not None and (class_labels is not None or prompt is not None or attributes):
             raise ValueError("condition says everything: give it without class_labels, prompt and attributes")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)

@@ -27,10 +27,10 @@ class MemoryNeed:
     """Bytes that sampling a batch takes.
 
     Attributes:
-        weights: of generator and tokenizer; not a matter of the batch.
+        weights: weights of generator and tokenizer; the same for every batch size.
         cache: keys and values of all rows.
-        step: of the largest block: logits and the feed-forward part's hidden vectors.
-        decoding: of the tokenizer's decoder.
+        step: tensors of the largest block: logits and the feed-forward part's hidden vectors.
+        decoding: maps of the tokenizer's decoder.
     """
 
     weights: int
@@ -50,7 +50,7 @@ class MemoryNeed:
 
 
 def weight_bytes(*models: nn.Module) -> int:
-    """Of parameters and buffers."""
+    """Bytes of parameters and buffers."""
     tensors = [tensor for model in models for tensor in (*model.parameters(), *model.buffers())]
     return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
@@ -157,7 +157,7 @@ class OutOfMemory(ValueError):
     def __init__(self, batch: int, fits: int, done: Any) -> None:
         self.batch, self.fits, self.done = batch, fits, done
         advice = f"about {fits} fit: set batch_size to {fits}" if fits else "not even one image fits: use offload=True"
-        made = f"; the {len(done.images)} images made before are kept" if done is not None else ""
+        made = f"; the {len(done.images)} images made before are not lost" if done is not None else ""
         super().__init__(f"out of memory with {batch} images at a time; {advice}{made}")
 
 

@@ -8,9 +8,9 @@ class Placement:
     """Where a model runs and in which dtype."""
 
     device: str | None = None
-    """cpu, cuda, ...; a GPU if there is one."""
+    """Device to run on: cpu, cuda, cuda:1, ...; when not given, a GPU if there is one."""
     dtype: str | None = None
-    """float32, bfloat16 or float16; float32 on a CPU and bfloat16 on a GPU when not given."""
+    """Dtype of the weights: float32, bfloat16 or float16; when not given, bfloat16 on a GPU and float32 on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,10 +18,10 @@ class Filters:
     """Guidance and what is left of a token's distribution; what is not given is the model's own default."""
 
     guidance_scale: float | None = None
-    """1.0 = off; the model's own default when not given, as for temperature, top_k and top_p."""
+    """Guidance scale, 1.0 = off; when not given, the model's own default, as for temperature, top-k and top-p."""
     temperature: float | None = None
-    """> 0; 1.0 = off."""
+    """Temperature, > 0; 1.0 = off."""
     top_k: int | None = None
-    """0 = off."""
+    """Number of likeliest codes that may be drawn (top-k); 0 = off."""
     top_p: float | None = None
-    """In (0, 1]; 1.0 = off."""
+    """Probability mass of the likeliest codes that may be drawn (top-p), in (0, 1]; 1.0 = off."""

@@ -50,7 +50,7 @@ def seeds_of_images(
         raise ValueError("give one of seed, seeds and generator")
     if seeds is not None:
         if not isinstance(seeds, Sequence | np.ndarray | torch.Tensor):
-            raise ValueError(f"seeds {seeds!r}; give one an image, or `seed` for all of them")
+            raise ValueError(f"seeds {seeds!r}; give one per image, or `seed` for all of them")
         if len(seeds) != num_images:
             raise ValueError(f"{len(seeds)} seeds for {num_images} images")
         return [_whole(value) for value in seeds]
@@ -59,7 +59,7 @@ def seeds_of_images(
     generators = list(generator) if isinstance(generator, list | tuple) else [generator] * num_images
     wrong = [each for each in generators if not isinstance(each, torch.Generator | None)]
     if wrong:
-        raise ValueError(f"generator {wrong[0]!r}; a torch.Generator is needed, or one an image")
+        raise ValueError(f"generator {wrong[0]!r}; a torch.Generator is needed, or one per image")
     if len(generators) != num_images:
         raise ValueError(f"{len(generators)} generators for {num_images} images")
     return [

@@ -49,7 +49,7 @@ def chosen_settings(
     pipeline's default, else the neutral value.
 
     Args:
-        defaults: of the pipeline.
+        defaults: defaults of the pipeline.
         sampler: name; None is the default.
         guidance_scale: strength, which leaves the rest of the default guidance as it is; or the whole guidance.
         general: temperature, top_k and top_p; None where nothing is given.

@@ -34,7 +34,7 @@ class TextEncoder:
 
     Attributes:
         name: that it was loaded by.
-        tokenizer, model: of transformers; the model in evaluation mode.
+        tokenizer, model: tokenizer and model of transformers; the model in evaluation mode.
     """
 
     name: str
@@ -53,7 +53,7 @@ def load_text_encoder(name: str | Path, device: torch.device | str = "cpu") -> T
     Args:
         name: "minilm" (from a package, without a network), "flan-t5-xl" (from the Hugging Face hub at the first use:
             11 GB, in bfloat16) or a folder with an encoder and its tokenizer as transformers saves them, safetensors.
-        device: of the model.
+        device: device of the model.
 
     Raises:
         ValueError: an unknown name, files that are damaged or of another kind, or that cannot be fetched.
@@ -120,10 +120,10 @@ def encode_captions(
 ) -> Condition:
     """Last hidden states of captions, right-aligned; equal captions are encoded once.
 
-    A caption of more than `length` tokens is cut there (its end mark is kept), with a warning in the log.
+    A caption of more than `length` tokens is cut there (its end mark stays), with a warning in the log.
 
     Args:
-        texts: one an image.
+        texts: one per image.
         encoder: loaded, or what `load_text_encoder` takes.
         length: T, vectors of every caption, with the encoder's own begin and end marks.
         device: that a loaded encoder is moved to, and where the features are.

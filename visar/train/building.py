@@ -52,9 +52,9 @@ def build_generator(
     Args:
         family: that fits the tokenizer's layout.
         tokenizer: whose tokens they are.
-        vocabulary: of the conditions: label columns and words.
-        options: of the run: sizes and conditions.
-        caption_width: of the text encoder whose features are read instead of labels and words; 0 = none.
+        vocabulary: vocabulary of the conditions: label columns and words.
+        options: options of the run; its sizes and conditions are read.
+        caption_width: hidden size of the text encoder whose features are read instead of labels and words; 0 = none.
 
     Raises:
         ValueError: conditions that the family cannot read, or arguments that the architecture refuses.
@@ -100,7 +100,7 @@ def load_initial(model: nn.Module, folder: Path, layers: tuple[int, ...] = ()) -
     """Fills a model with the weights of a saved one.
 
     Args:
-        model: of the same architecture.
+        model: a model of the same architecture.
         folder: as save_pretrained writes it, or a pipeline's, whose generator is taken; or an embedded model's name.
         layers: those of the saved model's layers that the model has, see `select_layers`; empty = all.
 

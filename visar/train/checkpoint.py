@@ -13,7 +13,7 @@ import torch
 from visar.io.files import replaced_folder, restore_folder
 
 _PREFIX = "step-"
-_REMOVE = "remove its folder to resume from an older checkpoint, or begin anew with resume=restart"
+_REMOVE = "remove its folder to resume from an older checkpoint, or start anew with resume=restart"
 
 
 def options_to_json(options: Any) -> dict[str, Any]:
@@ -22,13 +22,13 @@ def options_to_json(options: Any) -> dict[str, Any]:
 
 
 def check_same_options(saved: dict[str, Any], options: Any, free: Collection[str], folder: Path) -> None:
-    """Checks that a run goes on with the options it was begun with.
+    """Checks that a run resumes with the options it was started with.
 
     Args:
         saved: `options_to_json` of the begun run.
         options: those given now.
         free: names that may differ, as they do not change what is computed.
-        folder: of the run, for the message.
+        folder: folder of the run, for the message.
 
     Raises:
         ValueError: options differ; all of them are named with both values.
@@ -44,7 +44,7 @@ def check_same_options(saved: dict[str, Any], options: Any, free: Collection[str
         raise ValueError(
             f"{folder} holds a run with other options:\n"
             + "\n".join(lines)
-            + "\ngive the saved ones to go on, another folder for another run, or resume=restart to begin anew here"
+            + "\ngive the saved ones to resume, another folder for another run, or resume=restart to start anew here"
         )
 
 
@@ -53,7 +53,7 @@ class CheckpointStore:
 
     Args:
         folder: where they are.
-        keep: how many are kept, >= 1.
+        keep: how many stay, >= 1.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

@@ -19,7 +19,7 @@ class ConditionDropout:
         word_rate: chance of the words, besides.
         omit_rate: chance of every single word, so that shorter prompts than the data's captions are known.
         null_text_TC: features of a text encoder that mean "not given"; the mask stays (LlamaGen). None: no such.
-        device: of the conditions. Rates are kept there: making them in every step would wait for it.
+        device: device of the conditions. Rates are stored there: making them in every step would wait for it.
 
     Raises:
         ValueError: a chance outside [0, 1].

@@ -14,9 +14,9 @@ def draw_codebook_use(folder: Path) -> Path | None:
     A scale whose line falls to 1 has collapsed: all its positions get the same code.
 
     Args:
-        folder: of a run that trains a multi-scale tokenizer.
+        folder: folder of a run that trains a multi-scale tokenizer.
 
-    Returns: the picture, codebook-use.png in the folder; None where no validation has measured it.
+    Returns: the plot, codebook-use.png in the folder; None where no validation has measured it.
     """
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     measured = [line for line in lines if any(name.startswith(_USE) for name in line)]

@@ -58,7 +58,7 @@ def read_conditions(pipeline: ImagePipeline, everything: ImageSet, device: torch
     Args:
         pipeline: with the generator.
         everything: the images with all their conditions.
-        device: of the features of captions.
+        device: device of the features of captions.
 
     Raises:
         ValueError: the images have not the model's labels or words.
@@ -141,9 +141,9 @@ class DrafterTask(Task):
 
     Args:
         run: this process.
-        options: of the run.
+        options: options of the run.
         pipeline: with the frozen target, on the device.
-        conditions: of the image set.
+        conditions: conditions of the image set.
         cache: ids of all images.
     """
 
@@ -202,9 +202,9 @@ class DrafterTask(Task):
                 rows = given.followed_by(self.target.null_condition(given))
                 twice = torch.cat([ids_BN, ids_BN])
                 hidden_RND = self.target.hidden(twice, rows)
-                p_BNV = self._law(hidden_RND, self.scale_N1)
+                p_BNV = self._probs(hidden_RND, self.scale_N1)
                 for offset, predicted_RXD in self.kind.predictions(model, self.target, twice, hidden_RND):
-                    q_BXV = self._law(predicted_RXD, self.scale_N1[offset:])
+                    q_BXV = self._probs(predicted_RXD, self.scale_N1[offset:])
                     totals[offset] = totals.get(offset, 0.0) + agreement(p_BNV[:, offset:], q_BXV).double()
                     counts[offset] = counts.get(offset, 0) + q_BXV.shape[0] * q_BXV.shape[1]
         shares = {offset: (totals[offset] / counts[offset]).tolist() for offset in totals}
@@ -212,11 +212,11 @@ class DrafterTask(Task):
         several = {f"acceptance_{offset}": share[1] for offset, share in shares.items()} if len(shares) > 1 else {}
         return found | several
 
-    def _law(self, hidden_RXD: Tensor, scale_X1: Tensor) -> Tensor:
+    def _probs(self, hidden_RXD: Tensor, scale_X1: Tensor) -> Tensor:
         return torch.softmax(combine(self.target.output(hidden_RXD), scale_X1), dim=-1)
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
-        """None: a drafter makes no pictures of its own."""
+        """None: a drafter makes no images of its own."""
         return {}
 
     def save_model(self, model: Any, folder: Path) -> None:

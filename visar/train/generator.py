@@ -31,7 +31,7 @@ from visar.train.options import TrainGenerator
 from visar.train.randomness import Draw
 from visar.train.run import Run
 from visar.train.self_correction import self_correction
-from visar.train.teacher import laws, load_teacher
+from visar.train.teacher import load_teacher, teacher_probs
 from visar.train.token_batches import TokenBatches, TokenSplit, load_tokens
 from visar.train.token_cache import TokenCache
 
@@ -41,7 +41,7 @@ class GeneratorTask(Task):
 
     Args:
         run: this process.
-        options: of the run.
+        options: options of the run.
         tokenizer: whose ids they are, frozen, on the device.
         images: with the conditions that the model reads.
         cache: ids of all of them.
@@ -101,7 +101,7 @@ class GeneratorTask(Task):
             if largest := self.options.self_correction:
                 tokens_BL, target = self_correction(self.tokenizer.quantizer, tokens_BL, largest, generator)
             if self.teacher is not None:
-                target = laws(self.teacher, tokens_BL, condition)
+                target = teacher_probs(self.teacher, tokens_BL, condition)
             loss = self.objective.loss(self.parts["model"].call, tokens_BL, target, condition, generator)
             return loss, {"loss": loss}
 

@@ -26,7 +26,7 @@ class PictureSplit:
         words_NT: int64 word ids; None = the images have none.
         mirror_allowed_N: bool.
         index_N: int64 numbers of the images in their image set.
-        augmentation: of batches that are given a generator; None = there is none.
+        augmentation: augmentation of batches that are given a generator; None = there is none.
     """
 
     pictures: Pictures
@@ -65,7 +65,7 @@ class PictureSplit:
 
 
 class PixelsAhead:
-    """Pixels of the steps of a run; while one step is computed, the pictures of the next are decoded.
+    """Pixels of the steps of a run; while one step is computed, the images of the next are decoded.
 
     Args:
         split: the images.

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, sheets of pictures, TensorBoard, a progress bar."""
+"""What a run writes while it goes: metrics.jsonl, sheets of images, TensorBoard, a progress bar."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sheet:
-    """Pictures for people: uint8 [B, 3, H, W], in rows of `columns`."""
+    """Images for people: uint8 [B, 3, H, W], in rows of `columns`."""
 
     images: Tensor
     columns: int
@@ -29,13 +29,13 @@ class Sheet:
 class RunLog:
     """Writer of the main process; in other processes it does nothing.
 
-    Lines of metrics.jsonl beyond the step that the run goes on from are removed: a run that was killed leaves the file
+    Lines of metrics.jsonl beyond the step that the run resumes from are removed: a run that was killed leaves the file
     that an uninterrupted one leaves.
 
     Args:
-        options: of the run.
-        accelerator: of accelerate; its tracker is used.
-        begin: step that the run goes on from.
+        options: options of the run.
+        accelerator: accelerator of accelerate; its tracker is used.
+        begin: step that the run resumes from.
 
     Raises:
         ImportError: the tracker is not installed.
@@ -115,8 +115,8 @@ def _tensorboard(options: RunOptions, begin: int) -> Any:
     from accelerate.utils import is_tensorboard_available
 
     if not is_tensorboard_available():
-        raise ImportError("tracker tensorboard is not installed: pip install 'torch-visar[train]', or tracker=none")
-    # Points beyond the step that the run goes on from are written again.
+        raise ImportError("tracker tensorboard is missing: pip install 'torch-visar[train]', or --tracker none")
+    # Points beyond the step that the run resumes from are written again.
     tracker = TensorBoardTracker("logs", options.out, purge_step=begin + 1)
     tracker.start()
     return tracker

@@ -1,11 +1,11 @@
-"""The training loop of all recipes: optimiser steps, moving average, logs, pictures, checkpoints, exact resume.
+"""The training loop of all recipes: optimiser steps, moving average, logs, images, checkpoints, exact resume.
 
-A run that is killed goes on from its newest checkpoint and computes the same numbers as one that was not: all
+A run that is killed resumes from its newest checkpoint and computes the same numbers as one that was not: all
 randomness is a function of the step (visar/train/randomness.py), so a checkpoint is weights, their average,
 optimisers, the step, the best validation and the sums of the log line in progress. Several processes are started by
 `accelerate launch` or `torchrun`; each takes its share of every batch.
 
-The host waits for the device only at log lines, validations, pictures and checkpoints.
+The host waits for the device only at log lines, validations, images and checkpoints.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ class StopRequest:
     """Whether SIGINT (Ctrl-C) or SIGTERM (a scheduler's notice) asks a run to stop.
 
     Attributes:
-        number: of the signal; None while nothing asks.
+        number: number of the signal; None before one arrives.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Task(ABC):
 
     @abstractmethod
     def sheets(self, model: nn.Module) -> dict[str, Sheet]:
-        """Pictures by name, made with averaged weights; called in the main process only."""
+        """Images by name, made with averaged weights; called in the main process only."""
 
     @abstractmethod
     def save_model(self, model: nn.Module, folder: Path) -> None:
@@ -360,7 +360,7 @@ class Loop:
 
 
 def run_task(run: Run, task: Task) -> TrainResult:
-    """Trains a task to its end or to the time limit, going on from its newest checkpoint; see `Loop`."""
+    """Trains a task to its end or to the time limit, resuming from its newest checkpoint; see `Loop`."""
     folder = run.options.out
     check_folder_output(folder)
     with locked(folder) if run.is_main else contextlib.nullcontext(), fast_math(run.options.tf32):

@@ -19,7 +19,7 @@ else:
     GeneratorName = Literal["auto", *generators.FAMILIES]
     TokenizerName = Literal[*tokenizers.FAMILIES]
 
-# Options that do not change what a step computes, so a run may go on with others.
+# Options that do not change what a step computes, so a run may resume with others.
 FREE_OPTIONS = frozenset(
     {"out", "log_every", "sample_every", "save_every", "keep_checkpoints", "resume", "max_minutes", "tracker"}
 )
@@ -94,57 +94,59 @@ class RunOptions:
     """Options of the loop, the optimiser's schedule and the folder of results."""
 
     out: Path
-    """Folder of the run: model/ (what it is for), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
+    """Folder of the run: model/ (the trained model), metrics.jsonl, samples/, checkpoints/, logs/ (TensorBoard)."""
     skip_unreadable: bool = False
-    """Leave pictures that cannot be read out, and name them, instead of stopping before the first step."""
+    """Leave out images that cannot be read, and name them, instead of stopping before the first step."""
     initial: Path | None = None
     """Model of the same architecture to start from, for fine-tuning: a folder (a run's model/) or an embedded name."""
     steps: int = 4000
-    """Optimiser steps; schedules depend on it."""
+    """Number of optimiser steps; schedules span all of them."""
     batch_size: int = 128
-    """Images of a step, over all processes."""
+    """Images per step, over all processes."""
     gradient_accumulation: int = 1
-    """Parts that a process cuts its share of a step into, to need less memory."""
+    """Number of parts that each process cuts its share of a batch into, to need less memory."""
     learning_rate: float = 4e-4
-    """Of AdamW, at its highest."""
+    """Peak learning rate, the same for AdamW and Muon."""
     schedule: Schedule = "cosine"
-    """After the warm-up: constant; cosine; or wsd: constant, then linear over the last decay_steps."""
+    """Learning rate after the warm-up: constant; cosine; or wsd: constant, then linear over the last --decay-steps."""
     warmup_steps: int = 0
-    """Steps in which the learning rate rises from 0."""
+    """Number of steps in which the learning rate rises from 0 to its peak."""
     decay_steps: int = 0
-    """Steps in which it falls at the end, for schedule wsd."""
+    """Number of steps at the end in which the learning rate falls, for --schedule wsd."""
     final_fraction: float = 0.0
-    """Share of the learning rate that is left at the end."""
+    """Learning rate of the last step, as a fraction of the peak."""
     clip_norm: float = 1.0
-    """Largest norm of the gradient; 0 = off."""
+    """Largest norm of the gradient; larger ones are scaled down to it; 0 = off."""
     ema_decay: float = 0.999
-    """Of the moving average of weights, which is what is measured and saved; lower in early steps; 0 = no average."""
+    """Decay of the moving average of the weights, which is validated and saved; lower in early steps; 0 = no
+    average."""
     seed: int = 0
-    """Of everything random in the run."""
+    """Seed of everything random in the run."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
-    """bf16: matrix products and convolutions in bfloat16; weights stay float32."""
+    """bf16: matrix products and convolutions in bfloat16, weights in float32; no: everything in float32."""
     compile: bool = False
-    """torch.compile of the trained module: about a minute at the start, faster steps on a GPU."""
+    """Compile the trained module with torch.compile: about a minute at the start, faster steps on a GPU."""
     tf32: bool = True
-    """TF32 for what stays float32 on a GPU."""
+    """Allow TF32 for products and convolutions that stay float32 on a GPU."""
     device: Literal["auto", "cpu"] = "auto"
-    """auto: the GPU of the process, if there is one."""
+    """auto: the GPU of the process, if there is one; cpu: the CPU."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl, which hold means since the line before."""
+    """Steps between lines of metrics.jsonl; each line holds the means of the steps since the line before."""
     validate_every: int = 500
     """Steps between validations; 0 = at the end only."""
     sample_every: int = 1000
-    """Steps between sheets of pictures; 0 = at the end only."""
+    """Steps between sheets of sampled images; 0 = at the end only."""
     save_every: int = 1000
     """Steps between checkpoints; 0 = at the end only."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept; the best model by validation is kept in model/ besides."""
+    """Number of newest checkpoints that stay on disk, besides the best model by validation in model/."""
     resume: Literal["auto", "restart"] = "auto"
-    """auto: go on from the newest checkpoint in `out`, if there is one. restart: remove them and begin anew."""
+    """auto: resume from the newest checkpoint in --out, if there is one; restart: remove the checkpoints and start
+    anew."""
     max_minutes: float = 0.0
-    """Stop with a checkpoint after this time, to be gone on from; 0 = no limit."""
+    """Minutes after which the run stops with a checkpoint that it can be resumed from; 0 = no limit."""
     tracker: Literal["tensorboard", "none"] = "tensorboard"
-    """Where curves and sheets go besides the folder."""
+    """Tracker that gets curves and sheets of images, besides the files of the run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,21 +154,22 @@ class TrainTokenizer(RunOptions):
     """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
 
     data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
+    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz."""
     image_size: int | None = None
     """Side of the images in pixels; needed for images that may be of any size."""
     kind: TokenizerName | None = None
-    """One grid of codes, or a pyramid of them for next-scale generators; the preset's when not given, else vq."""
+    """Family of tokenizer: vq, one grid of codes; multiscale, a pyramid of grids for next-scale generators; when not
+    given, the preset's, or vq."""
     preset: str | None = None
-    """Architecture; the smallest of the kind when not given: vq-4-64, msvq-4-64."""
+    """Architecture preset; when not given, the smallest of the kind: vq-4-64 or msvq-4-64."""
     model_options: str = "{}"
-    """Constructor arguments that differ from the preset's, as JSON, such as '{"base_channels": 48}'."""
+    """Constructor arguments that replace the preset's, as JSON, such as '{"base_channels": 48}'."""
     codebook_size: int | None = None
-    """Codes; those of the preset when not given."""
+    """Number of codes in the codebook; when not given, the preset's."""
     codebook_update: Literal["gradient", "ema"] = "ema"
-    """Codes follow the moving average of their latents, or the gradient of the codebook loss."""
+    """How codes are learnt: ema, as moving averages of their latents; gradient, from the codebook loss."""
     codebook_decay: float = 0.99
-    """Of the moving averages of codes and their uses."""
+    """Decay of the moving averages of codes and of how often they are used."""
     commitment_weight: float = 0.25
     """Weight of the loss that keeps latents near their codes."""
     codebook_weight: float = 1.0
@@ -174,41 +177,43 @@ class TrainTokenizer(RunOptions):
     revive_every: int = 20
     """Steps between revivals of unused codes; 0 = never."""
     revive_below: float = 0.2
-    """Uses a step below which a code counts as unused."""
+    """Mean number of uses per step below which a code counts as unused."""
     revive_until: float = 0.8
-    """Share of the run in which codes are revived."""
+    """Fraction of the run in which unused codes are revived."""
     l1_weight: float = 1.0
-    """Weight of the mean absolute error."""
+    """Weight of the mean absolute error of pixels."""
     l2_weight: float = 2.0
-    """Weight of the mean squared error."""
+    """Weight of the mean squared error of pixels."""
     gradient_weight: float = 0.5
     """Weight of the multi-scale L1 of pixel differences."""
     perceptual_weight: float = 0.3
     """Weight of the perceptual distance; 0 = off."""
     perceptual: PerceptualKind = "lite0"
-    """lite0: EfficientNet-Lite0, from a package; lpips: VGG-16, weights are fetched."""
+    """Network of the perceptual distance: lite0, EfficientNet-Lite0 from a package; lpips, VGG-16, whose weights are
+    fetched."""
     adversarial_weight: float = 0.0
     """Weight of the discriminator's loss; 0 = off."""
     adversarial_start: int = 0
-    """Step at which the discriminator sets in."""
+    """Step at which the discriminator starts."""
     adversarial_learning_rate: float = 1e-4
-    """Of the discriminator."""
+    """Peak learning rate of the discriminator."""
     adversarial_layers: int = 3
-    """Its convolutions of stride 2; each doubles the side of the patches that it judges."""
+    """Number of convolutions of stride 2 in the discriminator; each doubles the side of the patches that it scores."""
     adversarial_spectral: bool = True
-    """Spectral norm in the discriminator, else group norm."""
+    """Use spectral norm in the discriminator; otherwise group norm."""
     adversarial_adaptive: bool = False
-    """Scale its loss by the ratio of gradient norms at the decoder's last layer (VQGAN)."""
+    """Scale the discriminator's loss by the ratio of gradient norms at the decoder's last layer, as VQGAN does."""
     adversarial_maximum: float = 10.0
-    """Largest such ratio."""
+    """Largest ratio of gradient norms with --adversarial-adaptive."""
     decoder_only: bool = False
-    """Train the decoder alone, from `initial`: the ids of every picture stay what they are."""
+    """Train the decoder alone, from --initial: the ids of every image stay the same."""
     weight_decay: float = 0.0
-    """Of matrices and convolutions."""
+    """Weight decay of matrices and convolutions."""
     augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    """Augmentation. drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and
+    mirror images."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    """Dtype of the weights that are written to model/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,72 +221,78 @@ class TrainGenerator(RunOptions):
     """Trains a generator on a tokenizer's ids, and writes both as a pipeline that `visar.load` reads."""
 
     data: Path
-    """Images: emoji64.zip, a folder with a subfolder a class, a parquet file or an .npz."""
+    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz."""
     tokenizer: str
-    """A folder that `visar train tokenizer` wrote (its model/), or the name of an embedded tokenizer."""
+    """Tokenizer: a folder that `visar train tokenizer` wrote (its model/), or the name of an embedded one."""
     tokens: Path | None = None
-    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
+    """File of ids to read, or to write if it does not exist; without it ids are computed anew."""
     variants: int = 32
-    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
+    """Number of variants per image, made once: the image itself and augmented ones; 1 = no augmentation."""
     augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    """Augmentation. drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and
+    mirror images."""
     family: GeneratorName = "auto"
-    """Kind of generator. auto: the first of them that fits the tokenizer's tokens, so raster for ids on one grid and
-    next_scale for ids over scales; hmar: hierarchical masked, over scales."""
+    """Family of generator. auto: the first that fits the tokenizer's tokens, so raster for one grid and next_scale for
+    several scales; hmar: hierarchical masked, over scales."""
     phase: Literal["next_scale", "refinement"] = "next_scale"
-    """Of family hmar: first everything but the refinement parts; then these alone, from the first run's `initial`."""
+    """Training phase of --family hmar: next_scale trains everything but the refinement layers; refinement trains these
+    alone, from the first run's model as --initial."""
     width: int = 256
-    """Of the transformer."""
+    """Hidden size of the transformer."""
     num_layers: int = 9
-    """Of the transformer."""
+    """Number of blocks of the transformer."""
     num_heads: int = 4
-    """Of the transformer."""
+    """Number of attention heads of the transformer."""
     hidden_width: int = 704
-    """Of its feed-forward parts."""
+    """Hidden size of the transformer's feed-forward layers."""
     model_options: str = "{}"
-    """Further constructor arguments as JSON."""
+    """Further constructor arguments of the generator, as JSON."""
     class_condition: bool = True
     """Condition on the class."""
     attributes: tuple[str, ...] | None = None
-    """Label columns to condition on besides; when not given: all of the data with class_condition, else none."""
+    """Label columns to condition on besides the class; when not given, all columns of the data with --class-condition,
+    else none."""
     words: Literal["none", "sum", "prefix"] = "none"
-    """Condition on words too: by the mean of their vectors, or one by one before the image."""
+    """Condition on words too: sum, by the mean of their vectors; prefix, one by one before the image."""
     text_encoder: str = "none"
-    """Condition on the captions alone, through a frozen encoder: minilm, flan-t5-xl or a folder (raster only). The
-    class is not read then, whatever class_condition says."""
+    """Condition on captions alone, through a frozen encoder: minilm, flan-t5-xl or a folder (raster only). The class
+    is not read then, whatever --class-condition says."""
     dropout: float = 0.1
-    """On the input, and after every attention and feed-forward part."""
+    """Dropout of the input and after every attention and feed-forward layer."""
     label_dropout: float = 0.1
-    """Chance that an image loses all its conditions."""
+    """Probability that an image loses all its conditions."""
     class_dropout: float = 0.0
-    """Chance that it loses the class, besides."""
+    """Probability that an image loses its class alone."""
     attribute_dropout: float = 0.1
-    """The same for every attribute."""
+    """Probability that an image loses an attribute, for every attribute by itself."""
     word_dropout: float = 0.1
-    """The same for the words."""
+    """Probability that an image loses all its words."""
     word_omission: float = 0.0
-    """Chance of every single word of a caption to be left out."""
+    """Probability that a word of a caption is left out, for every word by itself."""
     class_balance: float = 0.5
-    """Images are drawn with weight n^-power, n the size of their class: 0 = as they are, 1 = all classes alike."""
+    """Power p of the weight n^-p with which images are drawn, n being the size of their class: 0 = all images alike, 1
+    = all classes alike."""
     scale_weights: tuple[float, ...] = ()
-    """Weights of the loss of a token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
+    """Weights of the loss per token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
     self_correction: float = 0.0
-    """Over scales: largest share of an image's codes that are replaced before finer scales, whose targets then make up
-    for them; 0 = off. In both phases of family hmar."""
+    """Largest fraction of an image's codes that are replaced before finer scales, whose targets then correct them, for
+    models over scales (hmar: in both phases); 0 = off."""
     initial_layers: tuple[int, ...] = ()
-    """Layers of `initial` to start from, for a model of so many layers and the same widths; empty = all of them."""
+    """Layers of --initial to start from, for a model of that many layers and the same widths; empty = all layers."""
     teacher: str = ""
-    """A generator of the same ids and conditions, by name or folder: its laws are learnt instead of the ids."""
+    """Generator of the same ids and conditions, by name or folder, whose distributions are learnt instead of the
+    ids."""
     weight_decay: float = 0.05
-    """Of matrices."""
+    """Weight decay of matrices."""
     optimizer: OptimizerName = "adamw"
-    """muon: matrices of the blocks by Muon, the rest by AdamW; learns more from a step, which takes longer."""
+    """Optimizer. muon: Muon for the matrices of the blocks and AdamW for the rest; learns more per step, and a step
+    takes longer."""
     sample_images: int = 48
-    """Pictures of a sheet."""
+    """Number of images on a sheet."""
     sample_guidance: float = 2.0
-    """Guidance of its pictures; 1.0 = off."""
+    """Guidance scale of the images on a sheet; 1.0 = off."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    """Dtype of the weights that are written to model/."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,37 +300,40 @@ class TrainDrafter(RunOptions):
     """Trains a drafter for a raster model; `--sampler.drafter OUT/model` samples with it."""
 
     data: Path
-    """The images that the model was trained on."""
+    """Images that the target model was trained on."""
     target: str
-    """The model: an embedded or official name, or a pipeline's folder."""
+    """Model to draft for: an embedded or official name, or a pipeline's folder."""
     kind: Literal["eagle", "heads"] = "eagle"
-    """eagle: a layer that predicts the next hidden vector; heads: one small head for each of the next tokens."""
+    """Kind of drafter. eagle: a layer that predicts the next hidden vector; heads: one small head for each of the next
+    tokens."""
     tokens: Path | None = None
-    """File of ids to read, or to write if it does not exist; without it ids are made anew."""
+    """File of ids to read, or to write if it does not exist; without it ids are computed anew."""
     variants: int = 32
-    """Variants of every image, made once: the image itself and augmented ones; 1 = no augmentation."""
+    """Number of variants per image, made once: the image itself and augmented ones; 1 = no augmentation."""
     augment: AugmentKind = "photographs"
-    """drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and mirror images."""
+    """Augmentation. drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and
+    mirror images."""
     num_heads: int = 0
-    """Attention heads of an eagle drafter; 0 = the model's."""
+    """Number of attention heads of an eagle drafter; 0 = as many as the target's."""
     hidden_width: int = 0
-    """Of its feed-forward part; 0 = the model's."""
+    """Hidden size of an eagle drafter's feed-forward layer; 0 = the target's."""
     num_right: int = 5
-    """Offsets of heads: the most drafts one after another."""
+    """Number of next tokens that heads predict, which is the most drafts in a row."""
     law_weight: float = 1.0
-    """Weight of the cross-entropy beside the hidden vectors' own loss, for eagle (in its paper 0.1)."""
+    """Weight of the cross-entropy relative to the loss of the hidden vectors, for eagle (0.1 in its paper)."""
     input_noise: float = 0.2
-    """Width of the noise on the hidden vectors that an eagle drafter reads, to bear its own slips; 0 = off."""
+    """Width of the noise on the hidden vectors that an eagle drafter reads, which makes it robust to its own errors; 0
+    = off."""
     offset_decay: float = 0.8
-    """Weight of an offset's loss relative to the one before, for heads."""
+    """Weight of an offset's loss relative to that of the offset before, for heads."""
     label_dropout: float = 0.15
-    """Chance that an image loses all its conditions."""
+    """Probability that an image loses all its conditions."""
     weight_decay: float = 0.0
-    """Of matrices."""
+    """Weight decay of matrices."""
     guidance_scale: float | None = None
-    """At which acceptance is measured; the model's own when not given."""
+    """Guidance scale at which acceptance is measured; when not given, the target's default."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    """Dtype of the weights that are written to model/."""
 
 
 def check_run_options(options: RunOptions, num_processes: int) -> None:

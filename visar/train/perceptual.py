@@ -75,9 +75,9 @@ class Lite0Perceptual(Perceptual):
     Differs from LPIPS: the network, and one constant weight a map in place of learned channel weights.
 
     Args:
-        dtype: of the network; bfloat16 is enough for a loss on a GPU.
+        dtype: dtype of the network; bfloat16 is enough for a loss on a GPU.
         size: side that images are resized to (bilinear); smaller ones give features with too few positions.
-        stage_weights: of the maps at strides 2, 4, 8, 16, 32; the coarsest counts less: it hardly says where things
+        stage_weights: for the maps at strides 2, 4, 8, 16, 32; the coarsest counts less: it hardly says where things
             are.
 
     Raises:
@@ -140,7 +140,7 @@ def load_perceptual(kind: PerceptualKind, device: torch.device, dtype: torch.dty
     Args:
         kind: "lite0" (offline) or "lpips".
         device: where it goes.
-        dtype: of the network of "lite0".
+        dtype: dtype of the network of "lite0".
 
     Raises:
         ValueError: another kind, or weights that cannot be had.

@@ -1,6 +1,6 @@
 """Random numbers of a training run: everything drawn in a step is a function of (run seed, step, use, process).
 
-So nothing about random states has to be saved, and a run that was killed draws the same numbers when it goes on.
+So nothing about random states has to be saved, and a run that was killed draws the same numbers when it resumes.
 """
 
 import enum
@@ -33,7 +33,7 @@ class StepRandom:
     """Generators of one process of a run.
 
     Args:
-        seed: of the run.
+        seed: seed of the run.
         process: number of this process.
         device: where generators draw.
     """

@@ -41,7 +41,7 @@ _RASTER = TrainGenerator(
     save_every=1000,
 )
 
-# 507 ids over 8 scales. Coarse scales are kept in use by tail dropout (the tokenizer's) and by revival of codes from
+# 507 ids over 8 scales. Coarse scales stay in use by tail dropout (the tokenizer's) and by revival of codes from
 # the residuals of every scale alike.
 _MSVQ = replace(_VQ, out=Path("runs/emoji-msvq"), preset="msvq-4-64")
 

@@ -20,8 +20,8 @@ class Part:
     Attributes:
         module: as it is saved.
         call: the same module behind gradient averaging over processes, if there are several; what a step calls.
-        optimizers: of its parameters, each parameter in one of them.
-        learning_rate: at its highest.
+        optimizers: optimizers of its parameters, each parameter in one of them.
+        learning_rate: the peak learning rate.
     """
 
     module: Any
@@ -73,7 +73,7 @@ class Run:
     """A process's place in a run: device, folder, random numbers, optimiser steps.
 
     Args:
-        options: of the run.
+        options: options of the run.
 
     Raises:
         ValueError: an option outside its range.
@@ -167,7 +167,7 @@ class Run:
         Args:
             part: what is trained.
             step: number of the step.
-            losses: of a micro-batch's number: its loss, and scalars to be logged.
+            losses: function of a micro-batch's number that returns its loss, and scalars to be logged.
 
         Returns: means of the scalars, and the gradient's norm before clipping.
         """

@@ -20,7 +20,7 @@ def self_correction(
     """Histories with replaced codes, and targets that lead from them back to the image.
 
     Args:
-        quantizer: of the tokenizer.
+        quantizer: quantizer of the tokenizer.
         tokens_BN: int64 ids of images.
         largest: every image replaces a share of its codes that is uniform on 0 ... largest. A replacement is the code
             of another image of the batch at the same position.

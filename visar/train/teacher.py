@@ -1,4 +1,4 @@
-"""A larger generator's laws as targets, for small siblings: drafters, and followers in collaborative decoding.
+"""A larger generator's distributions as targets of small ones: drafters, and followers in collaborative decoding.
 
 Source: Hinton et al., arXiv 1503.02531, at temperature 1; CoDe, arXiv 2411.17787, trains its refiner so.
 
@@ -21,7 +21,8 @@ def load_teacher(name: str, student: Any, device: torch.device) -> nn.Module:
     """The frozen float32 generator of a pipeline by name or folder.
 
     Raises:
-        ValueError: no such pipeline, or one whose laws the student cannot learn: other tokens or other conditions.
+        ValueError: no such pipeline, or one whose distributions the student cannot learn: other tokens, other
+            conditions.
     """
     teacher: Any = load(name, device=device, dtype="float32").generator
     ours, theirs = student.config, teacher.config
@@ -42,6 +43,6 @@ def _value(config: Any, key: str) -> Any:
 
 
 @torch.no_grad()
-def laws(teacher: nn.Module, tokens_BL: Tensor, condition: Condition) -> Tensor:
+def teacher_probs(teacher: nn.Module, tokens_BL: Tensor, condition: Condition) -> Tensor:
     """Teacher-forced conditionals of every token, as probabilities float32 [B, L, V]."""
     return torch.softmax(teacher(tokens_BL, condition).float(), dim=-1)

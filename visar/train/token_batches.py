@@ -45,7 +45,7 @@ class TokenSplit:
         labels_NA: int64 label columns that the model reads; there may be none.
         words_NT: int64 word ids; None = the images have none.
         index_N: int64 numbers of the images in their image set.
-        captions: of the image set, read instead of labels and words; None = no text encoder.
+        captions: captions of the image set, read instead of labels and words; None = no text encoder.
     """
 
     ids_NKL: Tensor

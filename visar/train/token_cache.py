@@ -1,4 +1,4 @@
-"""Token ids of an image set, computed once: several augmented variants of every picture."""
+"""Token ids of an image set, computed once: several augmented variants of every image."""
 
 import hashlib
 import json
@@ -22,10 +22,10 @@ from visar.layers.quantize import weights_digest
 
 @dataclass
 class TokenCache:
-    """Ids of every picture.
+    """Ids of every image.
 
     Attributes:
-        ids_NKL: int16 or int32 [N, variants, L]; variant 0 is the picture itself, the others are augmented.
+        ids_NKL: int16 or int32 [N, variants, L]; variant 0 is the image itself, the others are augmented.
         facts: what they were made from: tokenizer and image set by hash, augmentation, seed.
     """
 
@@ -34,7 +34,7 @@ class TokenCache:
 
     @property
     def num_variants(self) -> int:
-        """Variants of a picture, the plain one included."""
+        """Variants of an image, the plain one included."""
         return self.ids_NKL.shape[1]
 
     @classmethod
@@ -69,16 +69,16 @@ def build_token_cache(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> TokenCache:
-    """Ids of all pictures, read from `path` if they are there already, else computed and written to it.
+    """Ids of all images, read from `path` if they are there already, else computed and written to it.
 
     Args:
-        image_set: the pictures, all splits.
+        image_set: the images, all splits.
         tokenizer: on the device, in evaluation mode.
         path: file of the cache; None keeps it in memory only.
-        variants: variants of a picture (32 in the embedded models' recipes); the first is the picture itself.
-        augmentation: of the other variants; without one, variants must be 1.
-        seed: of the augmentation; batch_size changes it too.
-        batch_size: pictures at a time.
+        variants: variants of an image (32 in the embedded models' recipes); the first is the image itself.
+        augmentation: augmentation of the other variants; without one, variants must be 1.
+        seed: seed of the augmentation; batch_size changes it too.
+        batch_size: images at a time.
         device: where to compute.
 
     Raises:

@@ -1,8 +1,9 @@
-"""The way through a tree of drafts that the target has read: which nodes are accepted, and the token after them.
+"""The accepted path through a tree of drafts that the target has read, and the token after it.
 
-One program an image. `walk` judges siblings one after another (arXiv 2402.14160), for LANTERN (2410.03355) against
-the law in which a draft has its neighbours' probability; `walk_chains` judges k chains a depth at a time by K-SEQ
-(SpecTr, 2310.15141, algorithm 3). The plain counterparts are in visar/samplers/trees.py and visar/samplers/relaxed.py.
+One program per image. `walk` verifies siblings one after another (arXiv 2402.14160), for LANTERN (2410.03355) against
+the distribution in which a draft has its neighbours' probability; `walk_chains` verifies k chains a depth at a time by
+K-SEQ (SpecTr, 2310.15141, algorithm 3). The plain counterparts are in visar/samplers/trees.py and
+visar/samplers/relaxed.py.
 
 B images, M nodes, L = M + 1 slots, D depth, k chains or neighbours of a code, V codes.
 """
@@ -16,34 +17,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from visar.kernels.laws import at, chance_of, codes_of, inverted, residual_of, tile
+from visar.kernels.distributions import at, chance_of, codes_of, inverted, residual_of, tile
 
 
 @triton.jit
 def _ended(
-    law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-    refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+    num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Draws the token after the accepted nodes and writes the way, as `visar.samplers.trees.finish`."""
-    tl.store(law_ptr + image * codes + code, law, mask=inside)
-    emitted = inverted(law, tl.load(emit_ptr + image), ROWS, COLUMNS)
+    """Draws the token after the accepted nodes and writes the path, as `visar.samplers.trees.finish`."""
+    tl.store(probs_ptr + image * codes + code, probs, mask=inside)
+    emitted = inverted(probs, tl.load(emit_ptr + image), ROWS, COLUMNS)
     tl.store(slots_ptr + image * depth + step, slots_D, mask=step < depth)
-    tokens = tl.where(step == kept, emitted, tokens_D)
+    tokens = tl.where(step == num_accepted, emitted, tokens_D)
     tl.store(tokens_ptr + image * (depth + 1) + step, tokens, mask=step < depth + 1)
-    tl.store(kept_ptr + image, kept)
-    tl.store(judged_ptr + image * depth + step, judged_D, mask=step < depth)
+    tl.store(num_accepted_ptr + image, num_accepted)
+    tl.store(verified_ptr + image * depth + step, verified_D, mask=step < depth)
     tl.store(refused_ptr + image, refused.to(tl.uint8))
 
 
 @triton.jit
 def _walk(
     p_ptr, q_ptr, draft_ptr, parents_ptr, accept_ptr, emit_ptr, table_ptr,
-    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    slots_ptr, tokens_ptr, num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr,
     codes, nodes, depth, draft_image, parents_image, accept_image, neighbours, max_moved, max_ratio,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, NEAR: tl.constexpr,
     DRAWN: tl.constexpr, MOVED: tl.constexpr, RATIO: tl.constexpr,
 ):  # fmt: skip
-    """Nodes in the order of their slots; `law` is the current node's, less its rejected children."""
+    """Nodes in the order of their slots; `probs` is the current node's distribution, less its rejected children."""
     image = tl.program_id(0).to(tl.int64)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
@@ -51,10 +53,10 @@ def _walk(
     slots_D = tl.zeros([STEPS], tl.int64)
     tokens_D = tl.zeros([STEPS], tl.int64)
     rows = p_ptr + image * (nodes + 1) * codes + code
-    law = tl.load(rows, mask=inside, other=0.0)
+    probs = tl.load(rows, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
-    kept = tl.full([], 0, tl.int64)
-    judged_D = tl.zeros([STEPS], tl.int64)
+    num_accepted = tl.full([], 0, tl.int64)
+    verified_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for node in range(nodes):
         parent = tl.load(parents_ptr + image * parents_image + node)
@@ -62,61 +64,61 @@ def _walk(
             token = tl.load(draft_ptr + image * draft_image + node)
             accept = tl.load(accept_ptr + image * accept_image + node)
             if MOVED or RATIO:
-                # The nearest codes' probability goes to the draft; the row of the final law holds it meanwhile.
-                law_row = law_ptr + image * codes
-                own = at(law, code, token)
-                tl.store(law_row + code, law, mask=inside)
+                # The nearest codes' probability goes to the draft; the final distribution's row holds it meanwhile.
+                probs_row = probs_ptr + image * codes
+                own = at(probs, code, token)
+                tl.store(probs_row + code, probs, mask=inside)
                 tl.debug_barrier()
                 rank = tl.arange(0, NEAR)
                 listed = rank < neighbours
                 near = tl.load(table_ptr + token * neighbours + rank, mask=listed, other=0)
-                moved = tl.cumsum(tl.load(law_row + near, mask=listed, other=0.0, cache_modifier=".cg"), axis=0)
+                moved = tl.cumsum(tl.load(probs_row + near, mask=listed, other=0.0, cache_modifier=".cg"), axis=0)
                 allowed = listed
                 if MOVED:
                     allowed = allowed & (moved <= max_moved)
                 if RATIO:
                     allowed = allowed & (moved <= (max_ratio - 1) * own)
                 tl.debug_barrier()
-                tl.store(law_row + near, tl.zeros([NEAR], tl.float32), mask=allowed)
+                tl.store(probs_row + near, tl.zeros([NEAR], tl.float32), mask=allowed)
                 tl.debug_barrier()
-                law = tl.load(law_row + code, mask=inside, other=0.0, cache_modifier=".cg")
-                law = tl.where(code == token, own + tl.max(tl.where(allowed, moved, 0.0), axis=0), law)
+                probs = tl.load(probs_row + code, mask=inside, other=0.0, cache_modifier=".cg")
+                probs = tl.where(code == token, own + tl.max(tl.where(allowed, moved, 0.0), axis=0), probs)
                 tl.debug_barrier()
-            chance = at(law, code, token)
+            chance = at(probs, code, token)
             if DRAWN:
                 q = tl.load(q_ptr + (image * nodes + node) * codes + code, mask=inside, other=0.0)
                 chance = chance_of(chance, at(q, code, token))
-                rest = residual_of(law, q)
+                rest = residual_of(probs, q)
             else:
-                others = tl.where(code == token, 0.0, law)
-                rest = tl.where(tl.sum(others) > 0, others, law)
+                others = tl.where(code == token, 0.0, probs)
+                rest = tl.where(tl.sum(others) > 0, others, probs)
             slot = tl.where(accept < chance, node + 1, 0)
             accepted = slot > 0
             behind = tl.load(rows + (node + 1) * codes, mask=inside & accepted, other=0.0)
-            law = tl.where(accepted, behind, rest / tl.sum(rest))
-            mark = accepted & (step == kept)
+            probs = tl.where(accepted, behind, rest / tl.sum(rest))
+            mark = accepted & (step == num_accepted)
             slots_D = tl.where(mark, slot, slots_D)
             tokens_D = tl.where(mark, token, tokens_D)
             current = tl.where(accepted, slot, current)
-            judged_D += (step == kept).to(tl.int64)
-            kept += accepted.to(tl.int64)
+            verified_D += (step == num_accepted).to(tl.int64)
+            num_accepted += accepted.to(tl.int64)
             refused = tl.where(accepted, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+        probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+        num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
 
-def _way(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _path(batch: int, depth: int, codes: int, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Fields of `visar.samplers.trees.Walk`, to be written, and the same as kernels take them: bools as bytes."""
     slots_BD = torch.empty(batch, depth, dtype=torch.int64, device=device)
     tokens_BL = torch.empty(batch, depth + 1, dtype=torch.int64, device=device)
-    kept_B = torch.empty(batch, dtype=torch.int64, device=device)
-    judged_BD = torch.empty_like(slots_BD)
+    accepted_B = torch.empty(batch, dtype=torch.int64, device=device)
+    verified_BD = torch.empty_like(slots_BD)
     refused_B = torch.empty(batch, dtype=torch.bool, device=device)
-    law_BV = torch.empty(batch, codes, dtype=torch.float32, device=device)
-    way = (slots_BD, tokens_BL, kept_B, judged_BD, refused_B, law_BV)
-    return way, (*way[:4], refused_B.view(torch.uint8), law_BV)
+    probs_BV = torch.empty(batch, codes, dtype=torch.float32, device=device)
+    path = (slots_BD, tokens_BL, accepted_B, verified_BD, refused_B, probs_BV)
+    return path, (*path[:4], refused_B.view(torch.uint8), probs_BV)
 
 
 def walk(
@@ -132,15 +134,15 @@ def walk(
     max_moved: float | None = None,
     max_ratio: float | None = None,
 ) -> tuple[Tensor, ...]:
-    """The way through a tree, one program an image: fields of `visar.samplers.trees.Walk`.
+    """The accepted path through a tree, one program per image: fields of `visar.samplers.trees.Walk`.
 
     Args:
-        q_BMV: laws that the nodes were drawn from; None: they were chosen without a draw.
-        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_law`; None judges exactly.
+        q_BMV: distributions that the nodes were drawn from; None: they were chosen without a draw.
+        neighbours_Vk, max_moved, max_ratio: of `visar.samplers.relaxed.relaxed_probs`; None verifies exactly.
         The others: see `visar.samplers.trees.walk`.
     """
     batch, slots, codes = p_BLV.shape
-    way, written = _way(batch, depth, codes, p_BLV.device)
+    path, written = _path(batch, depth, codes, p_BLV.device)
     near = 1 if neighbours_Vk is None else neighbours_Vk.shape[1]
     _walk[(batch,)](
         p_BLV.contiguous(),
@@ -167,7 +169,7 @@ def walk(
         RATIO=neighbours_Vk is not None and max_ratio is not None,
         **tile(codes),
     )
-    return way
+    return path
 
 
 @triton.jit
@@ -182,11 +184,11 @@ def _power(base, exponent, most):
 @triton.jit
 def _chains(
     p_ptr, q_ptr, draft_ptr, accept_ptr, emit_ptr,
-    slots_ptr, tokens_ptr, kept_ptr, judged_ptr, refused_ptr, law_ptr,
+    slots_ptr, tokens_ptr, num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr,
     codes, depth, chains, draft_image, accept_image,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CHAINS: tl.constexpr,
 ):  # fmt: skip
-    """Depth by depth: of the chains that share the accepted tokens, the first whose draft is accepted goes on."""
+    """Depth by depth: of the chains that share the accepted tokens, the first whose draft is accepted continues."""
     image = tl.program_id(0).to(tl.int64)
     code = codes_of(ROWS, COLUMNS)
     inside = code < codes
@@ -196,10 +198,10 @@ def _chains(
     slots_D = tl.zeros([STEPS], tl.int64)
     tokens_D = tl.zeros([STEPS], tl.int64)
     rows = p_ptr + image * (depth * chains + 1) * codes
-    law = tl.load(rows + code, mask=inside, other=0.0)
+    probs = tl.load(rows + code, mask=inside, other=0.0)
     current = tl.full([], 0, tl.int64)
-    kept = tl.full([], 0, tl.int64)
-    judged_D = tl.zeros([STEPS], tl.int64)
+    num_accepted = tl.full([], 0, tl.int64)
+    verified_D = tl.zeros([STEPS], tl.int64)
     refused = tl.full([], 0, tl.int32)
     for level in range(depth):
         if refused == 0:
@@ -212,13 +214,13 @@ def _chains(
             ratio = drafts.to(tl.float32)
             for _ in range(24):
                 middle = (low + ratio) / 2
-                beta = tl.sum(tl.minimum(q, law / middle))
+                beta = tl.sum(tl.minimum(q, probs / middle))
                 valid = 1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains) <= middle * beta
                 low = tl.where(valid, low, middle)
                 ratio = tl.where(valid, middle, ratio)
-            shared = tl.minimum(q, law / ratio)
+            shared = tl.minimum(q, probs / ratio)
             beta = tl.sum(shared)
-            # The law is still a row of p: probabilities of the drafts are read from there.
+            # The distribution is still a row of p: probabilities of the drafts are read from there.
             place = level * chains + chain
             real = chain < chains
             token = tl.load(draft_ptr + image * draft_image + place, mask=real, other=0)
@@ -229,32 +231,32 @@ def _chains(
             winner = tl.min(tl.where(accepted, chain, chains), axis=0)
             found = winner < chains
             tried = tl.sum(tl.where(chain <= winner, alive, 0), axis=0)
-            judged_D = tl.where(step == level, tried, judged_D)
+            verified_D = tl.where(step == level, tried, verified_D)
             weight = (1 - _power(tl.maximum(1 - beta, 0.0), drafts, chains)) / tl.maximum(beta, 1e-30)
-            left = residual_of(law, shared * weight)
+            left = residual_of(probs, shared * weight)
             slot = 1 + level * chains + winner
             behind = tl.load(rows + slot * codes + code, mask=inside & found, other=0.0)
-            law = tl.where(found, behind, left / tl.sum(left))
+            probs = tl.where(found, behind, left / tl.sum(left))
             chosen = tl.sum(tl.where(chain == winner, token, 0), axis=0)
             mark = found & (step == level)
             slots_D = tl.where(mark, slot, slots_D)
             tokens_D = tl.where(mark, chosen, tokens_D)
             alive = tl.where(token == chosen, alive, 0)
             current = tl.where(found, slot, current).to(tl.int64)
-            kept += found.to(tl.int64)
+            num_accepted += found.to(tl.int64)
             refused = tl.where(found, 0, 1)
     _ended(
-        law, slots_D, tokens_D, kept, judged_D, refused, emit_ptr, slots_ptr, tokens_ptr, kept_ptr, judged_ptr,
-        refused_ptr, law_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
+        probs, slots_D, tokens_D, num_accepted, verified_D, refused, emit_ptr, slots_ptr, tokens_ptr,
+        num_accepted_ptr, verified_ptr, refused_ptr, probs_ptr, image, depth, codes, step, code, inside, ROWS, COLUMNS,
     )  # fmt: skip
 
 
 def walk_chains(
     p_BLV: Tensor, q_BDkV: Tensor, draft_BM: Tensor, accept_uniform_BM: Tensor, emit_uniform_B: Tensor
 ) -> tuple[Tensor, ...]:
-    """`visar.samplers.trees.walk_chains`, one program an image: fields of its Walk. M = D k nodes, level by level."""
+    """`visar.samplers.trees.walk_chains`, one program per image: fields of its Walk. M = D k nodes, level by level."""
     batch, depth, chains, codes = q_BDkV.shape
-    way, written = _way(batch, depth, codes, p_BLV.device)
+    path, written = _path(batch, depth, codes, p_BLV.device)
     _chains[(batch,)](
         p_BLV.contiguous(),
         q_BDkV,
@@ -271,7 +273,7 @@ def walk_chains(
         CHAINS=triton.next_power_of_2(chains),
         **tile(codes),
     )
-    return way
+    return path
 
 
 @triton.jit

@@ -1,8 +1,8 @@
-"""What kernels do with a law over the V codes: filter it, draw from it, accept a draft by it, take what is left of it.
+"""Functions of a distribution over the V codes: filter it, draw from it, accept a draft by it, take its residual.
 
-Functions that kernels call, no kernel. A program holds the whole law as [ROWS, COLUMNS], a row a block of the
-inversion in `visar.samplers.filtering.draw`. Uniform numbers are used as the plain samplers use them, so the codes are
-the same; sums are rounded in another order.
+These are called by kernels and are none themselves. A program holds the whole distribution as [ROWS, COLUMNS], a row
+per block of the inversion in `visar.samplers.filtering.draw`. Uniform numbers are used as the plain samplers use them,
+so the codes are the same; sums are rounded in another order.
 """
 
 # Operators, loops and launch options of kernels are Triton's: a type checker of Python does not know them.
@@ -21,7 +21,7 @@ _TINY = tl.constexpr(1.1754943508222875e-38)
 
 
 def tile(codes: int) -> dict:
-    """Shape and warps of a program that holds laws of so many codes: options of the launch."""
+    """Shape and warps of a program that holds distributions of so many codes: options of the launch."""
     rows = triton.next_power_of_2(triton.cdiv(codes, COLUMNS))
     return dict(ROWS=rows, COLUMNS=COLUMNS, num_warps=min(max(rows // 4, 4), 32))
 
@@ -97,9 +97,9 @@ def inverted(mass, uniform, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def at(law, code, token):
-    """The law's entry of one code."""
-    return tl.sum(tl.where(code == token, law, 0.0))
+def at(probs, code, token):
+    """The probability of one code."""
+    return tl.sum(tl.where(code == token, probs, 0.0))
 
 
 @triton.jit

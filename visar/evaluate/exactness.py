@@ -1,9 +1,9 @@
-"""Proofs by enumeration: does a sampler draw from the law it claims?
+"""Proofs by enumeration: does a sampler draw from the distribution it claims?
 
-On a model whose sequences can all be listed (visar/generators/tabular.py, or a tiny transformer) the joint law of
-ancestral sampling is a table. A sampler's draws are compared with it in three ways: total variation distance against
-the distance that as many perfect draws show (a simulated floor), and chi-squared tests of the joint, of every position
-and of every adjacent pair, corrected for their number (Holm, 1979).
+On a model whose sequences can all be listed (visar/generators/tabular.py, or a tiny transformer) the joint
+distribution of ancestral sampling is a table. A sampler's draws are compared with it in three ways: total variation
+distance against the distance that as many perfect draws show (a simulated floor), and chi-squared tests of the joint,
+of every position and of every adjacent pair, corrected for their number (Holm, 1979).
 
 N tokens, V codes, J = V^N sequences.
 """
@@ -26,7 +26,7 @@ def all_sequences(vocab_size: int, num_tokens: int) -> Tensor:
 
 
 @torch.no_grad()
-def joint_law(model: Any, condition: Condition, guidance: Guidance = OFF, **filters: Any) -> Tensor:
+def joint_distribution(model: Any, condition: Condition, guidance: Guidance = OFF, **filters: Any) -> Tensor:
     """Probability float64 [J] of every sequence of an enumerable model under ancestral sampling, by teacher forcing.
 
     Args:
@@ -41,8 +41,8 @@ def joint_law(model: Any, condition: Condition, guidance: Guidance = OFF, **filt
         null = model(sequences, model.null_condition(many)).float()
         scale = torch.tensor(guidance.scales(model.num_tokens), device=logits.device)
         logits = null + (logits - null) * scale[:, None]
-    law = torch.softmax(filter_logits(logits, **filters).double(), dim=-1)
-    return law.gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
+    probs = torch.softmax(filter_logits(logits, **filters).double(), dim=-1)
+    return probs.gather(-1, sequences[..., None]).squeeze(-1).prod(-1)
 
 
 def condition_device(condition: Condition) -> torch.device:
@@ -58,27 +58,27 @@ def count_sequences(tokens_BN: Tensor, vocab_size: int) -> Tensor:
 
 
 def total_variation(first: Tensor, second: Tensor) -> Tensor:
-    """Half the L1 distance of two laws along the last axis."""
+    """Half the L1 distance of two distributions along the last axis."""
     return (first - second).abs().sum(-1) / 2
 
 
-def noise_floor(law_J: Tensor, num_draws: int, deviations: float = 5.0, repeats: int = 200, seed: int = 0) -> float:
+def noise_floor(probs_J: Tensor, num_draws: int, deviations: float = 5.0, repeats: int = 200, seed: int = 0) -> float:
     """Total variation distance that `num_draws` perfect draws show at most: mean + 5 standard deviations, simulated.
 
     The distance is nearly normal (skewed where few sequences have most of the mass), so that wrong alarms are rare.
     """
     generator = torch.Generator().manual_seed(seed)
-    counts = torch.poisson((law_J.cpu() * num_draws).expand(repeats, -1), generator=generator)
-    distance = total_variation(counts / counts.sum(-1, keepdim=True), law_J.cpu())
+    counts = torch.poisson((probs_J.cpu() * num_draws).expand(repeats, -1), generator=generator)
+    distance = total_variation(counts / counts.sum(-1, keepdim=True), probs_J.cpu())
     return float(distance.mean() + deviations * distance.std())
 
 
-def chi_squared(counts: Tensor, law: Tensor, pool_below: float = 5.0) -> float:
+def chi_squared(counts: Tensor, probs: Tensor, pool_below: float = 5.0) -> float:
     """p-value of Pearson's test; cells with fewer than `pool_below` expected counts become one. 0.0 if a cell of no
     probability was seen."""
-    if bool((counts[law == 0] > 0).any()):
+    if bool((counts[probs == 0] > 0).any()):
         return 0.0
-    expected = law * counts.sum()
+    expected = probs * counts.sum()
     rare = expected < pool_below
     observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
     expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
@@ -97,11 +97,11 @@ def holm(p_values: list[float]) -> float:
 
 
 @dataclass(frozen=True)
-class LawCheck:
+class DistributionCheck:
     """Outcome of a comparison.
 
     Attributes:
-        distance: total variation distance between the draws' joint and the law.
+        distance: total variation distance between the draws' joint and the distribution.
         floor: what perfect draws show at most, see `noise_floor`.
         p_value: smallest of the chi-squared tests, corrected for their number.
         num_draws: draws compared.
@@ -114,44 +114,44 @@ class LawCheck:
 
     @property
     def passed(self) -> bool:
-        """Whether the draws are compatible with the law (about one wrong alarm in 20 000)."""
+        """Whether the draws are compatible with the distribution (about one wrong alarm in 20 000)."""
         return self.distance <= self.floor and self.p_value >= 3e-5
 
 
-def check_law(tokens_BN: Tensor, law_J: Tensor, vocab_size: int) -> LawCheck:
-    """Compares draws, int64 [B, N], with the joint law of `joint_law`.
+def check_distribution(tokens_BN: Tensor, probs_J: Tensor, vocab_size: int) -> DistributionCheck:
+    """Compares draws, int64 [B, N], with the joint distribution of `joint_distribution`.
 
     Raises:
-        ValueError: the law has another number of sequences.
+        ValueError: the distribution has another number of sequences.
     """
     num_draws, num_tokens = tokens_BN.shape
-    if law_J.numel() != vocab_size**num_tokens:
-        raise ValueError(f"{law_J.numel()} probabilities for {vocab_size}^{num_tokens} sequences")
-    law_J, counts_J = law_J.cpu(), count_sequences(tokens_BN, vocab_size).cpu()
+    if probs_J.numel() != vocab_size**num_tokens:
+        raise ValueError(f"{probs_J.numel()} probabilities for {vocab_size}^{num_tokens} sequences")
+    probs_J, counts_J = probs_J.cpu(), count_sequences(tokens_BN, vocab_size).cpu()
     shape = (vocab_size,) * num_tokens
-    law, counts = law_J.view(shape), counts_J.view(shape)
-    kept = [(n,) for n in range(num_tokens)] + list(itertools.pairwise(range(num_tokens)))
-    p_values = [chi_squared(counts_J, law_J)]
-    for axes in kept:
+    probs, counts = probs_J.view(shape), counts_J.view(shape)
+    marginals = [(n,) for n in range(num_tokens)] + list(itertools.pairwise(range(num_tokens)))
+    p_values = [chi_squared(counts_J, probs_J)]
+    for axes in marginals:
         others = [n for n in range(num_tokens) if n not in axes]
-        some_counts, some_law = (counts.sum(others), law.sum(others)) if others else (counts, law)
-        p_values.append(chi_squared(some_counts.flatten(), some_law.flatten()))
-    return LawCheck(
-        distance=float(total_variation(counts_J / num_draws, law_J)),
-        floor=noise_floor(law_J, num_draws),
+        some_counts, some_probs = (counts.sum(others), probs.sum(others)) if others else (counts, probs)
+        p_values.append(chi_squared(some_counts.flatten(), some_probs.flatten()))
+    return DistributionCheck(
+        distance=float(total_variation(counts_J / num_draws, probs_J)),
+        floor=noise_floor(probs_J, num_draws),
         p_value=holm(p_values),
         num_draws=num_draws,
     )
 
 
-def position_distances(tokens_BN: Tensor, law_J: Tensor, vocab_size: int) -> list[float]:
-    """Total variation distance of every position's marginal from the law's: what a lossy sampler changes."""
+def position_distances(tokens_BN: Tensor, probs_J: Tensor, vocab_size: int) -> list[float]:
+    """Total variation distance of every position's marginal from the distribution's: what a lossy sampler changes."""
     num_tokens = tokens_BN.shape[1]
-    law = law_J.cpu().view((vocab_size,) * num_tokens)
+    probs = probs_J.cpu().view((vocab_size,) * num_tokens)
     distances = []
     for n in range(num_tokens):
         others = [m for m in range(num_tokens) if m != n]
-        marginal = law.sum(others) if others else law
+        marginal = probs.sum(others) if others else probs
         seen = torch.bincount(tokens_BN[:, n].cpu(), minlength=vocab_size).double() / len(tokens_BN)
         distances.append(float(total_variation(seen, marginal)))
     return distances
