@@ -154,9 +154,9 @@ def sample_flow(
     work = ("flow", batch, guidance.active(len(model.block_sizes)), temperature, top_k, top_p, steps)
     session = runtime.session(model, device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
-    codes_VC = session.hold("codes", codebook.to(device).float() * code_scale(codebook))
+    codes_VC = session.static("codes", codebook.to(device).float() * code_scale(codebook))
     every_position = torch.arange(model.num_tokens, device=device)[None]
-    noise_BNC = session.hold("noise", initial_noise(noise, every_position, codes_VC.shape[1]))
+    noise_BNC = session.static("noise", initial_noise(noise, every_position, codes_VC.shape[1]))
 
     def step() -> None:
         logits_BLV = filter_logits(model.predict(state), temperature=temperature, top_k=top_k, top_p=top_p)

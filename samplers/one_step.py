@@ -95,12 +95,12 @@ def sample_one_step(
     begun = time.perf_counter()
     session = runtime.session(model, device, ("one_step", condition.batch, output))
     given = {name: value for name, value in vars(condition).items() if value is not None}
-    held = dataclasses.replace(condition, **{name: session.hold(name, value) for name, value in given.items()})
+    held = dataclasses.replace(condition, **{name: session.static(name, value) for name, value in given.items()})
     position_N = torch.arange(model.num_tokens, device=device)
     channels = model.codes.shape[1]
-    noise_BNC = session.hold("noise", initial_noise(noise, position_N[None], channels))
-    ids_BN = session.hold("ids", torch.zeros(noise.batch, model.num_tokens, dtype=torch.int64, device=device))
-    source_BNC = session.hold("source", torch.zeros_like(noise_BNC))
+    noise_BNC = session.static("noise", initial_noise(noise, position_N[None], channels))
+    ids_BN = session.static("ids", torch.zeros(noise.batch, model.num_tokens, dtype=torch.int64, device=device))
+    source_BNC = session.static("source", torch.zeros_like(noise_BNC))
     late = model.first_token(config["late"])
 
     def step(first: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
-from visar.evaluate.laws import check_law, joint_law, total_variation
+from visar.evaluate.exactness import check_distribution, joint_distribution, total_variation
 from visar.pipelines.loading import load
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.flow import code_scale, denoise, flow_map, sample_flow
@@ -106,14 +106,14 @@ def test_denoiser_is_the_score_of_the_noised_mixture():
 def test_sequences_follow_the_joint_distribution():
     model, count = tabular(vocab_size=4, grid=(2, 2)), 8_000
     guidance, filters = Guidance(1.5), dict(temperature=0.9, top_k=3)
-    expected = joint_law(model, many(1, 1), guidance, **filters)
+    expected = joint_distribution(model, many(1, 1), guidance, **filters)
     out = sample_flow(
         model, many(1, count), noise=Noise(image_seeds(0, count)), codebook=codes(4, 3), guidance=guidance, steps=40,
         **filters,
     )  # fmt: skip
-    assert check_law(out.tokens, expected, 4).passed
-    wrong = joint_law(model, many(1, 1), Guidance(2.0), **filters)
-    assert not check_law(out.tokens, wrong, 4).passed
+    assert check_distribution(out.tokens, expected, 4).passed
+    wrong = joint_distribution(model, many(1, 1), Guidance(2.0), **filters)
+    assert not check_distribution(out.tokens, wrong, 4).passed
 
 
 @pytest.mark.parametrize("name", ["emoji-raster", "emoji-var"])
