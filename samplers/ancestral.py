@@ -1,6 +1,7 @@
 """Ancestral sampling: each block from its conditional. Exact by definition; exact samplers have its distribution."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -9,7 +10,7 @@ from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Categorical
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, Session
 from visar.samplers.filtering import check_filters, sample_logits
 
 
@@ -68,7 +69,28 @@ def sample_ancestral(
         tokens_BL = sample_logits(logits_BLV, uniform_BL, temperature=temperature, top_k=top_k, top_p=top_p)
         model.append(state, tokens_BL)
 
-    done = 0
+    return run_blocks(model, session, step, batch, callback, begun)
+
+
+def run_blocks(
+    model: Categorical,
+    session: Session,
+    step: Callable[[], None],
+    batch: int,
+    callback: Callback | None,
+    begun: float,
+) -> SampleOutput:
+    """Runs a step for every block, until all are done or the callback ends the sampling.
+
+    Args:
+        model: whose blocks they are.
+        session: with the model's state.
+        step: predicts, draws and appends the block that the state is at.
+        batch: B.
+        callback: see `Callback`.
+        begun: time.perf_counter() at the start.
+    """
+    state, sizes, done = session.state, model.block_sizes, 0
     for block, (size, kind) in enumerate(zip(sizes, model.block_kinds, strict=True)):
         state.block = block
         session.run(step, kind)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visar.core.interface import Categorical, Refining, Scales, Trees, Windowed
+from visar.core.interface import Categorical, OneStep, Refining, Scales, Trees, Windowed
 
 ARGUMENTS = ("model", "condition", "noise", "guidance", "callback", "runtime")
 """Arguments that the caller makes for every sampler; a sampler's other arguments are its settings."""
@@ -70,6 +70,8 @@ class SamplerEntry:
 
 _ROWS = (
     SamplerEntry("ancestral", "ancestral", True, "arXiv 2406.06525, 2404.02905", Categorical),
+    SamplerEntry("flow", "flow", False, "arXiv 2412.17153", Categorical),
+    SamplerEntry("one_step", "one_step", False, "arXiv 2412.17153", OneStep),
     SamplerEntry("jacobi", "jacobi", True, "arXiv 2410.01699, 2510.24211", Windowed),
     SamplerEntry("speculative", "speculative", True, "arXiv 2211.17192, 2302.01318", Windowed),
     SamplerEntry("tree_speculation", "static_tree", True, "arXiv 2401.15077, 2402.14160", Trees),

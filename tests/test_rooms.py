@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "io", "core", "data", "layers", "tokenizers", "generators", "samplers", "checkpoints", "pipelines",
-         "bench", "evaluate", "train", "cli")  # fmt: skip
+         "bench", "evaluate", "train", "distill", "cli")  # fmt: skip
 
 
 def imported(file: Path) -> set[str]:

@@ -246,6 +246,28 @@ def _train_drafter() -> Command:
     return TrainDrafter, run
 
 
+def _distill_dd1() -> Command:
+    from visar.distill.options import DistillDD1
+
+    def run(options: DistillDD1) -> None:
+        from visar.distill.dd1 import distill_dd1
+
+        _print_trained(distill_dd1(options))
+
+    return DistillDD1, run
+
+
+def _distill_pairs() -> Command:
+    from visar.distill.options import DistillPairs
+
+    def run(options: DistillPairs) -> None:
+        from visar.distill.dd1 import make_pairs
+
+        print(make_pairs(options))
+
+    return DistillPairs, run
+
+
 def _data_emoji() -> Command:
     from visar.cli.data import DataEmoji, data_emoji
 
@@ -284,6 +306,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
         _train_generator,
     ),
     "train drafter": ("train a drafter for speculative sampling with a raster model", _train_drafter),
+    "distill dd1": ("distil a one-step generator by Distilled Decoding", _distill_dd1),
+    "distill pairs": ("make its pairs of noise and tokens, beside it or before it", _distill_pairs),
     "data emoji": ("build the emoji image set", _data_emoji),
     "data clips": ("build the set of animated emoji", _data_clips),
     "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),

@@ -104,6 +104,34 @@ class Trees(Windowed, Protocol):
 
 
 @runtime_checkable
+class OneStep(Protocol):
+    """A student that predicts all tokens from noise in one pass.
+
+    Attributes:
+        config: constructor arguments; starts, sharpness, output and late are read.
+        num_tokens: N.
+        codes: code vectors [V, C] in the scale of the noise.
+    """
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def codes(self) -> Tensor: ...
+
+    def check_condition(self, condition: Condition) -> None: ...
+
+    def first_token(self, block: int) -> int: ...
+
+    def latents(self, vectors_BNC: Tensor) -> Tensor: ...
+
+    def __call__(self, vectors_BNC: Tensor, known: Tensor, condition: Condition) -> tuple[Tensor, Tensor]: ...
+
+
+@runtime_checkable
 class Features(Generator, Protocol):
     """A generator that shows its last hidden vectors, for the drafters that are trained on them."""
 

@@ -173,6 +173,47 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             method=self.attention_method,
         )
 
+    def parallel_hidden(self, vectors_BNC: Tensor, extra_BND: Tensor, condition: Condition) -> Tensor:
+        """What the head reads of all tokens in one pass, [B, N, D]: a token sees the condition, the coarser scales and
+        its own input, so that tokens of one scale do not see each other's noise. For one-step students.
+
+        Args:
+            vectors_BNC: code vectors, or noise; not maps.
+            extra_BND: added to the embedded vectors.
+            condition: of the B images.
+        """
+        condition_RD = self.condition_vector(condition)
+        x = self.embed_map(vectors_BNC) + self.embed_positions(0, len(self.scales) - 1) + extra_BND
+        cell_B1D = self.start_input(condition_RD)[:, :1].to(x.dtype)
+        modulations = self.modulate(condition_RD)
+        hidden_BLD = run_blocks(
+            cast(Sequence[AdaLNBlock], self.blocks),
+            modulations["blocks"],
+            torch.cat([cell_B1D, x], dim=1),
+            self.head_nm,
+            modulations["head"][0],
+            (1, *self.block_sizes),
+            "own",
+            method=self.attention_method,
+        )
+        return hidden_BLD[:, 1:]
+
+    def logits_of(self, hidden_BND: Tensor) -> Tensor:
+        """Logits [B, N, V] of what `parallel_hidden` returns."""
+        return self.head(hidden_BND)
+
+    @property
+    def codes(self) -> Tensor:
+        """Code vectors [V, C] of the tokenizer."""
+        return self.pyramid.codebook
+
+    def latents_of(self, vectors_BNC: Tensor) -> Tensor:
+        """The accumulated map [B, C, h, w] of code vectors of all scales."""
+        total = self.pyramid.empty_map(vectors_BNC.shape[0])
+        for scale, vectors_BLC in enumerate(vectors_BNC.split(self.block_sizes, dim=1)):
+            total = self.pyramid.accumulate(total, scale, vectors_BLC)
+        return total
+
     def modulate(self, condition_RD: Tensor) -> dict[str, Tensor]:
         """Modulations of all blocks [depth, R, 6, D] and of the output norm [1, R, 2, D]."""
         shared = self.shared_modulation(condition_RD)

@@ -251,6 +251,36 @@ class RasterGPT(ModelMixin, ConfigMixin):
             x = layer(x, rope, mask)
         return self.norm(x[:, self.prefix_length - 1 :])
 
+    def parallel_hidden(self, vectors_BNC: Tensor, extra_BND: Tensor, condition: Condition) -> Tensor:
+        """Last hidden vectors [B, N, D] of all tokens in one pass without a shift: row n reads the prefix and the
+        inputs up to its own. For one-step students (token_input="codebook").
+
+        Args:
+            vectors_BNC: code vectors, or noise.
+            extra_BND: added to the embedded vectors.
+            condition: of the B images.
+        """
+        prefix_BPD, valid_BP = self.prefix(condition)
+        x = torch.cat([prefix_BPD, self.embed(vectors_BNC) + extra_BND], dim=1)
+        mask = None if valid_BP is None else causal_mask(valid_BP, x.shape[1], x.device)
+        rope = self.rope(x.device)[None, : x.shape[1]]
+        for layer in self.layers:
+            x = layer(x, rope, mask)
+        return self.norm(x[:, self.prefix_length :])
+
+    def logits_of(self, hidden_BND: Tensor) -> Tensor:
+        """Logits [B, N, V] of last hidden vectors."""
+        return self.output(hidden_BND)
+
+    @property
+    def codes(self) -> Tensor:
+        """Code vectors [V, C] that the input is made of (token_input="codebook")."""
+        return self.codebook
+
+    def latents_of(self, vectors_BNC: Tensor) -> Tensor:
+        """The tokenizer's latents [B, C, rows, columns] of code vectors."""
+        return vectors_BNC.transpose(1, 2).unflatten(2, tuple(self.config["grid"]))
+
     # --------------------------------------------------------------------------------------------------- decoding
     def start(
         self,

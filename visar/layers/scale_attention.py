@@ -1,4 +1,5 @@
-"""Attention over a pyramid of scales: block-causal (each sees itself and coarser ones) or block-diagonal (itself).
+"""Attention over a pyramid of scales: block-causal (each sees itself and coarser ones), block-diagonal (itself), or
+"own" (a position sees coarser scales and itself, but not the others of its scale).
 
 Which of the equivalent ways is fastest depends on the length (one H100, float16, 30 heads of 64, forward +
 backward): at 680 tokens the dense mask; at 2240 FlexAttention; at 9451 FlexAttention or one unmasked call per scale.
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from visar.kernels.invariance import active, attention
 
-Pattern = Literal["causal", "diagonal"]
+Pattern = Literal["causal", "diagonal", "own"]
 Method = Literal["auto", "mask", "per_scale", "flex"]
 _DENSE_LIMIT = 1024
 
@@ -27,6 +28,8 @@ def scale_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device | 
         torch.arange(len(sizes), device=device), torch.tensor(sizes, device=device), output_size=sum(sizes)
     )
     query, key = scale_L[:, None], scale_L[None, :]
+    if pattern == "own":
+        return (query > key) | torch.eye(len(scale_L), dtype=torch.bool, device=device)
     return query >= key if pattern == "causal" else query == key
 
 
@@ -91,7 +94,7 @@ def scale_attention(
     Args:
         query_RNLE, key_RNLE, value_RNLE: L = sum(sizes) positions, coarse to fine.
         sizes: tokens of every scale.
-        pattern: "causal" (VAR) or "diagonal" (HMAR).
+        pattern: "causal" (VAR), "diagonal" (HMAR) or "own" (one-step students; always by the dense mask).
         softmax_scale: multiplies query-key products.
         method: "mask" (dense mask), "per_scale" (one call per scale), "flex" (compiled FlexAttention, on GPUs), or
             "auto": the mask up to 1024 positions, beyond that flex on a GPU and per_scale elsewhere.
@@ -105,6 +108,8 @@ def scale_attention(
         raise ValueError(f"attention method {method!r}; choose auto, mask, per_scale or flex")
     if len(sizes) == 1:
         return attention(query_RNLE, key_RNLE, value_RNLE, scale=softmax_scale)
+    if pattern == "own":  # the others have no form for a position alone
+        method = "mask"
     if method == "auto":
         long = sum(sizes) > _DENSE_LIMIT
         method = ("flex" if query_RNLE.is_cuda and not active() else "per_scale") if long else "mask"

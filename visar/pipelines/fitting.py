@@ -7,6 +7,7 @@ from typing import Any
 from visar.data.vocabulary import Vocabulary
 from visar.pipelines.sampling import NEUTRAL, guidance_of_defaults
 from visar.samplers.index import find_sampler
+from visar.tokenizers.multiscale_quantizer import scale_pairs
 
 
 def check_parts(tokenizer: Any, generator: Any) -> None:
@@ -18,7 +19,7 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
     layout, config = tokenizer.layout, generator.config
     found: dict[str, tuple[Any, Any]] = {"codes": (config.get("vocab_size"), layout.vocab_size)}
     if "scales" in config:
-        found["scales"] = _shown(generator.scales), _shown(layout.shapes)
+        found["scales"] = _shown(scale_pairs(config["scales"])), _shown(layout.shapes)
     elif "grid" in config:
         found["grid"] = _shown([config["grid"]]), _shown(layout.shapes)
     else:

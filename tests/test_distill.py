@@ -1,0 +1,163 @@
+"""One-step students: what they see, steps and outputs, and a toy whose joint distribution is known."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise, image_seeds
+from visar.generators.next_scale import NextScaleTransformer
+from visar.generators.one_step import student_of
+from visar.generators.raster import RasterGPT
+from visar.samplers.flow import code_scale, initial_noise, sample_flow
+from visar.samplers.one_step import sample_one_step
+
+TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py"))
+
+
+def raster(**changed):
+    torch.manual_seed(0)
+    settings = dict(vocab_size=8, grid=(2, 3), width=16, num_layers=2, num_heads=2, hidden_width=32, num_classes=2)
+    model = RasterGPT(**{**settings, "token_input": "codebook", "codebook_width": 4, **changed})
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    if model.config["token_input"] == "codebook":
+        model.set_codebook(torch.randn_like(model.codebook))
+    return model.eval()
+
+
+def scales():
+    torch.manual_seed(0)
+    model = NextScaleTransformer(
+        vocab_size=8, codebook_width=4, scales=(1, 2, 3), width=16, num_layers=2, num_heads=2, num_classes=2
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return model.eval()
+
+
+def student(teacher, starts=(0,)):
+    codebook = teacher.codes if teacher.config["vocab_size"] == 8 else torch.randn(4, 4)
+    made = student_of(teacher, code_scale(codebook), starts, codebook)
+    torch.nn.init.normal_(made.kind.weight, std=0.5)
+    return made.eval()
+
+
+def conditions(count: int) -> Condition:
+    return Condition(labels_BA=torch.arange(count)[:, None] % 2)
+
+
+@torch.no_grad()
+def changed(model, position: int) -> list[int]:
+    """Positions whose predictions change with the input at one."""
+    vectors = torch.randn(1, model.num_tokens, 4)
+    known = torch.zeros(model.num_tokens, dtype=torch.bool)
+    other = vectors.clone()
+    other[:, position] += 1.0
+    before, after = (model(each, known, conditions(1))[0] for each in (vectors, other))
+    return torch.nonzero((before - after).abs().amax((0, 2)) > 1e-6).flatten().tolist()
+
+
+def test_a_raster_student_sees_its_own_input_and_those_before():
+    model = student(raster())
+    for position in range(6):
+        assert changed(model, position) == list(range(position, 6))
+
+
+def test_a_student_over_scales_sees_coarser_scales_and_itself_alone():
+    model = student(scales())
+    for position, scale in ((0, range(1, 14)), (2, range(5, 14)), (7, [])):
+        assert changed(model, position) == sorted({position, *scale})
+
+
+@pytest.mark.parametrize("teacher", [raster, scales])
+def test_known_tokens_stay_and_all_known_is_one_step(teacher):
+    model = student(teacher(), (0, 1, 2))
+    noise = Noise([3, 4])
+    with pytest.raises(ValueError, match=r"steps 4; this model takes 1 ... 3"):
+        sample_one_step(model, conditions(2), noise=noise, steps=4)
+    outs = [sample_one_step(model, conditions(2), noise=noise, steps=steps, output="codes") for steps in (1, 2, 3)]
+    for before, after, block in ((outs[0], outs[1], 1), (outs[1], outs[2], 2)):
+        first = model.first_token(block)
+        assert torch.equal(before.tokens[:, :first], after.tokens[:, :first])
+    assert outs[2].statistics.forward_passes == {"generator": 3}
+    assert torch.allclose(outs[2].latent, model.latents(model.codes[outs[2].tokens]), atol=1e-5)
+    alone = sample_one_step(model, conditions(2).rows(torch.tensor([1])), noise=Noise([4]), steps=3)
+    assert torch.equal(alone.tokens[0], outs[2].tokens[1])
+
+
+def test_guidance_and_outputs_are_checked():
+    model = student(raster())
+    with pytest.raises(ValueError, match="has learned its teacher's"):
+        sample_one_step(model, conditions(1), noise=Noise([0]), guidance=Guidance(2.0))
+    with pytest.raises(ValueError, match="output 'hard'"):
+        sample_one_step(model, conditions(1), noise=Noise([0]), output="hard")
+    with pytest.raises(ValueError, match="a TabularGenerator cannot be distilled"):
+        student_of(TINY["tabular"](), 1.0, (0,), torch.randn(4, 4))
+
+
+def test_a_teacher_with_a_table_gets_a_map_of_vectors():
+    teacher = raster(token_input="table", codebook_width=4)
+    codebook = torch.randn(8, 4)
+    made = student_of(teacher, 1.0, (0,), codebook)
+    assert torch.equal(made.codes, codebook)
+    assert torch.equal(made.network.output.weight, teacher.output.weight)
+    again = type(made).from_config(json.loads(made.to_json_string()))
+    again.load_state_dict(made.state_dict())
+    assert torch.equal(again.codes, codebook)
+
+
+def joint(ids: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    cells = ids[:, 0] * vocab_size + ids[:, 1]
+    return torch.bincount(cells, minlength=vocab_size**2).double() / len(ids)
+
+
+def test_two_tokens_that_depend_on_each_other_are_learned():
+    """A teacher whose second token is a permutation of the first nine times out of ten."""
+    torch.manual_seed(0)
+    teacher = raster(vocab_size=4, grid=(1, 2), width=32, num_layers=2, num_heads=2, codebook_width=4, num_classes=1)
+    codebook = torch.nn.functional.normalize(torch.randn(4, 4), dim=-1)
+    teacher.set_codebook(codebook)
+    condition = Condition(labels_BA=torch.zeros(512, 1, dtype=torch.int64))
+    optimizer = torch.optim.Adam(teacher.parameters(), 3e-3)
+    wanted = torch.tensor([2, 0, 3, 1])
+    for _ in range(250):
+        first = torch.randint(4, (512,))
+        second = torch.where(torch.rand(512) < 0.91, wanted[first], torch.randint(4, (512,)))
+        ids = torch.stack([first, second], 1)
+        loss = torch.nn.functional.cross_entropy(teacher(ids, condition).transpose(1, 2), ids)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    made = student_of(teacher, code_scale(codebook), (0,), codebook)
+    optimizer = torch.optim.Adam(made.parameters(), 3e-3)
+    position, known = torch.arange(2)[None], torch.zeros(2, dtype=torch.bool)
+    many = Condition(labels_BA=torch.zeros(8192, 1, dtype=torch.int64))
+    noise = Noise(image_seeds(0, 8192))
+    target = sample_flow(teacher, many, noise=noise, codebook=codebook).tokens
+    vectors = initial_noise(noise, position, 4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 800)
+    for _ in range(800):
+        index = torch.randint(8192, (512,))
+        logits, _ = made(vectors[index], known, condition)
+        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), target[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        law = torch.softmax(
+            teacher(torch.cartesian_prod(torch.arange(4), torch.arange(4)), many.rows(torch.arange(16))), -1
+        )
+    pairs = torch.cartesian_prod(torch.arange(4), torch.arange(4))
+    exact = law.double().gather(-1, pairs[..., None]).squeeze(-1).prod(-1)
+    fresh = Noise(image_seeds(10**6, 8192))
+    seen = joint(sample_one_step(made.eval(), many, noise=fresh, output="codes").tokens, 4)
+    apart = exact.view(4, 4).sum(1)[:, None] * exact.view(4, 4).sum(0)
+    distance, independent = (float((each - exact).abs().sum() / 2) for each in (seen, apart.flatten()))
+    assert independent > 0.4
+    assert distance < 0.05 and distance < independent / 10
