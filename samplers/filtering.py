@@ -55,7 +55,8 @@ def filter_logits(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, t
         ordered = largest if top_k else torch.sort(logits, dim=-1, descending=True).values
         probability = torch.exp(ordered - torch.logsumexp(logits, dim=-1, keepdim=True))
         before = functional.pad(probability.cumsum(-1)[..., :-1], (1, 0))
-        cut = ordered.masked_fill(before >= top_p * kernels.REACHED, float("inf")).amin(-1, keepdim=True)
+        beyond = (before >= top_p * kernels.REACHED) & (before > 0)
+        cut = ordered.masked_fill(beyond, float("inf")).amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < cut, float("-inf"))
     return logits
 

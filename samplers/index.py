@@ -70,8 +70,6 @@ class SamplerEntry:
 
 _ROWS = (
     SamplerEntry("ancestral", "ancestral", True, "arXiv 2406.06525, 2404.02905", Categorical),
-    SamplerEntry("flow", "flow", False, "arXiv 2412.17153", Categorical),
-    SamplerEntry("one_step", "one_step", False, "arXiv 2412.17153", OneStep),
     SamplerEntry("jacobi", "jacobi", True, "arXiv 2410.01699, 2510.24211", Windowed),
     SamplerEntry("speculative", "speculative", True, "arXiv 2211.17192, 2302.01318", Windowed),
     SamplerEntry("tree_speculation", "static_tree", True, "arXiv 2401.15077, 2402.14160", Trees),
@@ -82,6 +80,8 @@ _ROWS = (
     SamplerEntry("next_scale", "next_scale", True, "arXiv 2404.02905", Scales),
     SamplerEntry("masked_refinement", "masked_refinement", False, "arXiv 2506.04421", Refining),
     SamplerEntry("collaborative", "collaborative", False, "arXiv 2411.17787", Scales),
+    SamplerEntry("flow", "flow", False, "arXiv 2412.17153", Categorical),
+    SamplerEntry("one_step", "one_step", False, "arXiv 2412.17153", OneStep),
     SamplerEntry("editing", "edit", False, "arXiv 2404.02905", Scales),
 )
 SAMPLERS = {row.name: row for row in _ROWS}

@@ -74,7 +74,7 @@ def test_llamagen_folder_gives_the_models_own_tokens(parity, tmp_path):
     rows, columns = pipeline.tokenizer.layout.shapes[0]
     assert (rows, columns) == grid
     tokenizer = llamagen.load_vq(tokenizer_file)
-    assert torch.allclose(result.images, (tokenizer.decode(expected).clamp(-1, 1) + 1) / 2, atol=1e-6)
+    assert torch.allclose(result.images, (tokenizer.decode(expected).clamp(-1, 1) + 1) / 2, atol=1e-5)
 
 
 @torch.no_grad()
@@ -102,7 +102,7 @@ def test_var_folder_gives_the_models_own_tokens(system, parity, tmp_path):
         result = pipeline([1, 2], seed=5, guidance_scale=given, output_type="pt")
         assert torch.equal(result.tokens, expected.tokens)
         images = tokenizer.decode_latents(expected.latent).clamp(-1, 1)
-        assert torch.allclose(result.images, (images + 1) / 2, atol=1e-6)
+        assert torch.allclose(result.images, (images + 1) / 2, atol=1e-5)
 
 
 @torch.no_grad()

@@ -6,7 +6,17 @@ import pytest
 import torch
 
 from visar.core import interface
-from visar.core.interface import Categorical, Features, Generator, Refining, Scales, Tokenizer, Trees, Windowed
+from visar.core.interface import (
+    Categorical,
+    Features,
+    Generator,
+    OneStep,
+    Refining,
+    Scales,
+    Tokenizer,
+    Trees,
+    Windowed,
+)
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
@@ -41,8 +51,8 @@ GENERATORS = set.union(*CAPABILITIES.values())
 
 def test_every_protocol_is_asked_for_here():
     found = {value for value in vars(interface).values() if getattr(value, "_is_protocol", False)}
-    assert {value for value in found if value.__module__ == interface.__name__} == {*GENERATORS, Tokenizer}
-    assert {entry.needs for entry in SAMPLERS.values()} <= GENERATORS
+    assert {value for value in found if value.__module__ == interface.__name__} == {*GENERATORS, OneStep, Tokenizer}
+    assert {entry.needs for entry in SAMPLERS.values()} <= {*GENERATORS, OneStep}  # students: tests/test_distill.py
 
 
 def arguments(function) -> tuple[int, set[str]]:

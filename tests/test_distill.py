@@ -9,6 +9,7 @@ import torch
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
+from visar.core.interface import Generator, OneStep
 from visar.core.noise import Noise, image_seeds
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.one_step import student_of
@@ -77,6 +78,7 @@ def test_a_student_over_scales_sees_coarser_scales_and_itself_alone():
 @pytest.mark.parametrize("teacher", [raster, scales])
 def test_known_tokens_stay_and_all_known_is_one_step(teacher):
     model = student(teacher(), (0, 1, 2))
+    assert isinstance(model, OneStep) and not isinstance(model, Generator)
     noise = Noise([3, 4])
     with pytest.raises(ValueError, match=r"steps 4; this model takes 1 ... 3"):
         sample_one_step(model, conditions(2), noise=noise, steps=4)

@@ -224,7 +224,7 @@ def test_save_and_load(classes, texts, tmp_path):
         (dict(num_images="3"), "num_images '3'"),
         (dict(batch_size=1.5), "batch_size 1.5"),
         (dict(attributes="style=ink"), "attributes 'style=ink'; give a dictionary"),
-        (dict(seeds=1), "seeds 1; give one an image"),
+        (dict(seeds=1), "seeds 1; give one per image"),
         (dict(generator=5), "generator 5; a torch.Generator"),
         (dict(sampler=["jacobi"]), "unknown sampler"),
         (dict(seed=-1), "seed -1"),
