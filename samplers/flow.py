@@ -102,13 +102,15 @@ def check_flow(
     temperature: float,
     top_k: int,
     top_p: float,
-    codebook: Tensor,
+    codebook: Tensor | None,
     steps: int,
 ) -> None:
     """Checks the arguments of `sample_flow`; errors as there."""
     check_ancestral(model, guidance, temperature, top_k, top_p)
     if steps < 2:
         raise ValueError(f"steps {steps}; it must be >= 2")
+    if codebook is None:
+        raise ValueError("the flow map needs codebook, the tokenizer's code vectors (pipelines give it)")
     if codebook.shape[0] != model.config["vocab_size"]:
         raise ValueError(f"codebook of {codebook.shape[0]} codes; the model has {model.config['vocab_size']}")
 
@@ -119,7 +121,7 @@ def sample_flow(
     condition: Condition,
     *,
     noise: Noise,
-    codebook: Tensor,
+    codebook: Tensor | None = None,
     guidance: Guidance = OFF,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -137,7 +139,7 @@ def sample_flow(
         model: a generator with start, predict, append, block_sizes and block_kinds.
         condition: of the B images.
         noise: one seed an image; a standard normal vector a token.
-        codebook: code vectors [V, C] of the tokenizer, as looked up.
+        codebook: code vectors [V, C] of the tokenizer, as looked up; pipelines give it.
         guidance, temperature, top_k, top_p: as in `sample_ancestral`; the map is that of the resulting distribution.
         steps: of Heun's method a token, >= 2. The paper does not say; 24 is within half a per cent of the limit.
         callback: called after every block, see `Callback`; True ends the sampling.
@@ -149,6 +151,7 @@ def sample_flow(
         ValueError: a setting out of range, a codebook of another size, or a condition that does not fit the model.
     """
     check_flow(model, guidance, temperature, top_k, top_p, codebook, steps)
+    assert codebook is not None
     begun = time.perf_counter()
     batch, device = condition.batch, noise.device
     work = ("flow", batch, guidance.active(len(model.block_sizes)), temperature, top_k, top_p, steps)

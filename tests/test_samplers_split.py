@@ -11,10 +11,13 @@ import torch
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.generators.one_step import student_of
+from visar.generators.raster import RasterGPT
 from visar.samplers.drafters.eagle import FeatureDrafter
 from visar.samplers.drafters.heads import SpatialHeads
 from visar.samplers.drafters.model import ModelDrafter
 from visar.samplers.drafters.ngram import NgramDrafter
+from visar.samplers.flow import code_scale
 from visar.samplers.index import SAMPLERS
 from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS
 
@@ -86,6 +89,8 @@ CASES = {
     "collaborative": [
         dict(followers=(TINY.over_scales(layers=1),), takes_over=(1,), num_scales=3, **each) for each in SCALES
     ],
+    "flow": [dict(codebook=BOOK, steps=4), dict(codebook=BOOK, steps=2)],
+    "one_step": [dict(steps=2, output="soft")],
     "edit": [
         dict(strategy=strategy, smooth=smooth, always_keep=2, **SCALES[smooth])
         for strategy, smooth in (("codes", True), ("map", False), ("map", True), ("refine", False))
@@ -96,7 +101,21 @@ OVER_SCALES = ("next_scale", "masked_refinement", "collaborative", "edit")
 PER_IMAGE = ("prefix_tokens", "given_tokens", "keep")
 
 
+def student():
+    """A one-step student with weights that make every part count."""
+    torch.manual_seed(2)
+    teacher = RasterGPT(
+        **SHAPE, num_layers=1, num_heads=2, hidden_width=32, num_classes=2, token_input="codebook", codebook_width=4
+    )
+    made = student_of(teacher, code_scale(BOOK), (0, 4), BOOK).eval()
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return made
+
+
 def model_of(sampler: str):
+    if sampler == "one_step":
+        return student()
     if sampler in OVER_SCALES:
         return TINY.over_scales(HierarchicalMaskedTransformer)
     # Windows of an adaptive call grow from 4 slots: they differ within a batch where an image has many tokens.

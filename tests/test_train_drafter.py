@@ -156,7 +156,7 @@ def test_sampling_with_a_drafter_by_name(place, trained, tmp_path, capsys):
     assert torch.equal(one.tokens, other.tokens) and one.statistics.forward_passes["drafter"] > 0
     line = f"sample {place / 'generator' / 'model'} --seed 3 --out {tmp_path / 'a.png'} --sampler static_tree"
     assert main([*line.split(), "--sampler.drafter", str(trained["heads"]), "--sampler.branches", "2,1"]) == 0
-    assert " passes: " in capsys.readouterr().out
+    assert " passes + " in capsys.readouterr().out
     assert main([*line.split(), "--sampler.drafter", "eagel"]) == 1
     assert "unknown drafter 'eagel'" in capsys.readouterr().err
 
@@ -193,7 +193,7 @@ def test_option_names_are_frozen():
     """A name here is part of commands that people have written down: add, do not rename."""
     own = [field.name for field in fields(TrainDrafter)][len(fields(RunOptions)) :]
     assert own == OPTIONS.split()
-    assert [field.name for field in fields(Acceptance)] == ACCEPTANCE_OPTIONS.split()
+    assert {field.name for field in fields(Acceptance)} == set(ACCEPTANCE_OPTIONS.split())
 
 
 def test_recipes(capsys):

@@ -32,6 +32,7 @@ PLAIN = ("ancestral", "next_scale")
 SAMPLERS: dict[str, tuple[str, ...]] = {
     "emoji-raster": (
         "ancestral",
+        "flow:steps=12",
         "jacobi:window=8",
         "jacobi:window=16,coupling=maximal,adaptive=true",
         "speculative:num_drafts=4,drafter=eagle",
