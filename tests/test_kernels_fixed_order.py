@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from visar.kernels.invariance import active, attention, batch_invariant
+from visar.kernels.invariance import attention, batch_invariant
+from visar.kernels.mode import active
 
 
 def error(got, expected) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.kernels.finite import watched
-from visar.kernels.invariance import active
+from visar.kernels.mode import active
 
 
 def places(model: Any) -> int:

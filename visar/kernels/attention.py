@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from visar.kernels.invariance import active
+from visar.kernels.mode import active
 from visar.kernels.overlap import launch
 
 # Lowest running maximum: finite, so that rows that have seen nothing yet stay free of NaN.

@@ -6,7 +6,6 @@ belongs to a thread, as autocast does, and changes no setting of torch.
 """
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from visar.kernels import available, on, usable
+from visar.kernels.mode import MODE, active
 
-_LOCAL = threading.local()
 DETERMINISTIC = ("auto", "batch", "off")
 
 
@@ -47,11 +46,6 @@ AUTO_DTYPES: tuple[torch.dtype, ...] = (torch.float32,)
 """Dtypes whose decoding is invariant to the batch unless that is switched off."""
 
 
-def active() -> bool:
-    """Whether the calling thread is inside `batch_invariant`."""
-    return getattr(_LOCAL, "active", False)
-
-
 @contextlib.contextmanager
 def batch_invariant(enabled: bool = True) -> Iterator[None]:
     """Inside, a row's results do not depend on its batch, where kernels run; without them, nothing changes.
@@ -64,12 +58,12 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
     if not enabled or active():
         yield
         return
-    _LOCAL.active = True
+    MODE.invariant = True
     try:
         with _Products():
             yield
     finally:
-        _LOCAL.active = False
+        MODE.invariant = False
 
 
 def attention(

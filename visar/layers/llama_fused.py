@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from visar.kernels import fixed_order, usable
 from visar.kernels.elementwise import add_rms_norm_, silu_multiply
-from visar.kernels.invariance import active
+from visar.kernels.mode import active
 from visar.kernels.overlap import overlaps
 from visar.kernels.product import MAX_ROWS, MAX_SCALED_ROWS, Weight, product, scaled_product
 from visar.layers.llama import Block, RMSNorm, SwiGLU

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from visar.kernels.invariance import active, attention
+from visar.kernels.invariance import attention
+from visar.kernels.mode import active
 
 Pattern = Literal["causal", "diagonal", "own"]
 Method = Literal["auto", "mask", "per_scale", "flex"]
