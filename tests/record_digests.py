@@ -42,11 +42,8 @@ CONVERSIONS = {
 }
 
 
-def digest(*tensors) -> str:
-    value = hashlib.sha256()
-    for tensor in tensors:
-        value.update(tensor.contiguous().numpy().tobytes())
-    return value.hexdigest()[:16]
+def digest(tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def record_samples(found: dict[str, str]) -> None:
@@ -75,7 +72,7 @@ def record_samples(found: dict[str, str]) -> None:
                 except ValueError as error:
                     found[key] = f"ValueError: {error}"[:120]
                     continue
-                found[key] = digest(out.tokens, out.images) + " " + json.dumps(out.statistics.forward_passes)
+                found[key] = f"{digest(out.tokens)} {digest(out.images)} {json.dumps(out.statistics.forward_passes)}"
                 print(key, found[key], flush=True)
 
 
