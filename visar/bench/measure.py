@@ -154,9 +154,9 @@ def sampling_row(
         total = timed(caller.images, device, options.runs)
         row |= total.row("together")
     row |= {"ms_per_image": total.median / batch * 1e3, "images_per_s": batch / total.median}
-    raster = isinstance(generator, Windowed)
-    if machine and (raster or options.sampler in WITHOUT_LOOK):
+    blocks = len(generator.block_sizes)
+    if machine and (options.sampler in WITHOUT_LOOK or isinstance(generator, Windowed)):
         rows = batch * (2 if options.guidance_scale != 1.0 else 1)
-        row["floor_ms"] = floor_seconds(generator, rows, machine) / len(generator.block_sizes) * 1e3
+        row["floor_ms"] = floor_seconds(generator, rows, machine) / blocks * 1e3
         row["of_floor"] = row["floor_ms"] / row["ms_per_step"]
     return row

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -306,4 +306,5 @@ def resized(image: Image.Image, chain: str, size: int) -> Image.Image:
     """One image through a resize chain of `FolderImages` to size x size."""
     if chain == "adm":
         return center_crop(image, size)
-    return transforms.center_crop(transforms.resize(image, [size]), [size, size])
+    functions: Any = transforms  # typed for tensors only
+    return functions.center_crop(functions.resize(image, [size]), [size, size])

@@ -104,7 +104,7 @@ class PipelineGenerator:
         if vocabulary is None:
             return {"condition": Condition(labels_BA=rows_BA)}
         takes_words = bool(self.pipeline.generator.config.get("word_vocab_size", 0))
-        texts = [self.texts[number] if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
+        texts: list[str] = [str(self.texts[number]) if number >= 0 else "" for number in rows_BA[:, 0].tolist()]
         if self.pipeline.generator.config.get("caption_width", 0):
             return {"prompt": texts}
         return {

@@ -89,9 +89,9 @@ def attention(
         )
     from visar.kernels import fixed_order
 
-    scale = query_RNLE.shape[-1] ** -0.5 if scale is None else scale
+    chosen = query_RNLE.shape[-1] ** -0.5 if scale is None else scale
     with on(query_RNLE.device):
-        return fixed_order.attention(query_RNLE, key_RNTE, value_RNTE, scale=scale, mask=mask, causal=causal)
+        return fixed_order.attention(query_RNLE, key_RNTE, value_RNTE, scale=chosen, mask=mask, causal=causal)
 
 
 # ----------------------------------------------------------------------------------------------------------- products
