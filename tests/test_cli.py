@@ -263,7 +263,7 @@ def test_recipes_replace_defaults(capsys):
         ("eval emoji-raster", 2, "--reference"),
         ("eval emoji-raster --reference nowhere --out out", 1, "no images at nowhere"),
         ("eval emoji-rastr --reference nowhere --out out", 1, "unknown model 'emoji-rastr'"),
-        ("eval emoji-raster --reference nowhere --num-samples 0 --out out", 2, "--num-samples 0"),
+        ("eval emoji-raster --reference nowhere --num-samples 0 --out out", 2, "num_samples 0"),
         ("eval emoji-raster --reference nowhere --device gpu", 1, "unknown device 'gpu'"),
         ("eval emoji-raster --reference nowhere --sampler jacoby", 2, "unknown sampler 'jacoby'"),
         ("sample emoji-raster --previews", 1, "a model over scales is needed"),
