@@ -178,11 +178,6 @@ class PairTable:
         return ids_BN, Condition(**taken), Noise(index_B + self.pairs.first_seed, self.device)
 
 
-def available_memory_note(num_pairs: int, num_tokens: int) -> str:
-    """How much the table of so many pairs takes, in words."""
-    return f"{num_pairs} pairs take {num_pairs * num_tokens * 2 / 2**20:.0f} MiB on the device and on disk"
-
-
 def pairs_folder(out: Path, given: Path | None) -> Path:
     """Where a run keeps its pairs: the given folder, else pairs/ of the run's own."""
     return Path(os.path.expanduser(given)) if given is not None else out / "pairs"
