@@ -8,13 +8,14 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Scales
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, check_finite
 from visar.generators.scales import ScaleState
 from visar.samplers.next_scale import ScaleSettings, check_next_scale, draw_scale, finish, open_session
 
@@ -68,11 +69,11 @@ def _run_stage(
     history: ScaleState | None,
     callback: Callback | None,
     runtime: Runtime,
-) -> tuple[ScaleState, int]:
+) -> tuple[ScaleState, int, Tensor | None]:
     """Predicts a stage's scales.
 
-    Returns: its state without the cache, which is what the next model needs of it, and at which scale the callback
-        ended the sampling; -1 if it did not.
+    Returns: its state without the cache, which is what the next model needs of it; at which scale the callback ended
+        the sampling, -1 if it did not; and the flag that its logits were not finite, to be checked at the end because that waits for the device.
     """
     model = stage.model
     options = ("collaborative", settings, stage.first, stage.last)
@@ -98,8 +99,7 @@ def _run_stage(
         if callback is not None and callback(model.ends[scale], model.result(state)):
             stopped = scale
             break
-    session.check_finite()
-    return dataclasses.replace(state, cache=None, modulations={}), stopped
+    return dataclasses.replace(state, cache=None, modulations={}), stopped, session.invalid_1
 
 
 def check_collaborative(
@@ -171,12 +171,15 @@ def sample_collaborative(
     filters, extras = (temperature, top_k, top_p), (temperature_after_filter, num_scales)
     settings, stages = check_collaborative(model, guidance, followers, takes_over, *filters, *extras)
     names = ["drafter", "refiner", *(f"refiner {index}" for index in range(2, len(stages)))]
-    passes, state, last = {}, None, 0
+    passes, state, last, flags = {}, None, 0, []
     for name, stage in zip(names, stages, strict=False):
-        state, stopped = _run_stage(stage, condition, guidance, settings, noise, state, callback, runtime)
+        state, stopped, flag = _run_stage(stage, condition, guidance, settings, noise, state, callback, runtime)
+        flags.append(flag)
         last = stage.last if stopped < 0 else stopped + 1
         passes[name] = last - stage.first
         if stopped >= 0:
             break
+    for flag in flags:
+        check_finite(flag)
     assert state is not None
     return finish(model, state, last, passes, model.block_sizes[:last], begun)

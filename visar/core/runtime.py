@@ -101,11 +101,16 @@ class Session:
         Raises:
             ValueError: some were not.
         """
-        if self.invalid_1 is not None and bool(self.invalid_1):
-            raise ValueError(
-                "logits are not finite: the model's weights hold NaN or overflow in its dtype (try float32), or the "
-                "guidance scale or the temperature is too extreme"
-            )
+        check_finite(self.invalid_1)
+
+
+def check_finite(invalid_1: Tensor | None) -> None:
+    """Checks a session's flag `invalid_1`; waits for the device, and raises what `Session.check_finite` does."""
+    if invalid_1 is not None and bool(invalid_1):
+        raise ValueError(
+            "logits are not finite: the model's weights hold NaN or overflow in its dtype (try float32), or the "
+            "guidance scale or the temperature is too extreme"
+        )
 
 
 class Runtime:
