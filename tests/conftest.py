@@ -14,16 +14,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-torch.set_num_threads(2)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """One thread: faster for models this small, and sums are those of other processes that have one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Tests run in as many processes as there are cores; threads of their own would only wait for each other.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @dataclass(frozen=True)

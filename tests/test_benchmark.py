@@ -31,14 +31,6 @@ RELEASED_MILLIONS = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def small(name: str, dtype: torch.dtype = torch.float32) -> Subject:
     return build(name, tiny(find_preset(name)), CPU, dtype)
 

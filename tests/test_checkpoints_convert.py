@@ -26,8 +26,6 @@ from visar.samplers.collaborative import sample_collaborative
 from visar.samplers.masked_refinement import sample_masked_refinement
 from visar.samplers.next_scale import sample_next_scale
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def write(tmp_path: Path, parity, system: str, name: str, checkpoint: str = "checkpoint.safetensors") -> Path:
     """A system's weights as a file of the given name."""

@@ -22,8 +22,6 @@ from visar.samplers.drafters.interface import target_digest
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 SCALES = (1, 2, 4)
 VAR_LIKE = {"sampler": "next_scale", "guidance": {"scale": 1.5, "convention": "extrapolate", "schedule": "linear"}}
 

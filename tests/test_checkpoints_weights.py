@@ -28,8 +28,6 @@ from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.tokenizers.vq import VQTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 GPT = dict(vocab_size=12, grid=(4, 4), width=16, num_layers=2, num_heads=2, hidden_width=24, num_classes=5)
 VQ = dict(
     image_size=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=16, codebook_size=12

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -37,15 +36,6 @@ SAMPLE_OPTIONS = """
     batch_size device dtype offload quantize
 """.split()
 TINY_TOKENIZER = '{"base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "latent_channels": 16}'
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Steps of models this small are faster on one thread, by much where the cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -21,8 +21,6 @@ from visar.generators.next_scale import NextScaleTransformer
 from visar.pipelines.image import ImagePipeline
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 FIXTURES = Path(__file__).parent / "fixtures"
 EVALUATION = runpy.run_path(str(FIXTURES / "evaluation.py"))
 SCALES = (1, 2, 4)

@@ -29,8 +29,6 @@ from visar.train.run import Run
 from visar.train.token_batches import TokenBatches
 from visar.train.token_cache import build_token_cache
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 CPU = torch.device("cpu")
 VOCABULARY = Vocabulary({"class": ("a", "b", "c", "d")})

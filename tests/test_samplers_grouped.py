@@ -16,8 +16,6 @@ from visar.samplers.grouped import group_chance, group_members, sample_grouped, 
 from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.verify import acceptance, residual, verify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 

@@ -19,8 +19,6 @@ from visar.samplers.jacobi import sample_jacobi
 from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, guess, refresh, window_sizes
 from visar.samplers.verify import one_hot, verify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 

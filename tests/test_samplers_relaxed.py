@@ -18,8 +18,6 @@ from visar.samplers.filtering import filtered_probs
 from visar.samplers.relaxed import neighbour_table, relaxed_probs, relaxed_rule, sample_lantern, walk_greedy
 from visar.samplers.trees import check_paths, drawn_rule, path_parents, walk, walk_chosen, without
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 

@@ -35,8 +35,6 @@ from visar.samplers.trees import (
 )
 from visar.samplers.verify import residual
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 tabular, transformer, labels, many = TINY.tabular, TINY.transformer, TINY.labels, TINY.many
 

@@ -21,8 +21,6 @@ from visar.samplers.flow import code_scale
 from visar.samplers.index import SAMPLERS
 from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py")))
 IMAGES = 16
 FILTERS = dict(temperature=0.9, top_k=7, top_p=0.9)

@@ -13,7 +13,6 @@ from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.samplers.index import SAMPLERS
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent
 TINY = runpy.run_path(str(ROOT / "fixtures" / "tiny.py"))
 CONDITION = Condition(labels_BA=torch.tensor([[0], [1]]))

@@ -18,8 +18,6 @@ from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import draw, filter_logits, filtered_probs
 from visar.samplers.verify import acceptance, leading, one_hot, residual, row_at, verify
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def cases(io, prefix):
     return sorted({key.split(".")[0] for key in io if key.startswith(prefix)})

@@ -31,8 +31,6 @@ from visar.train.captions import encode_image_captions
 from visar.train.conditions import ConditionDropout
 from visar.train.generator import train_generator
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 transformers = pytest.importorskip("transformers", reason="text encoders are an extra")
 
 ROOT = Path(__file__).parent.parent

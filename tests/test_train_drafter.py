@@ -35,8 +35,6 @@ from visar.train.drafter import train_drafter
 from visar.train.options import RunOptions, TrainDrafter
 from visar.train.recipes import RECIPES
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 OPTIONS = """
     data target kind tokens variants augment num_heads hidden_width num_right law_weight input_noise offset_decay
     label_dropout weight_decay guidance_scale save_dtype

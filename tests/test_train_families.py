@@ -20,8 +20,6 @@ from visar.train.generator import train_generator
 from visar.train.self_correction import self_correction
 from visar.train.tokenizer import build_tokenizer, train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 TINY = SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py")))
 MULTISCALE = dict(
     preset="var-vq16",

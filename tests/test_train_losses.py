@@ -13,8 +13,6 @@ from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discrim
 from visar.train.perceptual import Lite0Perceptual, LpipsPerceptual, feature_distance, gradient_l1, load_perceptual
 from visar.train.tokenizer import usage_scalars
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def image_BCHW() -> Tensor:

@@ -21,8 +21,6 @@ from visar.pipelines.loading import load
 from visar.train.generator import train_generator
 from visar.train.tokenizer import train_tokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ROOT = Path(__file__).parent.parent
 PROGRAM = ROOT / "tests" / "fixtures" / "training.py"
 TINY = SimpleNamespace(**runpy.run_path(str(PROGRAM)))
