@@ -17,6 +17,7 @@ import time
 import torch
 from torch import Tensor
 
+from visar import kernels
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Categorical
@@ -64,6 +65,11 @@ def nearest_allowed(x_MC: Tensor, logits_MV: Tensor, codes_VC: Tensor) -> Tensor
     return closeness_MV.masked_fill(logits_MV == float("-inf"), float("-inf")).argmax(-1)
 
 
+def fits_kernel(noise: Tensor, logits: Tensor, codes_VC: Tensor) -> bool:
+    """Whether one kernel takes the whole map."""
+    return codes_VC.shape[1] <= kernels.MAX_CHANNELS and all(map(kernels.usable, (noise, logits, codes_VC)))
+
+
 def flow_map(noise: Tensor, logits: Tensor, codes_VC: Tensor, steps: int = 24) -> Tensor:
     """Tokens int64 [...] that noise float32 [..., C] leads to, by Heun's method with uniform steps.
 
@@ -76,6 +82,12 @@ def flow_map(noise: Tensor, logits: Tensor, codes_VC: Tensor, steps: int = 24) -
         codes_VC: scaled code vectors, see `code_scale`.
         steps: of the solver, two evaluations each but for the last.
     """
+    if fits_kernel(noise, logits, codes_VC):
+        from visar.kernels.flow_map import map_codes
+
+        with kernels.on(noise.device):
+            noise_MC, logits_MV = noise.flatten(0, -2).float().contiguous(), logits.flatten(0, -2).contiguous()
+            return map_codes(noise_MC, logits_MV, codes_VC.detach().float(), steps).view(noise.shape[:-1])
     x_MC, logits_MV = noise.flatten(0, -2).float(), logits.flatten(0, -2).float()
     rows = max(1, _LARGEST // logits.shape[-1])
     if len(x_MC) > rows:
