@@ -11,24 +11,30 @@ The tokens of an image are thereby a function of its noise and its condition: wh
 B images, N tokens, L tokens of a block, M rows, V codes, C code width.
 """
 
+import functools
 import itertools
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from visar import kernels
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Callback, Categorical
+from visar.core.interface import Callback, Categorical, Scales
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, Session
 from visar.kernels import finite
 from visar.samplers.ancestral import check_ancestral, run_blocks
 from visar.samplers.filtering import filter_logits
 
 # Numbers float32 of one intermediate [rows, V] at a time: 256 MiB.
 _LARGEST = 2**26
+# Given tokens that a model of one token per block reads in a pass.
+_READ = 32
 
 
 def code_scale(codebook_VC: Tensor) -> float:
@@ -64,6 +70,11 @@ def nearest_allowed(x_MC: Tensor, logits_MV: Tensor, codes_VC: Tensor) -> Tensor
     return closeness_MV.masked_fill(logits_MV == float("-inf"), float("-inf")).argmax(-1)
 
 
+def fits_kernel(noise: Tensor, logits: Tensor, codes_VC: Tensor) -> bool:
+    """Whether one kernel takes the whole map."""
+    return codes_VC.shape[1] <= kernels.MAX_CHANNELS and all(map(kernels.usable, (noise, logits, codes_VC)))
+
+
 def flow_map(noise: Tensor, logits: Tensor, codes_VC: Tensor, steps: int = 24) -> Tensor:
     """Tokens int64 [...] that noise float32 [..., C] leads to, by Heun's method with uniform steps.
 
@@ -76,6 +87,12 @@ def flow_map(noise: Tensor, logits: Tensor, codes_VC: Tensor, steps: int = 24) -
         codes_VC: scaled code vectors, see `code_scale`.
         steps: of the solver, two evaluations each but for the last.
     """
+    if fits_kernel(noise, logits, codes_VC):
+        from visar.kernels.flow_map import map_codes
+
+        with kernels.on(noise.device):
+            noise_MC, logits_MV = noise.flatten(0, -2).float().contiguous(), logits.flatten(0, -2).contiguous()
+            return map_codes(noise_MC, logits_MV, codes_VC.detach().float(), steps).view(noise.shape[:-1])
     x_MC, logits_MV = noise.flatten(0, -2).float(), logits.flatten(0, -2).float()
     rows = max(1, _LARGEST // logits.shape[-1])
     if len(x_MC) > rows:
@@ -160,11 +177,79 @@ def sample_flow(
     codes_VC = session.static("codes", codebook.to(device).float() * code_scale(codebook))
     every_position = torch.arange(model.num_tokens, device=device)[None]
     noise_BNC = session.static("noise", initial_noise(noise, every_position, codes_VC.shape[1]))
-
-    def step() -> None:
-        logits_BLV = filter_logits(model.predict(state), temperature=temperature, top_k=top_k, top_p=top_p)
-        finite.note(logits_BLV)
-        place_BLC = model.positions(state)[..., None].expand(batch, -1, codes_VC.shape[1])
-        model.append(state, flow_map(noise_BNC.gather(1, place_BLC), logits_BLV, codes_VC, steps))
-
+    filters = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+    step = functools.partial(draw_block, model, state, noise_BNC, codes_VC, filters, steps)
     return run_blocks(model, session, step, batch, callback, begun)
+
+
+def draw_block(
+    model: Categorical, state: Any, noise_BNC: Tensor, codes_VC: Tensor, filters: Mapping[str, Any], steps: int
+) -> None:
+    """Predicts the next block, draws it by the flow map and appends it."""
+    logits_BLV = filter_logits(model.predict(state), **filters)
+    finite.note(logits_BLV)
+    place_BLC = model.positions(state)[..., None].expand(len(noise_BNC), -1, codes_VC.shape[1])
+    model.append(state, flow_map(noise_BNC.gather(1, place_BLC), logits_BLV, codes_VC, steps))
+
+
+def read_given(model: Any, session: Session, given_BN: Tensor, first: int) -> int:
+    """Commits given tokens of the blocks before `first`, and returns the forward passes that this took.
+
+    A model over scales reads them in its first prediction, one of a token per block many in a pass.
+    """
+    state, ends = session.state, tuple(itertools.accumulate(model.block_sizes[:first], initial=0))
+    scales = isinstance(model, Scales)
+    ends = ends if scales else (*ends[:-1:_READ], ends[-1])
+
+    def read(begin: int, end: int) -> None:
+        if not scales:
+            model.verify(state, given_BN[:, begin:end])
+        model.append(state, given_BN[:, begin:end])
+
+    for index, (begin, end) in enumerate(itertools.pairwise(ends)):
+        state.block = index if scales else begin
+        session.run(functools.partial(read, begin, end), ("read", begin))
+    return 0 if scales else len(ends) - 1
+
+
+@torch.no_grad()
+def redraw_blocks(
+    model: Any,
+    condition: Condition,
+    given_BN: Tensor,
+    first: int,
+    last: int,
+    *,
+    noise_BNC: Tensor,
+    codes_VC: Tensor,
+    guidance: Guidance,
+    filters: Mapping[str, Any],
+    steps: int,
+    runtime: Runtime,
+) -> tuple[Tensor, int, Session]:
+    """Draws the blocks first ... last - 1 by the flow map behind given ones.
+
+    Args:
+        model: a generator over scales, or one of a token per block that verifies windows.
+        condition: of the B images.
+        given_BN: int64 ids; those of the blocks before `first` are read.
+        first, last: blocks.
+        noise_BNC: of all tokens.
+        codes_VC: scaled code vectors.
+        guidance, filters, steps, runtime: as of `sample_flow`; filters: temperature, top_k and top_p by name.
+
+    Returns: ids int64 [B, N] up to the last block drawn, the number of forward passes, and the session, whose logits
+        are still to be checked to be finite.
+    """
+    guided = guidance.active(len(model.block_sizes))
+    work = ("redraw", condition.batch, guided, *filters.values(), steps, first, last)
+    session = runtime.session(model, given_BN.device, work)
+    kept = dict(first_scale=first, last_scale=last - 1) if isinstance(model, Scales) else {}
+    state = session.state = model.start(condition, guidance, state=session.state, **kept)
+    codes_VC, noise_BNC = session.static("codes", codes_VC), session.static("noise", noise_BNC)
+    passes = read_given(model, session, session.static("given", given_BN), first)
+    step = functools.partial(draw_block, model, state, noise_BNC, codes_VC, filters, steps)
+    for block in range(first, last):
+        state.block = block
+        session.run(step, model.block_kinds[block])
+    return model.result(state), passes + last - first, session

@@ -9,6 +9,7 @@ B images, N tokens, V codes, C code width.
 import dataclasses
 import functools
 import time
+from collections import Counter
 from typing import Literal
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Callback, OneStep
+from visar.core.interface import Callback, Categorical, OneStep
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput, SampleStatistics
-from visar.core.runtime import EAGER, Runtime
+from visar.core.runtime import EAGER, Runtime, Session
 from visar.kernels import finite
-from visar.samplers.flow import initial_noise
+from visar.layers.quantize import fingerprint
+from visar.samplers.flow import initial_noise, redraw_blocks
 
 Output = Literal["soft", "codes", "vectors"]
 
@@ -43,7 +45,63 @@ def made_of(model: OneStep, logits_BNV: Tensor, vectors_BNC: Tensor, output: Out
     return codes_BNC
 
 
-def check_one_step(model: OneStep, guidance: Guidance, steps: int, output: Output | None) -> None:
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Tokens first ... last - 1 are final after it; the student draws all from `first` on, the teacher these alone."""
+
+    first: int
+    last: int
+    by_teacher: bool
+
+
+def plan(model: OneStep, steps: int, teacher_range: tuple[int, int] | None) -> list[Stage]:
+    """Who draws what, in order: the student from those of its first `steps` starting points that lie before the
+    teacher's range, the teacher, and the student from where the teacher ends and from its later points."""
+    starts = [model.first_token(block) for block in model.config["starts"][:steps]]
+    low, high = (model.num_tokens,) * 2 if teacher_range is None else map(model.first_token, teacher_range)
+    begins = [(first, False) for first in starts if first < low]
+    if teacher_range is not None:
+        later = sorted({high, *(first for first in starts if first > high)} - {model.num_tokens})
+        begins += [(low, True), *((first, False) for first in later)]
+    ends = [first for first, _ in begins[1:]] + [model.num_tokens]
+    return [Stage(first, last, by_teacher) for (first, by_teacher), last in zip(begins, ends, strict=True)]
+
+
+def check_teacher(model: OneStep, teacher: Categorical | None, teacher_range: tuple[int, ...] | None) -> None:
+    """Checks that a student can be mixed with a teacher over a range of its blocks.
+
+    Raises:
+        ValueError: one without the other, a teacher that is not the student's, or a range outside its blocks.
+    """
+    if teacher is None and teacher_range is None:
+        return
+    known = model.config["teacher"]
+    if teacher_range is None:
+        raise ValueError("a teacher draws the blocks of teacher_range: give both, or none")
+    if known is None:
+        raise ValueError("this student does not say what it was distilled from: it cannot be mixed with a teacher")
+    if teacher is None:
+        raise ValueError(
+            f"teacher_range {teacher_range} needs teacher, what this student was made from: {known['name']}"
+        )
+    if (given := fingerprint(teacher)) != known["fingerprint"]:
+        raise ValueError(
+            f"the teacher's weights ({given}) are not those that this student was distilled from "
+            f"({known['name']}, {known['fingerprint']})"
+        )
+    blocks = len(teacher.block_sizes)
+    if len(teacher_range) != 2 or not 0 <= teacher_range[0] < teacher_range[1] <= blocks:
+        raise ValueError(f"teacher_range {teacher_range}; needed: two rising numbers of blocks in 0 ... {blocks}")
+
+
+def check_one_step(
+    model: OneStep,
+    guidance: Guidance,
+    steps: int,
+    output: Output | None,
+    teacher: Categorical | None,
+    teacher_range: tuple[int, int] | None,
+) -> None:
     """Checks the arguments of `sample_one_step`; errors as there."""
     starts = model.config["starts"]
     if guidance.active(1):
@@ -52,6 +110,7 @@ def check_one_step(model: OneStep, guidance: Guidance, steps: int, output: Outpu
         raise ValueError(f"steps {steps}; this model takes 1 ... {len(starts)}")
     if output not in (None, "soft", "codes", "vectors"):
         raise ValueError(f"output {output!r}; choose one of soft, codes, vectors")
+    check_teacher(model, teacher, teacher_range)
 
 
 @torch.no_grad()
@@ -63,6 +122,8 @@ def sample_one_step(
     guidance: Guidance = OFF,
     steps: int = 1,
     output: Output | None = None,
+    teacher: Categorical | None = None,
+    teacher_range: tuple[int, int] | None = None,
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
@@ -80,7 +141,12 @@ def sample_one_step(
         output: what the image is made of: mean codes ("soft"), the likeliest codes ("codes"), or the vectors of the
             second head from the model's block `late` on ("vectors", the paper); None is the model's own choice. The
             tokens returned are the likeliest codes in any case.
-        callback: called after every step, see `Callback`; True ends the sampling.
+        teacher: the generator that the student was distilled from, to draw a part of the image.
+        teacher_range: its blocks a ... b - 1 (tokens of raster models, scales of others) are drawn by the teacher's
+            flow map, from the same noise, behind what the student drew; what follows them is drawn by the student
+            again. (60, 80) is the paper's "pre-trained 61-81"; with (0, b) the student draws nothing before, up to the
+            last block nothing behind. None: the teacher draws nothing.
+        callback: called after every step of the student, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs: a step is one graph.
 
     Returns: tokens int64 [B, N], what the tokenizer makes the image of, and statistics.
@@ -88,7 +154,7 @@ def sample_one_step(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    check_one_step(model, guidance, steps, output)
+    check_one_step(model, guidance, steps, output, teacher, teacher_range)
     model.check_condition(condition)
     config, device = model.config, noise.device
     output = output or config["output"]
@@ -112,17 +178,47 @@ def sample_one_step(
         source_BNC.copy_(torch.where(known_N[:, None], source_BNC, made_BNC))
         ids_BN.copy_(torch.where(known_N, ids_BN, logits_BNV.argmax(-1)))
 
-    passes = 0
-    for block in config["starts"][:steps]:
-        first, passes = model.first_token(block), passes + 1
-        session.run(functools.partial(step, first), ("from", first))
+    def teach(stage: Stage, teacher: Categorical, teacher_range: tuple[int, int]) -> tuple[int, Session]:
+        facts = config["teacher"]
+        fields = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in facts["guidance"].items()
+        }
+        tokens_BN, count, drawing = redraw_blocks(
+            teacher,
+            condition,
+            ids_BN,
+            *teacher_range,
+            noise_BNC=noise_BNC,
+            codes_VC=model.codes,
+            guidance=Guidance(**fields),
+            filters={name: facts[name] for name in ("temperature", "top_k", "top_p")},
+            steps=facts["flow_steps"],
+            runtime=runtime,
+        )
+        drawn = slice(stage.first, stage.last)
+        ids_BN[:, drawn] = tokens_BN[:, drawn]
+        source_BNC[:, drawn] = model.codes[ids_BN[:, drawn]]
+        return count, drawing
+
+    passes, committed, sessions = {"generator": 0}, Counter[int](), [session]
+    for stage in plan(model, steps, teacher_range):
+        if stage.by_teacher:
+            assert teacher is not None and teacher_range is not None
+            passes["teacher"], drawing = teach(stage, teacher, teacher_range)
+            sessions.append(drawing)
+            committed.update(teacher.block_sizes[slice(*teacher_range)])
+            continue
+        session.run(functools.partial(step, stage.first), ("from", stage.first))
+        passes["generator"] += 1
+        committed[stage.last - stage.first] += 1
         if callback is not None and callback(model.num_tokens, ids_BN):
             break
     latent_BChw = model.latents(source_BNC)
-    session.check_finite()  # waits for the device
+    for each in sessions:
+        each.check_finite()  # waits for the device
     statistics = SampleStatistics(
-        forward_passes={"generator": passes},
-        tokens_per_pass={model.num_tokens: noise.batch},
+        forward_passes=passes,
+        tokens_per_pass={size: count * noise.batch for size, count in sorted(committed.items())},
         seconds=time.perf_counter() - begun,
     )
     return SampleOutput(ids_BN.clone(), statistics, latent_BChw)

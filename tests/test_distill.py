@@ -14,7 +14,9 @@ from visar.core.noise import Noise, image_seeds
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.one_step import student_of
 from visar.generators.raster import RasterGPT
-from visar.samplers.flow import code_scale, flow_map, initial_noise
+from visar.layers.quantize import fingerprint
+from visar.samplers.filtering import filter_logits
+from visar.samplers.flow import code_scale, flow_map, initial_noise, sample_flow
 from visar.samplers.one_step import sample_one_step
 
 TINY = runpy.run_path(str(Path(__file__).parent / "fixtures" / "tiny.py"))
@@ -90,6 +92,80 @@ def test_known_tokens_stay_and_all_known_is_one_step(teacher):
     assert torch.allclose(outs[2].latent, model.latents(model.codes[outs[2].tokens]), atol=1e-5)
     alone = sample_one_step(model, conditions(2).rows(torch.tensor([1])), noise=Noise([4]), steps=3)
     assert torch.equal(alone.tokens[0], outs[2].tokens[1])
+
+
+DRAWN_BY = dict(name="its teacher", guidance={"scale": 2.0}, temperature=1.0, top_k=6, top_p=1.0, flow_steps=6)
+
+
+def mixable(teacher, starts=(0, 1)):
+    made = student_of(teacher, code_scale(teacher.codes), starts, teacher.codes, drawn_by=DRAWN_BY)
+    torch.nn.init.normal_(made.kind.weight, std=0.5)
+    return made.eval()
+
+
+@torch.no_grad()
+def continued(teacher, given, first, last, noise) -> torch.Tensor:
+    """Blocks drawn one by one by the flow map behind given ones, which are appended one by one."""
+    state = teacher.start(conditions(len(given)), Guidance(2.0))
+    scale, done = code_scale(teacher.codes), 0
+    for block, size in enumerate(teacher.block_sizes[:last]):
+        state.block = block
+        logits, tokens = filter_logits(teacher.predict(state), top_k=6), given[:, done : done + size]
+        if block >= first:
+            tokens = flow_map(noise[:, done : done + size], logits, teacher.codes * scale, steps=6)
+        teacher.append(state, tokens)
+        done += size
+    return teacher.result(state)
+
+
+@pytest.mark.parametrize(("make", "blocks", "passes"), [(raster, (3, 5), 3), (scales, (1, 2), 1)])
+def test_the_teacher_draws_a_range_from_the_same_noise(monkeypatch, make, blocks, passes):
+    monkeypatch.setattr("visar.samplers.flow._READ", 4)
+    teacher = make()
+    model, noise = mixable(teacher), Noise([3, 4])
+    vectors = initial_noise(noise, torch.arange(model.num_tokens)[None], 4)
+    alone = sample_one_step(model, conditions(2), noise=noise, output="codes").tokens
+    out = sample_one_step(model, conditions(2), noise=noise, output="codes", teacher=teacher, teacher_range=blocks)
+    first, last = (model.first_token(block) for block in blocks)
+    assert out.statistics.forward_passes == {"generator": 2, "teacher": passes}
+    assert sum(size * count for size, count in out.statistics.tokens_per_pass.items()) == 2 * model.num_tokens
+    assert torch.equal(out.tokens[:, :first], alone[:, :first])
+    assert torch.equal(out.tokens[:, :last], continued(teacher, alone, *blocks, vectors)[:, :last])
+    known = torch.arange(model.num_tokens) < last
+    inputs = torch.where(known[:, None], model.codes[out.tokens], vectors)
+    with torch.no_grad():
+        logits, _ = model(inputs, known, conditions(2))
+    assert torch.equal(out.tokens[:, last:], logits.argmax(-1)[:, last:])
+    assert torch.allclose(out.latent, model.latents(model.codes[out.tokens]), atol=1e-5)
+    # Over all blocks, and up to the last one.
+    settings = dict(noise=noise, output="codes", teacher=teacher)
+    count = len(teacher.block_sizes)
+    whole = sample_one_step(model, conditions(2), teacher_range=(0, count), **settings)
+    flow = sample_flow(
+        teacher, conditions(2), noise=noise, codebook=teacher.codes, guidance=Guidance(2.0), top_k=6, steps=6
+    )
+    assert torch.equal(whole.tokens, flow.tokens)
+    assert whole.statistics.forward_passes == {"generator": 0, "teacher": count}
+    ended = sample_one_step(model, conditions(2), teacher_range=(count - 1, count), steps=2, **settings)
+    assert ended.statistics.forward_passes["generator"] == 2
+
+
+def test_mixing_needs_the_teacher_and_a_range_inside_the_sequence():
+    teacher = raster()
+    model, settings = mixable(teacher), dict(noise=Noise([0]))
+    for given, message in (
+        (dict(teacher_range=(0, 2)), "needs teacher, what this student was made from: its teacher"),
+        (dict(teacher=teacher), "give both, or none"),
+        (dict(teacher=raster(vocab_size=9), teacher_range=(0, 2)), r"not those .* distilled from \(its teacher"),
+        (dict(teacher=teacher, teacher_range=(2, 2)), r"two rising numbers of blocks in 0 ... 6"),
+        (dict(teacher=teacher, teacher_range=(2, 7)), r"teacher_range \(2, 7\)"),
+        (dict(teacher=teacher, teacher_range=(2,)), r"teacher_range \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sample_one_step(model, conditions(1), **settings, **given)
+    with pytest.raises(ValueError, match="does not say what it was distilled from"):
+        sample_one_step(student(teacher), conditions(1), teacher=teacher, teacher_range=(0, 2), **settings)
+    assert fingerprint(teacher.to(torch.bfloat16).float()) == model.config["teacher"]["fingerprint"]
 
 
 def test_guidance_and_outputs_are_checked():

@@ -87,6 +87,9 @@ def test_a_student_is_trained_resumed_saved_and_sampled(tmp_path, monkeypatch, k
     assert out.statistics.forward_passes == {"generator": 2}
     alone = pipe(num_images=1, seed=6, output_type="pt", sampler_options={"steps": 2})
     assert torch.equal(alone.tokens[0], out.tokens[1])
+    mixed = {"teacher": str(tmp_path / "teacher"), "teacher_range": "1,2"}
+    passes = pipe(num_images=2, seed=5, sampler_options=mixed).statistics.forward_passes
+    assert passes == {"generator": 2, "teacher": 2 if kind == "raster" else 1}
     with pytest.raises(ValueError, match="has learned its teacher's"):
         pipe(num_images=1, guidance_scale=2.0)
     with pytest.raises(ValueError, match="sampler one_step has no top_k"):

@@ -40,6 +40,20 @@ def random_drafter(kind):
     return drafter
 
 
+def random_teacher():
+    """A model that a one-step student can be made of."""
+    torch.manual_seed(2)
+    teacher = RasterGPT(
+        **SHAPE, num_layers=1, num_heads=2, hidden_width=32, num_classes=2, token_input="codebook", codebook_width=4
+    ).eval()
+    teacher.set_codebook(BOOK)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    return teacher
+
+
+TEACHER = random_teacher()
+DRAWN_BY = dict(name="it", guidance={"scale": 2.0}, temperature=0.9, top_k=6, top_p=1.0, flow_steps=4)
 DRAFTERS = [NgramDrafter(4.0), *(random_drafter(kind) for kind in (ModelDrafter, FeatureDrafter, SpatialHeads))]
 STATIC = [dict(branches=(3, 2, 1)), dict(paths=((0,), (1,), (0, 0), (1, 0), (0, 0, 0)))]
 DYNAMIC = dict(depth=3, children=3, nodes=8)
@@ -88,7 +102,7 @@ CASES = {
         dict(followers=(TINY.over_scales(layers=1),), takes_over=(1,), num_scales=3, **each) for each in SCALES
     ],
     "flow": [dict(codebook=BOOK, steps=4), dict(codebook=BOOK, steps=2)],
-    "one_step": [dict(steps=2, output="soft")],
+    "one_step": [dict(steps=2, output="soft", teacher=TEACHER, teacher_range=(5, 7))],
     "edit": [
         dict(strategy=strategy, smooth=smooth, always_keep=2, **SCALES[smooth])
         for strategy, smooth in (("codes", True), ("map", False), ("map", True), ("refine", False))
@@ -101,11 +115,7 @@ PER_IMAGE = ("prefix_tokens", "given_tokens", "keep")
 
 def student():
     """A one-step student with weights that make every part count."""
-    torch.manual_seed(2)
-    teacher = RasterGPT(
-        **SHAPE, num_layers=1, num_heads=2, hidden_width=32, num_classes=2, token_input="codebook", codebook_width=4
-    )
-    made = student_of(teacher, code_scale(BOOK), (0, 4), BOOK).eval()
+    made = student_of(TEACHER, code_scale(BOOK), (0, 4), BOOK, drawn_by=DRAWN_BY).eval()
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     return made

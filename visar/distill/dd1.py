@@ -73,7 +73,14 @@ class DD1Task(Task):
         codebook_VC = pipeline.tokenizer.codebook.float()
         starts = tuple(options.starts) or default_starts(pipeline.generator)
         seed = step_seed(options.seed, 0, Draw.INITIAL)
-        student = student_of(pipeline.generator, code_scale(codebook_VC), starts, codebook_VC, seed)
+        student = student_of(
+            pipeline.generator,
+            code_scale(codebook_VC),
+            starts,
+            codebook_VC,
+            seed,
+            drawn_by=self.pairs.drawn_by(options.teacher),
+        )
         if options.initial is not None:
             load_initial(student, options.initial)
         student.network.requires_grad_(True)

@@ -7,6 +7,7 @@ may make blocks of one folder at the same time, and training may read them while
 B images, N tokens, A label columns, T words.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -75,6 +76,12 @@ class Pairs:
                 f"{folder} holds pairs of another {differing[0]} ({there.get(differing[0])}, now "
                 f"{facts[differing[0]]}); give another folder"
             )
+
+    def drawn_by(self, name: str) -> dict[str, Any]:
+        """What a student keeps of its teacher; see `visar.generators.one_step.student_of`."""
+        kept = {key: self.settings[key] for key in ("temperature", "top_k", "top_p")}
+        guidance = dataclasses.asdict(self.settings["guidance"])
+        return {"name": name, "guidance": guidance, "flow_steps": self.steps, **kept}
 
     def path(self, index: int) -> Path:
         """File of a block."""

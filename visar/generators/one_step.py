@@ -17,6 +17,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
+from visar.layers.quantize import fingerprint
 
 # Classes that a student can be of: they have `parallel_hidden`, `logits_of` and `latents_of`.
 NETWORKS = {
@@ -40,6 +41,9 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         output: what images are made of where a call does not say: "soft" mean codes, "codes" (the likeliest), or
             "vectors" from block `late` on and codes before it (the paper).
         late: see `output`.
+        teacher: what the student was distilled from, for sampling mixed with it: "fingerprint" of its weights, and the
+            settings that its tokens were drawn by: "guidance" (fields of `Guidance`), "temperature", "top_k", "top_p"
+            and "flow_steps"; "name", for messages. None: it is not known.
 
     Raises:
         ValueError: a class that has no students, starts that do not begin with 0 or do not rise, or an unknown output.
@@ -58,6 +62,7 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         sharpness: float = 2.0,
         output: str = "soft",
         late: int = 0,
+        teacher: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         if network_class not in NETWORKS:
@@ -159,7 +164,13 @@ OUTPUTS = ("soft", "codes", "vectors")
 
 
 def student_of(
-    teacher: Any, code_scale: float, starts: tuple[int, ...], codebook_VC: Tensor, seed: int = 0
+    teacher: Any,
+    code_scale: float,
+    starts: tuple[int, ...],
+    codebook_VC: Tensor,
+    seed: int = 0,
+    *,
+    drawn_by: Mapping[str, Any] | None = None,
 ) -> OneStepGenerator:
     """A student with a teacher's weights, ready to be trained.
 
@@ -170,6 +181,8 @@ def student_of(
         code_scale, starts: see `OneStepGenerator`.
         codebook_VC: code vectors of the tokenizer, as looked up.
         seed: of the weights that the teacher does not have.
+        drawn_by: name and settings of the teacher, see `OneStepGenerator`; None: the student cannot say later how to
+            sample mixed with it.
 
     Raises:
         ValueError: a teacher of another class.
@@ -182,7 +195,8 @@ def student_of(
     arguments |= (
         {"token_input": "codebook", "codebook_width": codebook_VC.shape[1]} if "token_input" in arguments else {}
     )
-    student = OneStepGenerator(name, arguments, code_scale, starts)
+    known = None if drawn_by is None else {"fingerprint": fingerprint(teacher), **drawn_by}
+    student = OneStepGenerator(name, arguments, code_scale, starts, teacher=known)
     generator = torch.Generator().manual_seed(seed)
     student.reset_heads(generator)
     state = {key: value.float() for key, value in teacher.state_dict().items()}

@@ -23,6 +23,8 @@ REACHED = 1.0 - 1e-6
 """Share of top-p at which probabilities count as having reached it: float32 sums are no more exact."""
 MAX_CODES = 65536
 """Largest vocabulary of which a program holds a whole distribution."""
+MAX_CHANNELS = 64
+"""Largest code width of which a thread holds a whole vector."""
 
 
 def usable(tensor: Tensor) -> bool:
