@@ -73,7 +73,8 @@ def _run_stage(
     """Predicts a stage's scales.
 
     Returns: its state without the cache, which is what the next model needs of it; at which scale the callback ended
-        the sampling, -1 if it did not; and the flag that its logits were not finite, to be checked at the end because that waits for the device.
+        the sampling, -1 if it did not; and the flag that logits were not finite, to be checked at the end, as that
+        waits for the device.
     """
     model = stage.model
     options = ("collaborative", settings, stage.first, stage.last)

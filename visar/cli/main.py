@@ -257,6 +257,17 @@ def _distill_dd1() -> Command:
     return DistillDD1, run
 
 
+def _distill_dd2() -> Command:
+    from visar.distill.options import DistillDD2
+
+    def run(options: DistillDD2) -> int:
+        from visar.distill.csd import distill_dd2
+
+        return _print_trained(distill_dd2(options))
+
+    return DistillDD2, run
+
+
 def _distill_pairs() -> Command:
     from visar.distill.options import DistillPairs
 
@@ -307,6 +318,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     ),
     "train drafter": ("train a drafter for speculative sampling with a raster model", _train_drafter),
     "distill dd1": ("distil a one-step generator by Distilled Decoding", _distill_dd1),
+    "distill dd2": ("distil one by score distillation, or improve a student of dd1 by it", _distill_dd2),
     "distill pairs": ("make its pairs of noise and tokens, beside it or before it", _distill_pairs),
     "data emoji": ("build the emoji image set", _data_emoji),
     "data clips": ("build the set of animated emoji", _data_clips),

@@ -52,6 +52,15 @@ def default_starts(teacher: Any) -> tuple[int, ...]:
     return (0,)
 
 
+def save_student(student: OneStepGenerator, teacher: ImagePipeline, dtype: str, folder: Path) -> None:
+    """Writes a student and its teacher's tokenizer as a pipeline."""
+    vocabulary, defaults = teacher.config["vocabulary"], {"sampler": "one_step", "guidance_scale": 1.0}
+    tokenizer = in_dtype(teacher.tokenizer, dtype)
+    ImagePipeline(tokenizer, in_dtype(student, dtype), vocabulary=vocabulary, defaults=defaults).save_pretrained(
+        folder
+    )
+
+
 class DD1Task(Task):
     """Steps and measurements of `distill_dd1`.
 
@@ -198,11 +207,7 @@ class DD1Task(Task):
         return {"same_noise": Sheet(to_uint8(torch.cat(images)), len(seeds))}
 
     def save_model(self, model: Any, folder: Path) -> None:
-        vocabulary = self.pipeline.config["vocabulary"]
-        student = in_dtype(model, self.options.save_dtype)
-        tokenizer = in_dtype(self.pipeline.tokenizer, self.options.save_dtype)
-        defaults = {"sampler": "one_step", "guidance_scale": 1.0}
-        ImagePipeline(tokenizer, student, vocabulary=vocabulary, defaults=defaults).save_pretrained(folder)
+        save_student(model, self.pipeline, self.options.save_dtype, folder)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

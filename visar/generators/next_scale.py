@@ -152,10 +152,22 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
 
     def forward_inputs(self, inputs_BLC: Tensor, condition: Condition) -> Tensor:
         """As `forward`, from the inputs [B, N - L_0, C] of the scales after the first."""
+        return self.head(self.hidden(inputs_BLC, condition)).float()
+
+    def hidden(self, inputs_BLC: Tensor, condition: Condition) -> Tensor:
+        """Teacher-forced: what the head reads, [B, N, D]; inputs as for `forward_inputs`."""
         condition_RD = self.condition_vector(condition)
         x = self.input_dropout(self.embed(condition_RD, inputs_BLC, 0, len(self.scales) - 1))
-        modulations = self.modulate(condition_RD)
-        return self.head(self._run(x, modulations, self.block_sizes)).float()
+        return self._run(x, self.modulate(condition_RD), self.block_sizes)
+
+    @torch.no_grad()
+    def history(self, vectors_BNC: Tensor) -> Tensor:
+        """What `hidden` reads where tokens are vectors [B, N, C], codes or not: inputs [B, N - L_0, C]."""
+        inputs, total = [vectors_BNC[:, :0]], self.pyramid.empty_map(vectors_BNC.shape[0])
+        for scale, vectors_BLC in enumerate(vectors_BNC.split(self.block_sizes, dim=1)[:-1]):
+            total = self.pyramid.accumulate(total, scale, vectors_BLC)
+            inputs.append(self.pyramid.next_input(total, scale + 1))
+        return torch.cat(inputs, dim=1)
 
     def _run(
         self, x: Tensor, modulations: dict[str, Tensor], sizes: tuple[int, ...], caches: list[LayerCache] | None = None

@@ -2,7 +2,8 @@
 
 Source: Distilled Decoding, arXiv 2412.17153 section 3, microsoft/distilled_decoding@3b95d33f (the student's inputs and
 heads). The network is the teacher's own, with vectors as input, and no shift: output i reads what comes before token i
-and the vector of token i itself.
+and the vector of token i itself. With a velocity head, the generator of Distilled Decoding 2, arXiv 2510.21003: the
+network reads the noise before token i, the head that of token i.
 
 B images, N tokens, D width, V codes, C code width.
 """
@@ -17,9 +18,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
+from visar.layers.diffusion_head import DiffusionHead
 from visar.layers.quantize import fingerprint
 
-# Classes that a student can be of: they have `parallel_hidden`, `logits_of` and `latents_of`.
+# Classes that a student can be of: they have `parallel_hidden`, `history`, `hidden`, `logits_of` and `latents_of`.
 NETWORKS = {
     "NextScaleTransformer": "visar.generators.next_scale",
     "RasterGPT": "visar.generators.raster",
@@ -44,9 +46,12 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         teacher: what the student was distilled from, for sampling mixed with it: "fingerprint" of its weights, and the
             settings that its tokens were drawn by: "guidance" (fields of `Guidance`), "temperature", "top_k", "top_p"
             and "flow_steps"; "name", for messages. None: it is not known.
+        velocity_head: width and depth of a `DiffusionHead` that makes the vectors, noise - velocity; the logits are
+            then the vectors' closeness to the codes. None: the two linear heads of the first paper.
 
     Raises:
-        ValueError: a class that has no students, starts that do not begin with 0 or do not rise, or an unknown output.
+        ValueError: a class that has no students, starts that do not begin with 0 or do not rise, or an unknown output;
+            several starts, or output "soft", with a velocity head.
     """
 
     _supports_gradient_checkpointing = False
@@ -63,6 +68,7 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         output: str = "soft",
         late: int = 0,
         teacher: dict[str, Any] | None = None,
+        velocity_head: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if network_class not in NETWORKS:
@@ -75,12 +81,20 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
         blocks = len(self.network.block_sizes)
         if list(starts) != sorted({0, *starts}) or starts[-1] >= blocks:
             raise ValueError(f"starts {tuple(starts)}; needed: rising numbers from 0 on, below {blocks}")
-        self.kind = nn.Embedding(2, width)
-        self.vector_head = nn.Linear(width, channels)
+        if velocity_head is not None:
+            if len(starts) > 1 or output == "soft":
+                raise ValueError(f"starts {tuple(starts)}, output {output!r}; a velocity head takes (0,), not soft")
+            self.velocity = DiffusionHead(channels, width, *velocity_head)
+        else:
+            self.kind = nn.Embedding(2, width)
+            self.vector_head = nn.Linear(width, channels)
         self.reset_heads(None)
 
     def reset_heads(self, generator: torch.Generator | None) -> None:
         """Weights to train what the teacher does not have from."""
+        if self._internal_dict["velocity_head"] is not None:
+            self.velocity.reset_parameters(generator)
+            return
         nn.init.zeros_(self.kind.weight)
         nn.init.trunc_normal_(self.vector_head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.vector_head.bias)
@@ -98,7 +112,8 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
     @property
     def read_once_per_block(self) -> tuple[str, ...]:
         """Names of the submodules whose weights a pass reads."""
-        return (*(f"network.{name}" for name in self.network.read_once_per_block), "vector_head")
+        head = "vector_head" if self._internal_dict["velocity_head"] is None else "velocity"
+        return (*(f"network.{name}" for name in self.network.read_once_per_block), head)
 
     def cache_bytes(self, rows: int, positions: int | None = None) -> int:
         """Keys and values that stay from pass to pass: none."""
@@ -150,10 +165,19 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
 
         Returns: logits float32 [B, N, V], and vectors float32 [B, N, C] in the scale of the noise.
         """
-        kind = self.kind(known.long()).expand(*vectors_BNC.shape[:2], -1)
         plain_BNC = vectors_BNC / self._internal_dict["code_scale"]
+        if self._internal_dict["velocity_head"] is not None:
+            return self._by_velocity(vectors_BNC, plain_BNC, condition)
+        kind = self.kind(known.long()).expand(*vectors_BNC.shape[:2], -1)
         hidden_BND = self.network.parallel_hidden(plain_BNC, kind, condition)
         return self.network.logits_of(hidden_BND).float(), self.vector_head(hidden_BND).float()
+
+    def _by_velocity(self, noise_BNC: Tensor, plain_BNC: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
+        hidden_BND = self.network.hidden(self.network.history(plain_BNC), condition)
+        time_N = torch.full(noise_BNC.shape[1:2], TIME_UNITS, device=noise_BNC.device)
+        made_BNC = noise_BNC - self.velocity(noise_BNC, time_N, hidden_BND).float()
+        with torch.no_grad(), torch.autocast(noise_BNC.device.type, enabled=False):
+            return made_BNC @ self.codes.t() - self.codes.square().sum(-1) / 2, made_BNC
 
     def latents(self, vectors_BNC: Tensor) -> Tensor:
         """What the tokenizer's `decode_latents` takes, float32 [B, C, h, w], of vectors in the scale of the noise."""
@@ -161,6 +185,15 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
 
 
 OUTPUTS = ("soft", "codes", "vectors")
+TIME_UNITS = 1000.0
+"""Times 0 ... 1 of the flow are multiplied by it for a `DiffusionHead`."""
+
+
+def check_teacher(teacher: Any) -> None:
+    """Raises a ValueError for a generator that has no students."""
+    name = type(teacher).__name__
+    if name not in NETWORKS:
+        raise ValueError(f"a {name} cannot be distilled into one step; teachers: {', '.join(NETWORKS)}")
 
 
 def student_of(
@@ -169,6 +202,7 @@ def student_of(
     starts: tuple[int, ...],
     codebook_VC: Tensor,
     seed: int = 0,
+    velocity_head: tuple[int, int] | None = None,
     *,
     drawn_by: Mapping[str, Any] | None = None,
 ) -> OneStepGenerator:
@@ -183,20 +217,28 @@ def student_of(
         seed: of the weights that the teacher does not have.
         drawn_by: name and settings of the teacher, see `OneStepGenerator`; None: the student cannot say later how to
             sample mixed with it.
+        velocity_head: see `OneStepGenerator`; its output is then "vectors".
 
     Raises:
         ValueError: a teacher of another class.
     """
+    check_teacher(teacher)
     name = type(teacher).__name__
-    if name not in NETWORKS:
-        raise ValueError(f"a {name} cannot be distilled into one step; teachers: {', '.join(NETWORKS)}")
     arguments = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
     arguments |= {key: 0.0 for key in arguments if "dropout" in key or key == "drop_path"}
     arguments |= (
         {"token_input": "codebook", "codebook_width": codebook_VC.shape[1]} if "token_input" in arguments else {}
     )
     known = None if drawn_by is None else {"fingerprint": fingerprint(teacher), **drawn_by}
-    student = OneStepGenerator(name, arguments, code_scale, starts, teacher=known)
+    student = OneStepGenerator(
+        name,
+        arguments,
+        code_scale,
+        starts,
+        output="soft" if velocity_head is None else "vectors",
+        teacher=known,
+        velocity_head=velocity_head,
+    )
     generator = torch.Generator().manual_seed(seed)
     student.reset_heads(generator)
     state = {key: value.float() for key, value in teacher.state_dict().items()}

@@ -251,6 +251,10 @@ class RasterGPT(ModelMixin, ConfigMixin):
             x = layer(x, rope, mask)
         return self.norm(x[:, self.prefix_length - 1 :])
 
+    def history(self, vectors_BNC: Tensor) -> Tensor:
+        """What `hidden` reads where tokens are vectors [B, N, C], codes or not (token_input="codebook")."""
+        return vectors_BNC
+
     def parallel_hidden(self, vectors_BNC: Tensor, extra_BND: Tensor, condition: Condition) -> Tensor:
         """Last hidden vectors [B, N, D] of all tokens in one pass without a shift: row n reads the prefix and the
         inputs up to its own. For one-step students (token_input="codebook").
