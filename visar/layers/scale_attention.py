@@ -35,8 +35,14 @@ def scale_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device | 
 
 
 @functools.lru_cache(maxsize=16)
-def _static_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
+def _kept_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
     return scale_mask(sizes, pattern, device)
+
+
+@torch.compiler.assume_constant_result
+def _static_mask(sizes: tuple[int, ...], pattern: Pattern, device: torch.device) -> Tensor:
+    # A constant of a compiled graph too, which would otherwise copy the sizes to the device, and wait for it.
+    return _kept_mask(sizes, pattern, device)
 
 
 @functools.lru_cache(maxsize=16)
