@@ -36,6 +36,8 @@ from visar.tokenizers.quantizer import nearest_codes
 from visar.tokenizers.vq import VQTokenizer
 from visar.train.run import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMALL = dict(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=16, codebook_dim=4)
 KINDS = ("raster", "table", "scales")
 
@@ -57,7 +59,9 @@ def teacher(kind: str) -> ImagePipeline:
     elif kind == "raster":
         generator.set_codebook(tokenizer.codebook)
     defaults = {"guidance_scale": 1.5, "top_k": 12}
-    return ImagePipeline(tokenizer.eval(), generator.eval(), defaults=defaults)
+    for module in (tokenizer, generator):
+        module.eval().requires_grad_(False)
+    return ImagePipeline(tokenizer, generator, defaults=defaults)
 
 
 @pytest.fixture(scope="module")
