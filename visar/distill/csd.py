@@ -433,7 +433,7 @@ def distill_dd2(options: DistillDD2) -> TrainResult:
     if options.form not in FORMS:
         raise ValueError(f"form {options.form!r}; choose one of {', '.join(FORMS)}")
     if len(options.times) != 2 or options.times[0] >= options.times[1]:
-        raise ValueError(f"times {options.times}; needed: two numbers that rise, such as 0.05,0.98")
+        raise ValueError(f"times {options.times}; needed: two numbers that rise, such as (0.05, 0.98)")
     if options.held_out >= options.num_pairs:
         raise ValueError(f"held_out {options.held_out}; it must be below num_pairs {options.num_pairs}")
     if not 0 <= tuning_steps(options) < options.steps:

@@ -84,7 +84,7 @@ class DistillDD2(RunOptions):
     """Of the score network while it is tuned, at its peak."""
     fake_learning_rate: float = 3e-4
     """Of the score network while it follows the generator, at its peak."""
-    first_fake: int = 40
+    first_fake: int = 100
     """Updates of the score network before the first one of the generator."""
     fake_updates: int = 4
     """Updates of the score network before every further one of the generator."""
@@ -117,6 +117,8 @@ class DistillDD2(RunOptions):
     """Of the matrices."""
     ema_decay: float = 0.995
     """Decay of the moving average of the generator's weights, which is validated and saved."""
+    validate_every: int = 250
+    """Steps between validations, each of which writes model/ anew; 0 = at the end only."""
     save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Of the weights in model/."""
 
