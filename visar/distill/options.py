@@ -138,3 +138,24 @@ class DistillPairs:
     """Pairs made at a time."""
     flow_steps: int = 20
     """Steps of the flow map's solver a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillIndependent:
+    """Makes the baseline of one-step students: tokens drawn independently, by their frequencies at every position.
+
+    Frequencies are counted over the teacher's own tokens, whatever the condition: nothing is trained.
+    """
+
+    teacher: str
+    """Name or folder of the pipeline whose tokens are counted."""
+    out: Path
+    """Folder to write: the pipeline is model/ of it."""
+    pairs: Path | None = None
+    """Folder of pairs, such as a student's; those that are missing are made. When not given, pairs/ of `out`."""
+    num_pairs: int = 65_536
+    """Sequences to count."""
+    pair_batch: int = 1024
+    """Pairs made at a time."""
+    flow_steps: int = 20
+    """Steps of the flow map's solver a token."""
