@@ -57,7 +57,8 @@ class Killed(Exception):
 @pytest.mark.parametrize("kind", ["raster", "scales"])
 def test_a_student_is_trained_resumed_saved_and_sampled(tmp_path, monkeypatch, kind):
     teacher(kind).save_pretrained(tmp_path / "teacher")
-    whole = distill_dd1(options(tmp_path))
+    saved = dict(save_dtype="int8" if kind == "scales" else "bfloat16")
+    whole = distill_dd1(options(tmp_path, **saved))
     assert whole.finished and whole.steps == 6
     step = DD1Task.step
 
@@ -68,9 +69,9 @@ def test_a_student_is_trained_resumed_saved_and_sampled(tmp_path, monkeypatch, k
 
     monkeypatch.setattr(DD1Task, "step", killed)
     with pytest.raises(Killed):
-        distill_dd1(options(tmp_path, "again"))
+        distill_dd1(options(tmp_path, "again", **saved))
     monkeypatch.setattr(DD1Task, "step", step)
-    distill_dd1(options(tmp_path, "again"))
+    distill_dd1(options(tmp_path, "again", **saved))
     rows = [
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("run", "again")

@@ -45,8 +45,8 @@ class DistillDD1(RunOptions):
     """Of the matrices."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon: the matrices of the blocks by Muon, everything else by AdamW."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    save_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """Of the weights in model/; int8: the student's matrices in 8 bits with a scale a row, all else in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +117,8 @@ class DistillDD2(RunOptions):
     """Of the matrices."""
     ema_decay: float = 0.995
     """Decay of the moving average of the generator's weights, which is validated and saved."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    save_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """Of the weights in model/; int8: the student's matrices in 8 bits with a scale a row, all else in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.layers.diffusion_head import DiffusionHead
+from visar.layers.packable import Packable
 from visar.layers.quantize import fingerprint
 
 # Classes that a student can be of: they have `parallel_hidden`, `history`, `hidden`, `logits_of` and `latents_of`.
@@ -28,7 +29,7 @@ NETWORKS = {
 }
 
 
-class OneStepGenerator(ModelMixin, ConfigMixin):
+class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
     """Predicts tokens, as codes and as vectors, from noise, or from data in front and noise behind.
 
     Args:
