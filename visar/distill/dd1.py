@@ -53,7 +53,7 @@ def default_starts(teacher: Any) -> tuple[int, ...]:
 
 
 def save_student(student: OneStepGenerator, teacher: ImagePipeline, dtype: str, folder: Path) -> None:
-    """Writes a student and its teacher's tokenizer as a pipeline; dtype "int8": see `TokenPipeline.save_pretrained`."""
+    """Writes a student and its teacher's tokenizer as a pipeline; in bfloat16 and its matrices packed for "int8"."""
     vocabulary, defaults = teacher.config["vocabulary"], {"sampler": "one_step", "guidance_scale": 1.0}
     packed = dtype == "int8"
     parts = (in_dtype(part, "bfloat16" if packed else dtype) for part in (teacher.tokenizer, student))

@@ -87,9 +87,13 @@ class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
                 raise ValueError(f"starts {tuple(starts)}, output {output!r}; a velocity head takes (0,), not soft")
             self.velocity = DiffusionHead(channels, width, *velocity_head)
         else:
-            self.kind = nn.Embedding(2, width)
-            self.vector_head = nn.Linear(width, channels)
+            self.make_heads(width, channels)
         self.reset_heads(None)
+
+    def make_heads(self, width: int, channels: int) -> None:
+        """The mark of noise and data, and what vectors are made by."""
+        self.kind = nn.Embedding(2, width)
+        self.vector_head: Any = nn.Linear(width, channels)
 
     def reset_heads(self, generator: torch.Generator | None) -> None:
         """Weights to train what the teacher does not have from."""
