@@ -13,6 +13,7 @@ from visar.distill.independent import distill_independent
 from visar.distill.options import DistillDD1, DistillIndependent
 from visar.distill.pairs import Pairs
 from visar.generators.next_scale import NextScaleTransformer
+from visar.generators.one_step import student_of
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
@@ -141,6 +142,21 @@ def test_the_baseline_draws_frequencies_in_one_pass(tmp_path, kind):
     assert torch.equal(alone.tokens[0], out.tokens[6])
     with pytest.raises(ValueError, match="guidance_scale 2.0; tokens that no condition changes"):
         pipe(num_images=1, guidance_scale=2.0)
+
+
+def test_teachers_and_pairs_that_do_not_go_together(tmp_path):
+    pipeline = teacher("raster")
+    Pairs(tmp_path / "pairs", pipeline, block=8, steps=4)
+    with pytest.raises(ValueError, match="holds pairs of another steps"):
+        Pairs(tmp_path / "pairs", pipeline, block=8, steps=5)
+    pipeline.register_to_config(defaults={"guidance_scale": 2.0, "top_k": 12})
+    with pytest.raises(ValueError, match=r"holds pairs of another settings .*scale=1.5.* now .*scale=2.0"):
+        Pairs(tmp_path / "pairs", pipeline, block=8, steps=4)
+    codebook = pipeline.tokenizer.codebook
+    student = ImagePipeline(pipeline.tokenizer, student_of(pipeline.generator, 1.0, (0,), codebook))
+    with pytest.raises(ValueError, match="a OneStepGenerator cannot be distilled into one step; teachers: "):
+        Pairs(tmp_path / "new", student, block=8, steps=4)
+    assert not (tmp_path / "new").exists()
 
 
 def test_starts_and_bad_options(tmp_path):
