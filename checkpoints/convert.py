@@ -8,7 +8,7 @@ from visar.checkpoints.options import Convert
 from visar.checkpoints.rows import Models, Row, all_rows, choose_weights, sources_of
 
 # Options that only some kinds of files take: the others are about every conversion.
-_GENERAL = ("file", "out", "source", "weights", "second", "like", "dtype")
+_GENERAL = ("file", "out", "source", "weights", "second", "like", "dtype", "storage")
 
 
 def find_rows(content: Mapping[str, object], source: str | None, file: object) -> list[Row]:
@@ -92,7 +92,7 @@ def _check_options(options: Convert, row: Row, source: str) -> None:
 
 
 def read_models(options: Convert) -> Models:
-    """Reads the files of a model; `options.out`, `like` and `dtype` are not looked at.
+    """Reads the files of a model; `options.out`, `like`, `dtype` and `storage` are not looked at.
 
     Raises:
         ValueError: damaged or unsafe files, files of another kind, or options that do not go with them.

@@ -37,3 +37,5 @@ class Convert:
     """Number of blocks that HMAR's second training phase trained."""
     dtype: str = "float32"
     """Dtype of the stored weights: float32, bfloat16 or float16."""
+    storage: Literal["plain", "int8"] = "plain"
+    """Plain, or int8: matrices in 8 bits with a scale a row (of a pipeline, the generator's)."""

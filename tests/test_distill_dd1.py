@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import load_file
 
 from visar.cli.main import parse
+from visar.core.interface import Categorical
 from visar.distill.dd1 import DD1Task, default_starts, distill_dd1
-from visar.distill.options import DistillDD1
+from visar.distill.independent import distill_independent
+from visar.distill.options import DistillDD1, DistillIndependent
 from visar.distill.pairs import Pairs
 from visar.generators.next_scale import NextScaleTransformer
+from visar.generators.one_step import student_of
 from visar.generators.raster import RasterGPT
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
@@ -55,7 +58,8 @@ class Killed(Exception):
 @pytest.mark.parametrize("kind", ["raster", "scales"])
 def test_a_student_is_trained_resumed_saved_and_sampled(tmp_path, monkeypatch, kind):
     teacher(kind).save_pretrained(tmp_path / "teacher")
-    whole = distill_dd1(options(tmp_path))
+    saved = dict(save_dtype="int8" if kind == "scales" else "bfloat16")
+    whole = distill_dd1(options(tmp_path, **saved))
     assert whole.finished and whole.steps == 6
     step = DD1Task.step
 
@@ -66,9 +70,9 @@ def test_a_student_is_trained_resumed_saved_and_sampled(tmp_path, monkeypatch, k
 
     monkeypatch.setattr(DD1Task, "step", killed)
     with pytest.raises(Killed):
-        distill_dd1(options(tmp_path, "again"))
+        distill_dd1(options(tmp_path, "again", **saved))
     monkeypatch.setattr(DD1Task, "step", step)
-    distill_dd1(options(tmp_path, "again"))
+    distill_dd1(options(tmp_path, "again", **saved))
     rows = [
         [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
         for run in ("run", "again")
@@ -116,6 +120,43 @@ def test_pairs_are_a_function_of_their_seed_and_of_one_teacher(tmp_path):
         Pairs(tmp_path / "pairs", pipeline, block=8, steps=4)
     with pytest.raises(ValueError, match="holds pairs of another teacher|another block"):
         Pairs(tmp_path / "pairs", pipeline, block=16, steps=4)
+
+
+@pytest.mark.parametrize("kind", ["raster", "scales"])
+def test_the_baseline_draws_frequencies_in_one_pass(tmp_path, kind):
+    teacher(kind).save_pretrained(tmp_path / "teacher")
+    settings = dict(teacher=str(tmp_path / "teacher"), out=tmp_path / "run", num_pairs=64, pair_batch=32, flow_steps=4)
+    line = distill_independent(DistillIndependent(**settings))
+    assert line == f"frequencies of 64 sequences: {tmp_path / 'run' / 'model'}"
+    pipe = load(tmp_path / "run" / "model", device="cpu")
+    ids = torch.cat([load_file(path)["ids"] for path in sorted((tmp_path / "run" / "pairs").glob("block*"))]).long()
+    expected = torch.nn.functional.one_hot(ids, 16).double().mean(0)
+    torch.testing.assert_close(pipe.generator.log_probs.exp().double(), expected, atol=1e-6, rtol=1e-5)
+    assert isinstance(pipe.generator, Categorical)
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(num_images=400, seed=3, output_type="pt")
+    assert set(out.statistics.tokens_per_pass) == {pipe.generator.num_tokens}
+    seen = torch.nn.functional.one_hot(out.tokens, 16).double().mean(0)
+    assert float((seen - expected).abs().sum(1).mean()) / 2 < 0.15
+    alone = pipe(num_images=1, seed=9, output_type="pt")
+    assert torch.equal(alone.tokens[0], out.tokens[6])
+    with pytest.raises(ValueError, match="guidance_scale 2.0; tokens that no condition changes"):
+        pipe(num_images=1, guidance_scale=2.0)
+
+
+def test_teachers_and_pairs_that_do_not_go_together(tmp_path):
+    pipeline = teacher("raster")
+    Pairs(tmp_path / "pairs", pipeline, block=8, steps=4)
+    with pytest.raises(ValueError, match="holds pairs of another steps"):
+        Pairs(tmp_path / "pairs", pipeline, block=8, steps=5)
+    pipeline.register_to_config(defaults={"guidance_scale": 2.0, "top_k": 12})
+    with pytest.raises(ValueError, match=r"holds pairs of another settings .*scale=1.5.* now .*scale=2.0"):
+        Pairs(tmp_path / "pairs", pipeline, block=8, steps=4)
+    codebook = pipeline.tokenizer.codebook
+    student = ImagePipeline(pipeline.tokenizer, student_of(pipeline.generator, 1.0, (0,), codebook))
+    with pytest.raises(ValueError, match="a OneStepGenerator cannot be distilled into one step; teachers: "):
+        Pairs(tmp_path / "new", student, block=8, steps=4)
+    assert not (tmp_path / "new").exists()
 
 
 def test_starts_and_bad_options(tmp_path):

@@ -15,6 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.interface import TokenLayout
+from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_ids, check_image, check_values
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
@@ -39,7 +40,7 @@ MULTISCALE_VQ_PRESETS: dict[str, dict] = {
 }
 
 
-class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
+class MultiScaleVQTokenizer(Packable, ModelMixin, ConfigMixin):
     """Convolutional autoencoder with residual quantisation over a pyramid of scales. arXiv 2404.02905.
 
     Args:

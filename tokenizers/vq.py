@@ -14,6 +14,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.interface import TokenLayout
+from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_ids, check_image, check_values
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
@@ -54,7 +55,7 @@ class VQOutput:
     codebook_loss: Tensor
 
 
-class VQTokenizer(ModelMixin, ConfigMixin):
+class VQTokenizer(Packable, ModelMixin, ConfigMixin):
     """Convolutional autoencoder around a vector quantiser: images in [-1, 1] to ids and back. arXiv 2406.06525.
 
     Args:

@@ -24,13 +24,14 @@ from visar.core.runtime import Session
 from visar.core.window import DraftTree
 from visar.layers.cache import KVCache, LayerCache, visible, visible_tree
 from visar.layers.llama import Attention, RMSNorm, SwiGLU
+from visar.layers.packable import Packable
 from visar.layers.rope import rope_table
 from visar.samplers.drafters.interface import Kept, Target, check_features, probs_or_uniform, weights_key
 from visar.samplers.filtering import filtered_probs
 from visar.samplers.verify import row_at
 
 
-class FeatureDrafter(ModelMixin, ConfigMixin):
+class FeatureDrafter(Packable, ModelMixin, ConfigMixin):
     """Predicts the target's next hidden vector from the latest one and the token after it. EAGLE, arXiv 2401.15077.
 
     (embedding of token t, h_t) -> linear 2D to D -> one decoder layer without an input norm -> h_(t+1) -> the target's

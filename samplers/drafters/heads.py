@@ -20,12 +20,13 @@ from visar.core.guidance import repeat
 from visar.core.interface import Features
 from visar.core.runtime import Session
 from visar.core.window import DraftTree
+from visar.layers.packable import Packable
 from visar.samplers.drafters.interface import Kept, Target, check_features, probs_or_uniform, weights_key
 from visar.samplers.filtering import filtered_probs
 from visar.samplers.verify import row_at
 
 
-class SpatialHeads(ModelMixin, ConfigMixin):
+class SpatialHeads(Packable, ModelMixin, ConfigMixin):
     """Heads that predict several tokens to the right at once, helped by the hidden vectors of the row above.
 
     Multi-token heads are Medusa's (arXiv 2401.10774); the second, vertical offset is a grid's own: the token below is

@@ -13,6 +13,7 @@ from visar.checkpoints.convert import read_models
 from visar.checkpoints.options import Convert
 from visar.checkpoints.rows import Models
 from visar.io.files import _new_folder
+from visar.layers.packable import Storage, save_model
 from visar.pipelines.components import DTYPES
 from visar.pipelines.image import ImagePipeline
 
@@ -34,26 +35,27 @@ def _official(options: Convert) -> hub.Official | None:
     return entry
 
 
-def save(models: Models, folder: Path, defaults: dict[str, Any]) -> str:
+def save(models: Models, folder: Path, defaults: dict[str, Any], storage: Storage = "plain") -> str:
     """Writes models and says what is where: a pipeline's folder, that of one model, or a folder each of a pair.
 
     Args:
         models: from `read_models`.
         folder: empty.
         defaults: sampling settings of the pipeline.
+        storage: see `visar.layers.packable.save_model`.
     """
     tokenizer, generator, second = models.tokenizer, models.generator, models.second
     if tokenizer is not None and generator is not None:
         first_folder, second_folder = models.folders
-        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder / first_folder)
+        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder / first_folder, storage)
         if second is None:
             return f"{_named(tokenizer)}, {_named(generator)}"
-        second.save_pretrained(folder / second_folder)
+        save_model(second, folder / second_folder, storage)
         pipeline = f"{first_folder}/ (pipeline: {_named(tokenizer)}, {_named(generator)})"
         return f"{pipeline} and {second_folder}/ ({_named(second)})"
     alone = generator if tokenizer is None else tokenizer
     assert alone is not None
-    alone.save_pretrained(folder)
+    save_model(alone, folder, storage)
     return f"{_named(alone)} alone"
 
 
@@ -93,7 +95,7 @@ def convert(options: Convert) -> str:
             if model is not None:
                 # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
                 nn.Module.to(model, DTYPES[options.dtype])
-        written = save(models, folder, models.defaults if entry is None else entry.defaults)
+        written = save(models, folder, models.defaults if entry is None else entry.defaults, options.storage)
     origin = f"from {models.source}'s {options.file.name}"
     line = "; ".join([f"{options.out}: {written}, {options.dtype}, {origin}", *models.notes])
     return f"{line}\n{_next(models, options.out)}"

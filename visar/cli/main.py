@@ -279,6 +279,17 @@ def _distill_pairs() -> Command:
     return DistillPairs, run
 
 
+def _distill_independent() -> Command:
+    from visar.distill.options import DistillIndependent
+
+    def run(options: DistillIndependent) -> None:
+        from visar.distill.independent import distill_independent
+
+        print(distill_independent(options))
+
+    return DistillIndependent, run
+
+
 def _data_emoji() -> Command:
     from visar.cli.data import DataEmoji, data_emoji
 
@@ -320,6 +331,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "distill dd1": ("distil a one-step generator by Distilled Decoding", _distill_dd1),
     "distill dd2": ("distil one by score distillation, or improve a student of dd1 by it", _distill_dd2),
     "distill pairs": ("make its pairs of noise and tokens, beside it or before it", _distill_pairs),
+    "distill independent": ("make the baseline: tokens drawn by their frequencies alone", _distill_independent),
     "data emoji": ("build the emoji image set", _data_emoji),
     "data clips": ("build the set of animated emoji", _data_clips),
     "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),

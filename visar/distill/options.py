@@ -45,8 +45,8 @@ class DistillDD1(RunOptions):
     """Of the matrices."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Muon: the matrices of the blocks by Muon, everything else by AdamW."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    save_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """Of the weights in model/; int8: the student's matrices in 8 bits with a scale a row, all else in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +119,8 @@ class DistillDD2(RunOptions):
     """Decay of the moving average of the generator's weights, which is validated and saved."""
     validate_every: int = 250
     """Steps between validations, each of which writes model/ anew; 0 = at the end only."""
-    save_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Of the weights in model/."""
+    save_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
+    """Of the weights in model/; int8: the student's matrices in 8 bits with a scale a row, all else in bfloat16."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +136,27 @@ class DistillPairs:
     """Folder of the pairs: what `--pairs` of `visar distill dd1` takes."""
     num_pairs: int = 500_000
     """Pairs in all."""
+    pair_batch: int = 1024
+    """Pairs made at a time."""
+    flow_steps: int = 20
+    """Steps of the flow map's solver a token."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillIndependent:
+    """Makes the baseline of one-step students: tokens drawn independently, by their frequencies at every position.
+
+    Frequencies are counted over the teacher's own tokens, whatever the condition: nothing is trained.
+    """
+
+    teacher: str
+    """Name or folder of the pipeline whose tokens are counted."""
+    out: Path
+    """Folder to write: the pipeline is model/ of it."""
+    pairs: Path | None = None
+    """Folder of pairs, such as a student's; those that are missing are made. When not given, pairs/ of `out`."""
+    num_pairs: int = 65_536
+    """Sequences to count."""
     pair_batch: int = 1024
     """Pairs made at a time."""
     flow_steps: int = 20

@@ -21,6 +21,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
 MODULES = {
     **{class_name: module for module, class_name in FAMILIES.values()},
     "OneStepGenerator": "visar.generators.one_step",  # distilled from one of the others (visar/distill)
+    "ReleasedStudent": "visar.generators.released_student",  # such a student of the paper's authors
+    "IndependentGenerator": "visar.generators.independent",  # the baseline of those students
     "TabularGenerator": "visar.generators.tabular",  # a table to test samplers with; it is not trained
 }
 """Modules of the classes that a model's folder may name."""

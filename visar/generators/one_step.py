@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.layers.diffusion_head import DiffusionHead
+from visar.layers.packable import Packable
 from visar.layers.quantize import fingerprint
 
 # Classes that a student can be of: they have `parallel_hidden`, `history`, `hidden`, `logits_of` and `latents_of`.
@@ -28,7 +29,7 @@ NETWORKS = {
 }
 
 
-class OneStepGenerator(ModelMixin, ConfigMixin):
+class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
     """Predicts tokens, as codes and as vectors, from noise, or from data in front and noise behind.
 
     Args:
@@ -86,9 +87,13 @@ class OneStepGenerator(ModelMixin, ConfigMixin):
                 raise ValueError(f"starts {tuple(starts)}, output {output!r}; a velocity head takes (0,), not soft")
             self.velocity = DiffusionHead(channels, width, *velocity_head)
         else:
-            self.kind = nn.Embedding(2, width)
-            self.vector_head = nn.Linear(width, channels)
+            self.make_heads(width, channels)
         self.reset_heads(None)
+
+    def make_heads(self, width: int, channels: int) -> None:
+        """The mark of noise and data, and what vectors are made by."""
+        self.kind = nn.Embedding(2, width)
+        self.vector_head: Any = nn.Linear(width, channels)
 
     def reset_heads(self, generator: torch.Generator | None) -> None:
         """Weights to train what the teacher does not have from."""

@@ -32,6 +32,7 @@ from visar.layers.conditioning import (
     prefix,
 )
 from visar.layers.llama import Block, RMSNorm
+from visar.layers.packable import Packable
 from visar.layers.rope import PrefixRotation, RopeKind, rope_table
 
 # Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B,
@@ -45,7 +46,7 @@ RASTER_PRESETS: dict[str, dict] = {
 }
 
 
-class RasterGPT(ModelMixin, ConfigMixin):
+class RasterGPT(Packable, ModelMixin, ConfigMixin):
     """Llama decoder over image tokens in raster order; the prefix says what to draw. arXiv 2406.06525.
 
     Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The

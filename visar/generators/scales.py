@@ -22,6 +22,7 @@ from visar.data.vocabulary import Vocabulary
 from visar.generators.training import shared_arguments
 from visar.layers.cache import KVCache
 from visar.layers.conditioning import ConditionVector, example_condition
+from visar.layers.packable import Packable
 from visar.tokenizers.multiscale_quantizer import ScalePyramid, scale_pairs
 
 
@@ -70,7 +71,7 @@ class ScaleState:
             getattr(self, name).copy_(getattr(other, name))
 
 
-class ScaleGenerator(ModelMixin, ConfigMixin):
+class ScaleGenerator(Packable, ModelMixin, ConfigMixin):
     """Base of the generators over scales; see the module's text. Subclasses define the blocks and `read`."""
 
     _supports_gradient_checkpointing = False

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from visar.io.packed import unpack
+
 # What file systems that keep no modes or cannot flush (network mounts, FUSE) answer; the data is written all the same.
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EACCES}
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENAMETOOLONG}
@@ -305,11 +307,12 @@ def load_weights(path: str | Path) -> dict[str, object]:
 
 def _load_safetensors(path: Path) -> dict[str, object]:
     try:
-        return dict(load_file(path, device="cpu"))
+        state = load_file(path, device="cpu")
     except Exception as error:  # a damaged header comes out as errors of many kinds
         if _is_text(path):
             raise ValueError(f"{path} is not a safetensors file: it is plain text") from error
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fetch it again") from error
+    return dict(unpack(state, path))
 
 
 def _load_pytorch(path: Path) -> object:

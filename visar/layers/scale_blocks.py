@@ -177,10 +177,14 @@ class AdaLNBlock(nn.Module):
         *,
         cache: LayerCache | None = None,
         method: Method = "auto",
+        between_RLD: Tensor | None = None,
     ) -> Tensor:
+        """between_RLD: added between attention and the feed-forward part."""
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = modulation_R6D[:, :, None].unbind(1)
         attended = self.attn(self._norm(x_RLD, scale_1, shift_1), sizes, pattern, cache, method)
         x_RLD = x_RLD + gate_1 * self._drop(attended)
+        if between_RLD is not None:
+            x_RLD = x_RLD + between_RLD
         return x_RLD + gate_2 * self._drop(self.ffn(self._norm(x_RLD, scale_2, shift_2)))
 
 

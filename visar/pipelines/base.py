@@ -18,6 +18,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
+from visar.layers.packable import Storage, check_storage, pack_folder
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
 from visar.pipelines.components import _place, placement, read_pipeline
@@ -130,15 +131,24 @@ class TokenPipeline(DiffusionPipeline):
             _place(parts[part], device, kind)
         return cls(**parts)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **settings: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike, storage: Storage = "plain", **settings: Any) -> None:
         """Writes the pipeline to a folder, as diffusers does.
 
+        Args:
+            save_directory: folder.
+            storage: "int8": the generator's matrices in 8 bits with a scale a row; "plain": in the dtype that they
+                have. The tokenizer's have theirs.
+            settings: see diffusers.
+
         Raises:
-            ValueError: the generator is quantised.
+            ValueError: the generator is quantised, or another storage.
         """
+        check_storage(storage)
         if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
         super().save_pretrained(save_directory, **settings)
+        if storage == "int8":
+            pack_folder(self.generator, Path(save_directory) / "generator")
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
