@@ -57,7 +57,7 @@ def relaxation(case):
 
 
 def uniforms(case, tree, trace):
-    """The recorded numbers at the nodes that they verified; the paper's rule may verify more than the released code."""
+    """The recorded numbers at the nodes that they verified; the paper's rule may verify more than were drawn."""
     uniform, current = torch.full((1, tree.num_nodes), 0.5), 0
     for draw, row in enumerate(trace.tolist()):
         mine = (tree.parents_BM[0] == current) & (tree.tokens_BM[0] == int(row[1]))

@@ -261,16 +261,19 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     check_comparable(reports)
     metrics = [report.metrics for report in reports]
     first = reports[0]
+    second = [report.second for report in reports if report.second is not None]
+    others = second if len(second) == len(reports) else []
     columns: list[tuple[str, list[str]]] = [
         ("run", [report.name for report in reports]),
         *_image_column(reports),
         *_distance_columns(metrics, "real null"),
-        *_second_columns(reports),
+        *_second_distance(metrics, others),
         ("s" + metrics[0].distance_name, [_number(row.spatial_distance, ".2f") for row in metrics]),
         ("KID", [_pair(row.kid, row.kid_std) for row in metrics]),
         ("IS", [_pair(row.inception_score, row.inception_score_std, 2) for row in metrics]),
         ("precision", [_number(row.precision, ".3f") for row in metrics]),
         ("recall", [_number(row.recall, ".3f") for row in metrics]),
+        *_second_scores(others, str(first.protocol.get("second_extractor"))),
         ("copies", [_share(report, "copy_rate") for report in reports]),
         ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
         ("passes/image", [_number(report.passes or None, ".1f") for report in reports]),
@@ -303,23 +306,24 @@ def _distance_columns(metrics: Sequence[Metrics], null_name: str) -> list[tuple[
     ]
 
 
-def _second_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
-    """Scores by a second extractor, and the runs' ranks by both distances."""
-    found = [report.second for report in reports if report.second is not None]
-    if len(found) < len(reports):
+def _second_distance(metrics: Sequence[Metrics], others: Sequence[Metrics]) -> list[tuple[str, list[str]]]:
+    """The distance by a second extractor, and the runs' ranks by both; nothing without scores by it."""
+    if not others:
         return []
-    network = reports[0].protocol["second_extractor"]
-    columns = [
-        *_distance_columns(found, f"real null of {found[0].distance_name}"),
-        (f"KID by {network}", [_pair(row.kid, row.kid_std) for row in found]),
-        (f"precision by {network}", [_number(row.precision, ".3f") for row in found]),
-        (f"recall by {network}", [_number(row.recall, ".3f") for row in found]),
-    ]
-    if len(reports) > 1:
-        sides = [[report.metrics.distance for report in reports], [row.distance for row in found]]
+    columns = _distance_columns(others, f"real null of {others[0].distance_name}")
+    if len(others) > 1:
+        sides = [[row.distance for row in side] for side in (metrics, others)]
         ranks = [[1 + sum(other < value for other in side) for value in side] for side in sides]
         columns.append(("ranks", [f"{one} / {other}" for one, other in zip(*ranks, strict=True)]))
     return columns
+
+
+def _second_scores(others: Sequence[Metrics], network: str) -> list[tuple[str, list[str]]]:
+    return [
+        (f"KID by {network}", [_pair(row.kid, row.kid_std) for row in others]),
+        (f"precision by {network}", [_number(row.precision, ".3f") for row in others]),
+        (f"recall by {network}", [_number(row.recall, ".3f") for row in others]),
+    ]
 
 
 def _speed_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
