@@ -71,7 +71,7 @@ class FeatureExtractorLite0(OwnExtractor):
     """EfficientNet-Lite0: '320' and '1280' pooled features, 'logits'. Images go to 128 x 128, see `resampled`."""
 
     INPUT_IMAGE_SIZE = 128
-    FEATURES = ("320", "1280", "logits")
+    FEATURES: tuple[str, ...] = ("320", "1280", "logits")
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class FeatureExtractorLite0Clip(FeatureExtractorLite0):
     neighbouring frames, so a Frechet distance of it (FD-Lite0-clip) is not FVD.
     """
 
-    FEATURES = ("clip",)
+    FEATURES: tuple[str, ...] = ("clip",)
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B, T, 3, H, W], T >= 2, to ([B, 640],)."""
@@ -139,7 +139,7 @@ class FeatureExtractorCraft(OwnExtractor):
 
     INPUT_IMAGE_SIZE = 96
     SCALE = 100.0
-    FEATURES = ("conv4_3",)
+    FEATURES: tuple[str, ...] = ("conv4_3",)
 
     def __init__(
         self,
