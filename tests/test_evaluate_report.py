@@ -159,11 +159,12 @@ def test_a_drafters_passes_stand_apart(tmp_path: Path, extractor: Extractor, ref
     first = evaluate(tmp_path / "a", extractor, reference)
     passes = {"generator": 2.0, "drafter": 8.0}
     drafted = dataclasses.replace(first, name="drafted", cost={**first.cost, "forward_passes_per_image": passes})
-    several = {"drafter": 3.0, "refiner": 5.0}
+    several, student = {"drafter": 3.0, "refiner": 5.0}, {"generator": 2.0, "teacher": 20.0}
     turns = dataclasses.replace(first, name="turns", cost={**first.cost, "forward_passes_per_image": several})
-    header, *rows = table([first, drafted, turns])
+    mixed = dataclasses.replace(first, name="mixed", cost={**first.cost, "forward_passes_per_image": student})
+    header, *rows = table([first, drafted, turns, mixed])
     columns = [header.index(name) for name in ("passes/image", "drafter passes")]
-    assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"]]
+    assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"], ["22.0", "-"]]
 
 
 def test_a_table_says_what_images_are_made_of(tmp_path: Path, extractor: Extractor, reference: Reference) -> None:

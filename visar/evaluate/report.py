@@ -65,9 +65,8 @@ class Report:
 
     @property
     def passes(self) -> float:
-        """Forward passes of the generator for one image (of its batch); of all where several make the image."""
-        counts = self.cost["forward_passes_per_image"]
-        return counts["generator"] if "generator" in counts else sum(counts.values())
+        """Forward passes for one image (of its batch) of all models that make it, but for one that only drafts."""
+        return sum(self.cost["forward_passes_per_image"].values()) - self.drafter_passes
 
     @property
     def drafter_passes(self) -> float:
