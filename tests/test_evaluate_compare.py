@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+from visar.cli import compare as comparison
 from visar.cli.compare import compare
 from visar.evaluate import run as evaluation
 from visar.evaluate.extractors import EXTRACTORS
 from visar.evaluate.labels import Label, LabelPlan
-from visar.evaluate.options import Compare
+from visar.evaluate.options import Compare, ScoreOptions
 from visar.evaluate.pipeline import PipelineGenerator, Sampling
 from visar.evaluate.report import card, load_report, save_report
+from visar.evaluate.scoring import Scoring, load_scoring
 from visar.evaluate.speed import Speed, measure_speed
 from visar.generators.next_scale import NextScaleTransformer
 from visar.pipelines.image import ImagePipeline
@@ -70,9 +72,17 @@ def run(common: dict[str, Any], *names: str, **options: Any) -> tuple[list[dict[
     )
 
 
-def test_runs_are_pairs_of_model_and_sampler(common: dict[str, Any]) -> None:
+def test_runs_are_pairs_of_model_and_sampler(common: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[ScoreOptions] = []
+
+    def watched(score: ScoreOptions, *arguments: Any, **settings: Any) -> Scoring:
+        loaded.append(score)
+        return load_scoring(score, *arguments, **settings)
+
+    monkeypatch.setattr(comparison, "load_scoring", watched)
     runs = ("a/model/next_scale", "b/model/collaborative:followers=a/model,takes_over=1,top_k=3,2,1")
     rows, reports = run(common, runs=runs)
+    assert len(loaded) == 1  # the runs share networks and references
     assert [row["run"] for row in rows] == [text.replace("model/", "model ", 1) for text in runs]
     assert [report["protocol"]["model"] for report in reports] == ["a/model", "b/model"]
     assert reports[1]["protocol"]["sampler_options"] == {"followers": ["a/model"], "takes_over": [1]}
@@ -117,6 +127,12 @@ def test_one_value_a_scale_is_the_value_of_all() -> None:
     assert torch.equal(made[0], made[1]) and not torch.equal(made[0], made[2])
 
 
+def test_smoothed_images_are_not_those_of_codes() -> None:
+    pipeline = scale_pipeline()
+    settings = [PipelineGenerator(pipeline, Sampling("next_scale", {"smooth": on})).settings() for on in (False, True)]
+    assert "image_of" not in settings[0] and settings[1]["image_of"] == "soft"
+
+
 def test_speed_stands_beside_quality_and_is_kept(common: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[int] = []
 
@@ -128,13 +144,15 @@ def test_speed_stands_beside_quality_and_is_kept(common: dict[str, Any], monkeyp
     runs = ("a/model/next_scale", "a/model/next_scale:guidance_scale=3")
     rows, reports = run(common, runs=runs, speed_batches=(1, 4))
     assert measured == [1, 4, 1, 4]
+    assert rows[0]["speed ratio at 1 / 4"] == "1.00x / 1.00x"
     for row, report in zip(rows, reports, strict=True):
+        at_once = float(row["images/s at 1 / 4"].split(" / ")[0])
+        assert float(row["ms at batch 1"]) == pytest.approx(1000 / at_once, rel=0.01)
         assert all(float(cell) > 0 for cell in row["images/s at 1 / 4"].split(" / "))
         assert row["peak GiB at 1 / 4"] == "- / -"
         assert [speed["batch"] for speed in report["speed"]] == [1, 4]
         assert all(speed["images_per_s"] > 0 and speed["spread"] >= 0 for speed in report["speed"])
         assert all(speed["peak_gib"] is None for speed in report["speed"])
-    assert rows[0]["speed ratio at 4"] == "1.00x" and rows[1]["speed ratio at 4"].endswith("x")
 
     assert run(common, runs=runs, speed_batches=(1, 4)) == (rows, reports)
     assert run(common, runs=runs[:1])[1] == reports[:1]
@@ -164,7 +182,9 @@ def test_reports_of_several_batch_sizes_share_a_table(common: dict[str, Any]) ->
     save_report(gpu, "gpu")
     assert load_report("gpu") == gpu and "peak_gib=20.25" in card(gpu)
     rows, _ = run({}, str(folder), "gpu")
-    assert rows[1]["images/s at 1 / 2 / 64"] == "- / 12.35 / 1234" and rows[1]["speed ratio at 64"] == "-"
+    assert (
+        rows[1]["images/s at 1 / 2 / 64"] == "- / 12.35 / 1234" and rows[1]["speed ratio at 1 / 2 / 64"] == "- / - / -"
+    )
     assert rows[1]["peak GiB at 1 / 2 / 64"] == "- / 0.50 / 20.25"
     content = json.loads(Path("gpu/metrics.json").read_text())
     del content["speed"]  # as reports were written before

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from visar.evaluate.craft import craft_weights_path, load_craft
 from visar.evaluate.extractors import EXTRACTORS, load_extractor
@@ -36,10 +37,17 @@ def test_network_is_the_first_ten_convolutions_of_torchvisions() -> None:
     assert network(torch.rand(1, 3, 96, 64)).shape == (1, 512, 12, 8)
 
 
-def test_other_weights_are_refused(tmp_path: Path) -> None:
+def test_only_the_tensors_of_its_layers_count(tmp_path: Path) -> None:
     content = torch.load(craft_weights_path(), map_location="cpu", weights_only=True)
-    key = "module.basenet.slice1.0.bias"
-    torch.save({key: content[key] + 1}, tmp_path / "changed.pth")
-    with pytest.raises(ValueError, match="changed.pth has sha256"):
-        load_extractor("craft", weights=tmp_path / "changed.pth")
-    assert EXTRACTORS["craft"].weights is craft_weights_path
+    layers = {name: value for name, value in content.items() if name.startswith("module.basenet.slice")}
+    save_file({name: value.clone() for name, value in layers.items()}, tmp_path / "layers.safetensors")
+    extractor = load_extractor("craft", weights=tmp_path / "layers.safetensors")
+    assert extractor.weights == EXTRACTORS["craft"].weights == load_extractor("craft").weights
+    torch.save(
+        {**layers, "module.basenet.slice1.0.bias": layers["module.basenet.slice1.0.bias"] + 1}, tmp_path / "a.pth"
+    )
+    with pytest.raises(ValueError, match="a.pth: the tensors have sha256"):
+        load_extractor("craft", weights=tmp_path / "a.pth")
+    torch.save({"module.basenet.slice1.0.bias": torch.zeros(64)}, tmp_path / "b.pth")
+    with pytest.raises(ValueError, match="b.pth is not CRAFT's weights"):
+        load_extractor("craft", weights=tmp_path / "b.pth")

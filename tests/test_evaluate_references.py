@@ -15,7 +15,16 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
-from visar.evaluate.images import UINT8_RULES, ArrayImages, FolderImages, NpzImages, SplitImages, open_images, resized
+from visar.evaluate.images import (
+    UINT8_RULES,
+    ArrayImages,
+    FolderImages,
+    NpzImages,
+    SplitImages,
+    image_set,
+    open_images,
+    resized,
+)
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.metrics import compute_metrics
 from visar.evaluate.references import load_reference, load_statistics, make_statistics, save_statistics
@@ -254,6 +263,16 @@ def test_a_split_of_an_image_set_brings_its_labels(tmp_path: Path, extractor: Ex
     assert stored == train.labels and stored is not None and stored.classes == ("cat", "dog")
     with pytest.raises(ValueError, match="no images in its split test"):
         open_images(f"{tmp_path / 'set'}@test", image_size=32)
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path: Path) -> None:
+    path, images = tmp_path / "set.npz", np.zeros((20, 16, 16, 3), np.uint8)
+    np.savez(path, images=images, labels=np.arange(20) % 2)
+    first = image_set(path)
+    assert image_set(str(path)) is first
+    assert len(open_images(f"{path}@train")) + len(open_images(f"{path}@val")) == 20
+    np.savez(path, images=images[:10] + 1, labels=np.arange(10) % 2)
+    assert image_set(path).images.shape[0] == 10
 
 
 def test_resize_chains() -> None:

@@ -17,10 +17,12 @@ from visar.evaluate.comparison import Point, draw_pareto, frontier, write_compar
 from visar.evaluate.extractors import EXTRACTORS, Extractor, load_extractor
 from visar.evaluate.images import ArrayImages
 from visar.evaluate.labels import LabelPlan
+from visar.evaluate.metrics import Scorer
 from visar.evaluate.options import RunOptions
 from visar.evaluate.references import Reference, measure
 from visar.evaluate.report import Report, card, check_comparable, load_report, table
 from visar.evaluate.run import evaluate_generator
+from visar.evaluate.scoring import Scoring
 from visar.io.plots import plot
 from visar.io.shards import World
 
@@ -52,8 +54,13 @@ def evaluate(out: Path, extractor: Extractor, reference: Reference, **changes: A
         "world": World(0, 1, torch.device("cpu")),
     }
     options = changes.pop("options", RunOptions(out=out, num_samples=30, batch_size=8, seed=1))
+    pictures = {name: changes.pop(name) for name in ("train_NHWC", "held_out_NHWC") if name in changes}
     report = evaluate_generator(
-        changes.pop("generate", TINY.paint), reference, extractor, PLAN, options, **{**arguments, **changes}
+        changes.pop("generate", TINY.paint),
+        Scoring(Scorer(extractor, reference), **pictures),
+        PLAN,
+        options,
+        **{**arguments, **changes},
     )
     assert report is not None
     return report
@@ -118,7 +125,10 @@ def test_comparison_of_two_samplers(tmp_path: Path, extractor: Extractor, refere
     ]
     rows = table(reports)
     header = rows[0]
-    assert header[:3] == ("run", "FD-tiny", "real null") and rows[1][0] == "ancestral"
+    assert header[:4] == ("run", "FD-tiny", "FD-tiny ratio", "real null") and rows[1][:1] == ("ancestral",)
+    assert rows[1][2] == "1.00x" and float(rows[2][2][:-1]) == pytest.approx(
+        float(rows[2][1]) / float(rows[1][1]), 0.01
+    )
     ratios = [row[header.index("passes ratio")] for row in rows[1:]]
     assert ratios == ["1.00x", "0.25x"]  # 4 passes against 1; the drafter's stand apart
     assert float(rows[2][1]) > float(rows[1][1])
@@ -149,11 +159,19 @@ def test_a_drafters_passes_stand_apart(tmp_path: Path, extractor: Extractor, ref
     first = evaluate(tmp_path / "a", extractor, reference)
     passes = {"generator": 2.0, "drafter": 8.0}
     drafted = dataclasses.replace(first, name="drafted", cost={**first.cost, "forward_passes_per_image": passes})
-    several = {"drafter": 3.0, "refiner": 5.0}
+    several, student = {"drafter": 3.0, "refiner": 5.0}, {"generator": 2.0, "teacher": 20.0}
     turns = dataclasses.replace(first, name="turns", cost={**first.cost, "forward_passes_per_image": several})
-    header, *rows = table([first, drafted, turns])
+    mixed = dataclasses.replace(first, name="mixed", cost={**first.cost, "forward_passes_per_image": student})
+    header, *rows = table([first, drafted, turns, mixed])
     columns = [header.index(name) for name in ("passes/image", "drafter passes")]
-    assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"]]
+    assert [[row[column] for column in columns] for row in rows[1:]] == [["2.0", "8.0"], ["8.0", "-"], ["22.0", "-"]]
+
+
+def test_a_table_says_what_images_are_made_of(tmp_path: Path, extractor: Extractor, reference: Reference) -> None:
+    snapped = evaluate(tmp_path / "a", extractor, reference)
+    soft = dataclasses.replace(snapped, name="soft", protocol={**snapped.protocol, "image_of": "soft"})
+    header, *rows = table([snapped, soft])
+    assert header[:2] == ("run", "image of") and [row[1] for row in rows] == ["codes", "soft"]
 
 
 @pytest.mark.parametrize(

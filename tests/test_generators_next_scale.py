@@ -58,7 +58,7 @@ def ramp(cfg):
     return Guidance(float(cfg), "extrapolate", "linear")
 
 
-def labels(model, value, batch=2):
+def labels(model, value, batch=1):
     """A condition from labels [B], a class, or -1 for none."""
     if isinstance(value, torch.Tensor):
         return Condition(labels_BA=value[:, None])
@@ -91,9 +91,9 @@ def test_greedy_parity(parity, system):
     greedy = {name: case for name, case in cases.items() if name.startswith("greedy")}
     assert greedy
     for name, case in greedy.items():
-        condition = labels(model, io.get(f"{name}/in/label", case.get("label", -1)))
-        noise = Noise([5] * condition.batch)
         expected = torch.cat(per_scale(io, f"{name}/out/tokens_s"), 1)
+        condition = labels(model, io.get(f"{name}/in/label", case.get("label", -1)), len(expected))
+        noise = Noise([5] * condition.batch)
         out = sample_next_scale(model, condition, noise=noise, guidance=ramp(case["cfg"]), top_k=1)
         assert torch.equal(out.tokens, expected)
         if f"{name}/out/fhat" in io:

@@ -1,5 +1,7 @@
 """What `visar eval --compare` does; its flags are made from the fields."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from visar.cli.evaluate import Echo
@@ -9,6 +11,7 @@ from visar.evaluate.options import Compare, RunOptions
 from visar.evaluate.pipeline import Sampling
 from visar.evaluate.report import Report, distinct_names, load_report, table
 from visar.evaluate.run import evaluate_pipeline
+from visar.evaluate.scoring import Scoring, load_scoring
 from visar.evaluate.speed import check_batches
 from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
@@ -26,8 +29,16 @@ def compare(options: Compare, echo: Echo, progress: Progress | None = None) -> N
         reports = [*distinct_names([load_report(name) for name in options.names])]
     else:
         world = join_world(placement(options.device)[0])
+        batch_size = 64 if isinstance(options.batch_size, str) else options.batch_size
+
+        @functools.cache
+        def scoring() -> Scoring:
+            """Loaded when the first run has been checked."""
+            return load_scoring(options, world.device, rank=world.rank, batch_size=batch_size, progress=progress)
+
         reports = [
-            _compared(options, run, _later_runs(runs, number), world, progress) for number, run in enumerate(runs)
+            _compared(options, run, _later_runs(runs, number), scoring, world, progress)
+            for number, run in enumerate(runs)
         ]
         leave_world(world)
     found = [report for report in reports if report is not None]
@@ -85,7 +96,12 @@ def _later_runs(runs: list[_Run], number: int) -> list[_Run]:
 
 
 def _compared(
-    options: Compare, run: _Run, later: list[_Run], world: World, progress: Progress | None
+    options: Compare,
+    run: _Run,
+    later: list[_Run],
+    scoring: Callable[[], Scoring],
+    world: World,
+    progress: Progress | None,
 ) -> Report | None:
     pipeline = load(run.model, device=world.device, dtype=options.dtype)
     for other in later:
@@ -97,6 +113,7 @@ def _compared(
         run.options,
         name=run.model,
         speed_batches=options.speed_batches,
+        scoring=scoring,
         world=world,
         progress=progress,
     )

@@ -14,11 +14,12 @@ from visar.evaluate.extractors import load_extractor
 from visar.evaluate.images import open_images
 from visar.evaluate.metrics import null_estimable
 from visar.evaluate.options import Eval, EvalTokenizer, Stats
-from visar.evaluate.pipeline import Sampling, load_extractors, load_references
+from visar.evaluate.pipeline import Sampling
 from visar.evaluate.reconstruction import evaluate_reconstruction
 from visar.evaluate.references import make_statistics
 from visar.evaluate.report import Report, table
-from visar.evaluate.run import evaluate_images, evaluate_pipeline, stacked
+from visar.evaluate.run import evaluate_images, evaluate_pipeline
+from visar.evaluate.scoring import load_scoring
 from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
 from visar.pipelines.components import load_tokenizer, placement
@@ -66,21 +67,10 @@ def _is_pictures(model: str) -> bool:
 
 
 def _score_pictures(options: Eval, device: torch.device, progress: Progress | None) -> Report:
-    extractor, other = load_extractors(options, device)
-    images = open_images(options.model, options.resize, options.image_size)
     batch_size = 64 if isinstance(options.batch_size, str) else options.batch_size
-    reference, second = load_references(options, extractor, other, batch_size=batch_size)
-    return evaluate_images(
-        images,
-        reference,
-        extractor,
-        options.out,
-        batch_size=batch_size,
-        train_NHWC=None if options.train is None else stacked(open_images(options.train)),
-        held_out_NHWC=None if options.held_out is None else stacked(open_images(options.held_out)),
-        second=second,
-        progress=progress,
-    )
+    images = open_images(options.model, options.resize, options.image_size)
+    scoring = load_scoring(options, device, batch_size=batch_size)
+    return evaluate_images(images, scoring, options.out, batch_size=batch_size, progress=progress)
 
 
 def _score_model(

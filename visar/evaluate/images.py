@@ -4,7 +4,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -288,8 +288,23 @@ def open_images(
     raise ValueError(f"no images at {path}: a folder, an .npz of images or an image set (PLACE@train) is needed")
 
 
+def image_set(place: str | Path, image_size: int | None = None) -> ImageSet:
+    """`load_image_set`, which reads a file once for all that an evaluation takes from it, one after the other."""
+    path = Path(place)
+    if not path.is_file():
+        return load_image_set(place, image_size)
+    state = path.stat()
+    return _read_file(path, image_size, (state.st_mtime_ns, state.st_size))
+
+
+@lru_cache(maxsize=1)
+def _read_file(path: Path, image_size: int | None, state: tuple[int, int]) -> ImageSet:
+    """The set of a file; `state` tells a changed file from the one that was read."""
+    return load_image_set(path, image_size)
+
+
 def _split_images(place: str | Path, split: str, image_size: int | None) -> ImageSource:
-    whole = load_image_set(place, image_size)
+    whole = image_set(place, image_size)
     if isinstance(whole.images, DecodedPictures):
         return SplitImages(whole, split)
     index = whole.indices(split)

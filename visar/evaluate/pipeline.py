@@ -12,14 +12,9 @@ from torch import Tensor
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.output import SampleStatistics
-from visar.data.images import SPLITS, load_image_set
-from visar.evaluate.extractors import Extractor, load_extractor
-from visar.evaluate.images import UINT8_RULES
+from visar.data.images import SPLITS
+from visar.evaluate.images import UINT8_RULES, image_set
 from visar.evaluate.labels import Label, LabelTable
-from visar.evaluate.metrics import Scorer
-from visar.evaluate.options import ScoreOptions
-from visar.evaluate.references import Reference, load_reference
-from visar.io.progress import Progress, counted
 from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
 
@@ -145,7 +140,7 @@ class PipelineGenerator:
         place, at, split = source.rpartition("@")
         if not at or split not in SPLITS:
             raise ValueError(f"captions {source!r}; write PLACE@{' or PLACE@'.join(SPLITS)}, a split of an image set")
-        found, vocabulary = load_image_set(place, image_size), self.pipeline.vocabulary
+        found, vocabulary = image_set(place, image_size), self.pipeline.vocabulary
         chosen = found.indices(split)
         rows = found.labels_NA[torch.from_numpy(chosen)].tolist()
         if vocabulary is None:
@@ -159,6 +154,13 @@ class PipelineGenerator:
             vocabulary.encode_texts(self.texts)
         number = {text: i for i, text in enumerate(self.texts)}
         return LabelTable.of([(number[text], *row) for text, row in zip(captions, rows, strict=True)])
+
+    @property
+    def image_of(self) -> str:
+        """What images are made of: "codes" of the tokenizer, or "soft" ones (means of several) or free "vectors"."""
+        if self.sampling.sampler_options.get("smooth"):
+            return "soft"
+        return self.sampling.sampler_options.get("output") or self.pipeline.generator.config.get("output", "codes")
 
     @property
     def num_classes(self) -> int:
@@ -182,47 +184,6 @@ class PipelineGenerator:
             "dtype": str(self.pipeline.generator.dtype).removeprefix("torch."),
             "torch": torch.__version__,
             "device_type": self.pipeline.device.type,
+            **({} if self.image_of == "codes" else {"image_of": self.image_of}),
             **self.asked,
         }
-
-
-def load_extractors(score: ScoreOptions, device: torch.device) -> tuple[Extractor, Extractor | None]:
-    """The extractor on a device, and the second one where there is one.
-
-    Raises:
-        ValueError: see `load_extractor`; a reference of a second extractor that there is not.
-    """
-    if score.second_extractor is None and score.second_reference is not None:
-        raise ValueError(f"second_reference {score.second_reference!r} needs a second_extractor")
-    first = load_extractor(
-        score.extractor,
-        device=device,
-        dtype=score.extractor_dtype,
-        weights=score.extractor_weights,
-        layer=score.layer,
-        spatial=score.spatial,
-    )
-    if score.second_extractor is None:
-        return first, None
-    return first, load_extractor(score.second_extractor, device=device, dtype=score.extractor_dtype)
-
-
-def load_references(
-    score: ScoreOptions,
-    extractor: Extractor,
-    second: Extractor | None,
-    *,
-    batch_size: int,
-    progress: Progress | None = None,
-) -> tuple[Reference, Scorer | None]:
-    """What the samples are compared with, by each extractor.
-
-    Raises:
-        ValueError: see `load_reference`.
-    """
-    settings: dict[str, Any] = {"batch_size": batch_size, "resize": score.resize, "image_size": score.image_size}
-    settings["progress"] = counted(progress, "reference", 0)
-    reference = load_reference(score.reference, extractor, **settings)
-    if second is None:
-        return reference, None
-    return reference, Scorer(second, load_reference(score.second_reference or score.reference, second, **settings))

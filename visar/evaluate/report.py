@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 from visar.evaluate.copies import Copies
-from visar.evaluate.extractors import Extractor
 from visar.evaluate.generation import Generated
 from visar.evaluate.metrics import Metrics, Scorer
-from visar.evaluate.references import Reference
+from visar.evaluate.scoring import Scoring
 from visar.evaluate.speed import Speed
 from visar.io.files import atomic_write
 
@@ -66,9 +65,8 @@ class Report:
 
     @property
     def passes(self) -> float:
-        """Forward passes of the generator for one image (of its batch); of all where several make the image."""
-        counts = self.cost["forward_passes_per_image"]
-        return counts["generator"] if "generator" in counts else sum(counts.values())
+        """Forward passes for one image (of its batch) of all models that make it, but for one that only drafts."""
+        return sum(self.cost["forward_passes_per_image"].values()) - self.drafter_passes
 
     @property
     def drafter_passes(self) -> float:
@@ -98,23 +96,25 @@ def make_report(
     name: str,
     generated: Generated,
     metrics: Metrics,
-    reference: Reference,
-    extractor: Extractor,
+    scoring: Scoring,
     *,
     settings: dict[str, Any],
     processes: int,
     batch_size: int,
     device: torch.device,
     copies: Copies | None = None,
-    second: tuple[Scorer, Metrics] | None = None,
+    second: Metrics | None = None,
 ) -> Report:
     """Puts a run's figures and protocol together.
 
     Args:
+        scoring: what the figures were measured with.
         settings: what only the caller knows: model, sampler and its options, guidance, temperature, top_k, top_p,
             labels, seeds, uint8_rule, dtype, image_size.
-        second: what a second extractor measured, and its scores.
+        second: scores by the second extractor.
     """
+    extractor, reference = scoring.first.extractor, scoring.first.reference
+    assert reference is not None
     layer = extractor.layers[0]
     statistics = reference.statistics[layer]
     protocol = {
@@ -129,7 +129,7 @@ def make_report(
         "extractor_weights_sha256": extractor.weights,
         "extractor_resize": extractor.kind.resize,
         "extractor_dtype": extractor.dtype,
-        **({} if second is None else _second_protocol(second[0])),
+        **({} if scoring.second is None else _second_protocol(scoring.second)),
         "num_samples": generated.num_samples,
         **settings,
         "processes": processes,
@@ -139,7 +139,7 @@ def make_report(
     counts = generated.statistics
     notes = [*metrics.notes, *reference.notes]
     if second is not None:
-        notes += [f"{second[1].distance_name}: {note}" for note in second[1].notes]
+        notes += [f"{second.distance_name}: {note}" for note in second.notes]
     if generated.duplicates:
         notes.append(f"{generated.duplicates} of {generated.num_samples} images have the bytes of an earlier one")
     rates = None
@@ -163,7 +163,7 @@ def make_report(
         duplicates=generated.duplicates,
         copies=rates,
         notes=tuple(notes),
-        second=None if second is None else second[1],
+        second=second,
     )
 
 
@@ -260,16 +260,19 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     check_comparable(reports)
     metrics = [report.metrics for report in reports]
     first = reports[0]
+    second = [report.second for report in reports if report.second is not None]
+    others = second if len(second) == len(reports) else []
     columns: list[tuple[str, list[str]]] = [
         ("run", [report.name for report in reports]),
-        (metrics[0].distance_name, [f"{row.distance:.2f}" for row in metrics]),
-        ("real null", [_number(row.null_distance, ".2f") for row in metrics]),
-        *_second_columns(reports),
+        *_image_column(reports),
+        *_distance_columns(metrics, "real null"),
+        *_second_distance(metrics, others),
         ("s" + metrics[0].distance_name, [_number(row.spatial_distance, ".2f") for row in metrics]),
         ("KID", [_pair(row.kid, row.kid_std) for row in metrics]),
         ("IS", [_pair(row.inception_score, row.inception_score_std, 2) for row in metrics]),
         ("precision", [_number(row.precision, ".3f") for row in metrics]),
         ("recall", [_number(row.recall, ".3f") for row in metrics]),
+        *_second_scores(others, str(first.protocol.get("second_extractor"))),
         ("copies", [_share(report, "copy_rate") for report in reports]),
         ("copies moved", [_share(report, "copy_rate_moved") for report in reports]),
         ("passes/image", [_number(report.passes or None, ".1f") for report in reports]),
@@ -287,21 +290,39 @@ def table(reports: Sequence[Report]) -> list[tuple[str, ...]]:
     return [tuple(name for name, _ in shown), *zip(*(cells for _, cells in shown), strict=True)]
 
 
-def _second_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
-    """The distance by a second extractor, and the runs' ranks by both."""
-    found = [report.second for report in reports if report.second is not None]
-    if len(found) < len(reports):
-        return []
-    name = found[0].distance_name
-    columns = [
-        (name, [f"{row.distance:.2f}" for row in found]),
-        (f"real null of {name}", [_number(row.null_distance, ".2f") for row in found]),
+def _image_column(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
+    """What images are made of, where one is of something else than codes."""
+    made_of = [report.protocol.get("image_of", "codes") for report in reports]
+    return [("image of", made_of)] if set(made_of) != {"codes"} else []
+
+
+def _distance_columns(metrics: Sequence[Metrics], null_name: str) -> list[tuple[str, list[str]]]:
+    name, first = metrics[0].distance_name, metrics[0].distance
+    return [
+        (name, [f"{row.distance:.2f}" for row in metrics]),
+        (f"{name} ratio", [_ratio(row.distance, first) for row in metrics]),
+        (null_name, [_number(row.null_distance, ".2f") for row in metrics]),
     ]
-    if len(reports) > 1:
-        sides = [[report.metrics.distance for report in reports], [row.distance for row in found]]
+
+
+def _second_distance(metrics: Sequence[Metrics], others: Sequence[Metrics]) -> list[tuple[str, list[str]]]:
+    """The distance by a second extractor, and the runs' ranks by both; nothing without scores by it."""
+    if not others:
+        return []
+    columns = _distance_columns(others, f"real null of {others[0].distance_name}")
+    if len(others) > 1:
+        sides = [[row.distance for row in side] for side in (metrics, others)]
         ranks = [[1 + sum(other < value for other in side) for value in side] for side in sides]
         columns.append(("ranks", [f"{one} / {other}" for one, other in zip(*ranks, strict=True)]))
     return columns
+
+
+def _second_scores(others: Sequence[Metrics], network: str) -> list[tuple[str, list[str]]]:
+    return [
+        (f"KID by {network}", [_pair(row.kid, row.kid_std) for row in others]),
+        (f"precision by {network}", [_number(row.precision, ".3f") for row in others]),
+        (f"recall by {network}", [_number(row.recall, ".3f") for row in others]),
+    ]
 
 
 def _speed_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
@@ -312,11 +333,14 @@ def _speed_columns(reports: Sequence[Report]) -> list[tuple[str, list[str]]]:
     rates = [[rows[batch].images_per_s if batch in rows else None for batch in batches] for rows in measured]
     peaks = [[rows[batch].peak_gib if batch in rows else None for batch in batches] for rows in measured]
     at = " / ".join(map(str, batches))
-    return [
+    columns = [
         (f"images/s at {at}", [" / ".join(map(_rate, row)) for row in rates]),
-        (f"speed ratio at {batches[-1]}", [_ratio(row[-1], rates[0][-1]) for row in rates]),
+        (f"speed ratio at {at}", [" / ".join(map(_ratio, row, rates[0])) for row in rates]),
         (f"peak GiB at {at}", [" / ".join(_number(peak, ".2f") for peak in row) for row in peaks]),
     ]
+    if batches[0] == 1:
+        columns.insert(0, ("ms at batch 1", [_number(row[0] and 1000 / row[0], ".2f") for row in rates]))
+    return columns
 
 
 def _number(value: float | None, form: str) -> str:
