@@ -28,7 +28,7 @@ def check_values(image_BCHW: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    if image_BCHW.numel() and image_BCHW.abs().amax() > 1.0 + _MARGIN:
+    if image_BCHW.numel() and not image_BCHW.abs().amax() <= 1.0 + _MARGIN:  # NaN too
         low, high = (float(bound) for bound in torch.aminmax(image_BCHW))
         raise ValueError(f"image with values from {low:g} to {high:g}; needed: in [-1, 1] (uint8 / 127.5 - 1)")
 

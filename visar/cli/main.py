@@ -405,8 +405,8 @@ def parse(arguments: list[str]) -> Callable[[], object]:
 
 
 # Outputs that are checked before anything is loaded, and folders that one command at a time may write into.
-_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "edit": ()}
-_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance")
+_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "seeds": (), "data fashion-mnist": ()}
+_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", "data emoji", "data clips")
 
 
 def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:

@@ -165,6 +165,6 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str,
     try:
         feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
         names = feature["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         return None
     return tuple(str(name) for name in names) if isinstance(names, list) and names else None

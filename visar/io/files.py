@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pickle
 import pickletools
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -204,6 +206,21 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 def shown(path: str | Path) -> str:
     """A path as text that can be printed and stored: bytes of its name that are no UTF-8 become \\xNN."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises:
+        ValueError: it is none: damaged, nested too deep, or another value.
+    """
+    try:
+        content = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} where a JSON object is needed")
+    return content
 
 
 def sha256(path: str | Path) -> str:

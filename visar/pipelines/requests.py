@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from visar.core.checks import IMAGES, check_range
 from visar.core.condition import Condition
 from visar.core.noise import Noise, Use, image_seeds
 from visar.data.vocabulary import Vocabulary, match_names
@@ -17,7 +18,7 @@ def each_image(name: str, values: Any, num_images: int) -> list[Any]:
     """Classes or prompts, one or several, each for `num_images` images.
 
     Raises:
-        ValueError: none at all, or one that is no text (or, for classes, no whole number).
+        ValueError: none at all, too many, or one that is no text (or, for classes, no whole number).
     """
     kinds: tuple[type, ...] = (str,) if name == "prompt" else (str, Integral)
     values = values.tolist() if isinstance(values, torch.Tensor) else values
@@ -29,6 +30,7 @@ def each_image(name: str, values: Any, num_images: int) -> list[Any]:
     if wrong:
         needed = "a text" if name == "prompt" else "a name or a whole number"
         raise ValueError(f"{name} {wrong[0]!r}; {needed} is needed")
+    check_range(f"{name}: images", len(listed) * num_images, IMAGES)
     return [value for value in listed for _ in range(num_images)]
 
 
