@@ -98,7 +98,7 @@ def read_tables(path: Path, files: dict[Path, str | None]) -> Tables:
             for batch in table.iter_batches(64, columns=[image]):
                 for cell in batch.column(0).to_pylist():
                     encoded.append(_blob(cell, f"{encoded.name(len(encoded))}: the {image}"))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{shown(path)} is damaged or not parquet ({error})") from error
     split_N = None
     if any(files.values()):

@@ -77,7 +77,10 @@ class ArrayImages:
     def __init__(
         self, images_NHWC: np.ndarray | Tensor, name: str = "array", labels: LabelTable | None = None
     ) -> None:
-        images: Tensor = torch.as_tensor(images_NHWC)
+        try:
+            images: Tensor = torch.as_tensor(images_NHWC)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: a {type(images_NHWC).__name__} is no array of images ({error})") from error
         if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-1] != 3 or not len(images):
             raise ValueError(
                 f"{name}: images are {images.dtype} of shape {tuple(images.shape)}; "

@@ -343,9 +343,11 @@ def load_statistics(path: str | Path) -> Reference:
         try:
             meta = json_object(str(arrays["visar"]))
         except ValueError as error:
-            raise ValueError(f"{path} is damaged: its array visar is {error}") from error
+            raise ValueError(f"{path} is damaged: its array visar does not describe it ({error})") from error
         if meta.get("format") != FORMAT:
             raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")
+        if meta["protocol"] not in PROTOCOLS:
+            raise ValueError(f"{path} is for the protocol {meta['protocol']!r}; {' or '.join(PROTOCOLS)} is needed")
         missing = [
             name for layer in meta["layers"] for name in (f"mu_{layer}", f"sigma_upper_{layer}") if name not in arrays
         ]

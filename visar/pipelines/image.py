@@ -108,6 +108,8 @@ class ImagePipeline(TokenPipeline):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
             raise ValueError("give a class (class_labels, --class) or a prompt, not both")
+        if not isinstance(condition, Condition | None):
+            raise ValueError(f"condition {condition!r:.80}; a Condition is needed")
         if condition is not None and (class_labels is not None or prompt is not None or attributes):
             raise ValueError("condition says everything: give it without class_labels, prompt and attributes")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)
