@@ -35,9 +35,10 @@ from visar.samplers.trees import (
     walk_chosen,
     walk_drawn,
 )
-from visar.samplers.verify import check_passes
+from visar.samplers.verify import DRAFTS, check_passes
 
-NODES, CANDIDATES = Range(1, 4096), Range(1, 2**20)  # of a tree; of a dynamic one before the best are chosen
+# Of a tree; candidates are those of a dynamic one before the best are chosen.
+NODES, DEPTH, CANDIDATES = Range(1, 1024), Range(1, 128), Range(1, 2**17)
 
 Read = Callable[[DraftTree], Tensor]
 Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]
@@ -301,6 +302,7 @@ def static_shape(
         raise ValueError("branches (); one number per depth is needed")
     else:
         check_range("branches", branches, NODES)
+        check_range("depth", len(branches), DEPTH)
         check_range(f"branches {branches}: nodes", sum(accumulate(branches, mul)), NODES)
         shape = full_paths(tuple(branches))
     most = max(path[-1] for path in shape) + 1
@@ -315,8 +317,8 @@ def dynamic_size(model: Trees, depth: int, children: int, nodes: int) -> int:
     Raises:
         ValueError: a setting outside of NODES, or candidates outside of CANDIDATES.
     """
-    for name, value in (("depth", depth), ("children", children), ("nodes", nodes)):
-        check_range(name, value, NODES)
+    for name, value, allowed in (("depth", depth, DEPTH), ("children", children, NODES), ("nodes", nodes, NODES)):
+        check_range(name, value, allowed)
     children = min(children, int(model.config["vocab_size"]))
     candidates = children + (depth - 1) * children * children
     check_range(f"depth {depth}, children {children}: candidates", candidates, CANDIDATES)
@@ -340,7 +342,8 @@ def check_k_seq(
 ) -> None:
     """Checks the arguments of `sample_k_seq`; errors as there."""
     drafts = num_chains * num_drafts
-    for name, value in (("num_chains", num_chains), ("num_drafts", num_drafts), ("num_chains * num_drafts", drafts)):
+    check_range("num_drafts", num_drafts, DRAFTS)
+    for name, value in (("num_chains", num_chains), ("num_chains * num_drafts", drafts)):
         check_range(name, value, NODES)
     check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
-from visar.core.checks import Range, check_range
+from visar.core.checks import WINDOW, Range, check_range
 from visar.core.guidance import Guidance
 from visar.core.interface import Callback, Generator
 from visar.core.noise import Noise
@@ -32,7 +32,7 @@ from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import Session
 from visar.samplers.filtering import check_filters, draw, fits_kernels
 
-WINDOW, DRAFTS = Range(1, 65_536), Range(1, 65_535)
+DRAFTS = Range(1, 1000)  # of a chain, one after the other
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:

@@ -72,12 +72,31 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "train generator --data x --tokenizer y --out run --dropout nan",
             "dropout nan; allowed: 0 and above",
         ),
+        ("sample {tiny} --sampler jacobi --sampler.window 1000000000", "window 1000000000; allowed: 1 ... 4096"),
+        ("sample {tiny} --sampler speculative --sampler.num-drafts 100000", "num_drafts 100000; allowed: 1 ... 1000"),
+        ("sample {tiny} --sampler static_tree --sampler.branches 99,99", "nodes 9900; allowed: 1 ... 1024"),
+        ("sample {tiny} --sampler dynamic_tree --sampler.depth 10000", "depth 10000; allowed: 1 ... 128"),
+        (
+            "sample {tiny} --sampler k_seq --sampler.num-chains 900",
+            "num_chains * num_drafts 3600; allowed: 1 ...",
+        ),
+        ("sample {tiny} --sampler grouped --sampler.group 1000000000", "group 1000000000; allowed: 1 ... 1048576"),
+        ("sample {tiny} --sampler flow --sampler.steps 1000000000", "steps 1000000000; allowed: 2 ... 10000"),
+        ("seeds --images 1000000000", "images 1000000000; allowed: 1 ... 100000"),
+        ("distill pairs --teacher x --out y --num-pairs 1", "num_pairs 1; allowed: 2 ... 1000000000"),
+        ("distill dd1 --teacher x --out y --pair-batch 1000000", "pair_batch 1000000; allowed: 1 ... 65536"),
         ("sample {tiny} --device mps", "device 'mps': this machine or this build of torch has none"),
         ("sample {tiny} --device xpu", "device 'xpu': this machine or this build of torch has none"),
         ("sample {tiny} --device meta", "device 'meta': this machine or this build of torch has none"),
         ("sample {tiny} --out a.gif", "cannot write a.gif: an image's name ends in .png, .jpg, .jpeg, .webp"),
         ("stats images.npz --out a.pt", "cannot write a.pt: its name must end in .npz"),
         ("bench --preset llamagen-b --out images.npz/x", "cannot write images.npz/x: "),
+        ("seeds --out images.npz/x", "cannot write images.npz/x: "),
+        ("train tokenizer --data images.npz --out images.npz", "images.npz is not a folder that can be written to"),
+        ("distill pairs --teacher {tiny} --out images.npz/x", "images.npz is not a folder that can be written to"),
+        ("stats images.npz --out=", "--out is empty; name a file or a folder"),
+        ("edit {tiny} x.png --out images.npz/x.png", "cannot write images.npz/x.png: "),
+        ("data emoji --out images.npz", "images.npz is not a folder that can be written to"),
     ],
 )
 def test_values_out_of_range_are_named_at_once(line, message, place, tiny, capsys):
@@ -96,6 +115,21 @@ def test_ranges():
             check_range("x", value, allowed)
     with pytest.raises(ValueError, match=r"x \(1, 2\); allowed: 0 \.\.\. 1"):
         check_range("x", (1, 2), Range(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_images=10**9), "num_images 1000000000; allowed: 1 ... 100000"),
+        (dict(num_images=50_000, class_labels=[0, 1, 2]), "class_labels: images 150000; allowed: 1 ... 100000"),
+        (dict(batch_size=10**9), "batch_size 1000000000; allowed: 1 ... 65536"),
+        (dict(seed=2**64), "seed 18446744073709551616 is outside"),
+        (dict(condition=3), "condition 3; a Condition is needed"),
+    ],
+)
+def test_arguments_out_of_range_are_named_at_once(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_pipeline()(**arguments)
 
 
 def test_missing_memory_names_what_to_lower(place, tiny, capsys):
@@ -173,6 +207,21 @@ def test_weights_that_are_not_finite_make_no_images(sampler):
     options = {"drafter": "ngram"} if sampler == "static_tree" else {}
     with pytest.raises(ValueError, match="logits are not finite"):
         pipeline(seed=0, sampler=sampler, sampler_options=options)
+
+
+@pytest.mark.parametrize("make", ["tiny_pipeline", "pyramid_pipeline"])
+def test_images_that_are_not_numbers_are_refused(make):
+    pipeline = FAULTS[make]()
+    image = torch.zeros(2, 3, 8, 8)
+    for value, words in ((float("nan"), "from nan to nan"), (float("inf"), "from 0 to inf")):
+        image[1, 2, 3, 4] = value
+        with pytest.raises(ValueError, match=f"image with values {words}; needed: in "):
+            pipeline.tokenizer.encode(image)
+    with torch.no_grad():
+        next(pipeline.tokenizer.decoder.parameters()).view(-1)[0] = float("nan")
+    for kind in ("pil", "pt", "np"):
+        with pytest.raises(ValueError, match="decoded images are not finite: the tokenizer has weights that are not"):
+            pipeline(seed=0, output_type=kind)
 
 
 # ---------------------------------------------------------------------------------------------------------- full disks
@@ -323,6 +372,25 @@ def test_places_that_cannot_be_written_are_found_before(tmp_path):
     with pytest.raises(ValueError, match="not a regular file"), atomic_write(tmp_path / "pipe"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["dead", "file", "pipe"]
+
+
+def test_pipes_in_place_of_files_are_not_waited_for(place, tiny, capsys):
+    os.mkfifo(place / "pipe")
+    (place / "set.zip").symlink_to("pipe")
+    for line in (
+        "train tokenizer --data set.zip --out run",
+        "train generator --data images.npz --tokenizer {tiny}/tokenizer --tokens pipe --variants 1 --out run",
+        "eval {tiny} --reference images.npz --extractor tiny --prompts pipe",
+        "stats pipe --out x.npz",
+        "stats set.zip --out x.npz",
+        "bench --preset llamagen-b --baseline pipe",
+        "convert pipe --out x",
+        "edit {tiny} pipe",
+        "sample pipe",
+    ):
+        assert main([*line.format(tiny=tiny).split(), "--device", "cpu"][: None if "convert" not in line else -2]) == 1
+        error = capsys.readouterr().err
+        assert "Traceback" not in error and error.strip(), line
 
 
 def test_long_names_and_links_are_written(tmp_path):

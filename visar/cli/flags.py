@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from visar.core.checks import BATCH, COUNT_OR_OFF, IMAGES, SEED, SHARE, WEIGHT, Range
+from visar.core.checks import BATCH, COUNT_OR_OFF, IMAGES, SEED, SHARE, WEIGHT, WINDOW, Range
 
 
 def names_image(out: Path) -> bool:
@@ -60,7 +60,7 @@ RANGES = {
     "later_share": SHARE,
     "vector_weight": WEIGHT,
     "starts": COUNT_OR_OFF,
-    "window": Range(1, 65_536),
+    "window": WINDOW,
     "grid": Range(1, 4096),
     "calls": Range(1, 100_000),
     "runs": Range(1, 100_000),

@@ -137,6 +137,8 @@ def load_image_set(source: str | Path, image_size: int | None = None, skip_unrea
     path = Path(source)
     if not path.exists():
         raise ValueError(f"no image set at {shown(path)}: neither a file nor a folder (visar data emoji builds one)")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{shown(path)} is not an image set: neither a file nor a folder")
     if path.is_dir() and (path / EMOJI_FILE).is_file():
         path = path / EMOJI_FILE
     if path.suffix == ".zip":

@@ -223,6 +223,20 @@ def json_object(text: str | bytes) -> dict[str, Any]:
     return content
 
 
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it cannot be read, is no UTF-8, or is no file at all (a pipe would be waited for).
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in blocks of 1 MiB."""
     with open(path, "rb") as file:

@@ -45,6 +45,8 @@ class TokenCache:
         Raises:
             ValueError: no such file, or a damaged one.
         """
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is not a token cache: no such file")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 facts = json_object((file.metadata() or {})["facts"])
