@@ -30,8 +30,6 @@ LINES = FAULTS["commands_that_write"](Path("MODELS"))
 SINGLE = ("grid.png", "edited.png", "stats.npz", "rows.json", "coded/metrics.json", "fashion.zip")
 LOCKED = ("folder", "edited", "scores", "given", "compared", "coded", "accepted", "run", "made", "drafter", "clips")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Killed(BaseException):
     """The end of a process at once."""

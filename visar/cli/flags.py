@@ -4,7 +4,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from visar.core.checks import BATCH, COUNT_OR_OFF, IMAGES, SEED, SHARE, WEIGHT, WINDOW, Range
+from visar.core.checks import BATCH, COUNT_OR_OFF, IMAGES, SEED, WEIGHT, WINDOW, Range
 
 
 def names_image(out: Path) -> bool:
@@ -56,8 +56,6 @@ RANGES = {
     "num_pairs": Range(2, 10**9),
     "first_pairs": Range(1, 10**9),
     "flow_steps": Range(2, 10_000),
-    "held_out": Range(0, 0.5),
-    "later_share": SHARE,
     "vector_weight": WEIGHT,
     "starts": COUNT_OR_OFF,
     "window": WINDOW,

@@ -249,10 +249,10 @@ def _train_drafter() -> Command:
 def _distill_dd1() -> Command:
     from visar.distill.options import DistillDD1
 
-    def run(options: DistillDD1) -> None:
+    def run(options: DistillDD1) -> int:
         from visar.distill.dd1 import distill_dd1
 
-        _print_trained(distill_dd1(options))
+        return _print_trained(distill_dd1(options))
 
     return DistillDD1, run
 
