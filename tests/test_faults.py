@@ -94,7 +94,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("seeds --out images.npz/x", "cannot write images.npz/x: "),
         ("train tokenizer --data images.npz --out images.npz", "images.npz is not a folder that can be written to"),
         ("distill pairs --teacher {tiny} --out images.npz/x", "images.npz is not a folder that can be written to"),
-        ("stats images.npz --out=", "--out is empty; name a file or a folder"),
         ("edit {tiny} x.png --out images.npz/x.png", "cannot write images.npz/x.png: "),
         ("data emoji --out images.npz", "images.npz is not a folder that can be written to"),
     ],
@@ -258,6 +257,16 @@ def test_saved_weights_can_be_read_by_others(place):
             assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
 
 
+def test_saved_pipelines_can_be_read_by_others(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path / "model")
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "model").rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+    with pytest.raises(ValueError, match="cannot write .*not a folder"):
+        tiny_pipeline().save_pretrained(tmp_path / "model" / "model_index.json")
+
+
 # ---------------------------------------------------------------------------------------------------- kills and locks
 def test_signals_end_training_with_a_checkpoint(place, capsys):
     command = [sys.executable, "-m", "visar", *TRAIN, "--steps", "100000", "--log-every", "1", "--validate-every", "0"]
@@ -391,6 +400,12 @@ def test_pipes_in_place_of_files_are_not_waited_for(place, tiny, capsys):
         assert main([*line.format(tiny=tiny).split(), "--device", "cpu"][: None if "convert" not in line else -2]) == 1
         error = capsys.readouterr().err
         assert "Traceback" not in error and error.strip(), line
+
+
+def test_an_empty_output_is_wrong_usage(capsys):
+    for line in (["stats", "images.npz", "--out="], ["sample", "emoji-raster", "--out", ""]):
+        assert main(line) == 2
+        assert "--out is empty; name a file or a folder" in capsys.readouterr().err
 
 
 def test_long_names_and_links_are_written(tmp_path):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visar.data.decoding import EncodedBytes
-from visar.data.folders import SPLIT_OF, SPLITS, sort_names, split_of_file
+from visar.data.folders import SPLITS, sort_names, split_of_file, split_of_folder
 from visar.io.files import shown
 
 # Names of the columns, in the order in which they are looked for.
@@ -47,8 +47,8 @@ def parquet_files(path: Path) -> dict[Path, str | None]:
             continue
         files = {file: split_of_file(file.stem) for file in _files(folder)}
         for inner in sorted(folder.iterdir()) if not files else []:
-            if inner.is_dir() and inner.name.lower() in SPLIT_OF:
-                files |= dict.fromkeys(_files(inner), SPLIT_OF[inner.name.lower()])
+            if inner.is_dir() and (split := split_of_folder(inner.name)) is not None:
+                files |= dict.fromkeys(_files(inner), split)
         if files:
             return files
     return {}

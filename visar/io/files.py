@@ -398,14 +398,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             yield temporary
-            _finish_folder(temporary)
+            finish_folder(temporary)
         _set_mode(temporary, 0o777)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _finish_folder(folder: Path) -> None:
+def finish_folder(folder: Path) -> None:
     """Flushes the files of a folder, and gives them the modes of files that were just opened."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -426,7 +426,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
         with writing(final):
             temporary.mkdir(parents=True)
             yield temporary
-            _finish_folder(temporary)
+            finish_folder(temporary)
         restore_folder(final)
         if final.exists():
             final.rename(_set_aside(final))

@@ -17,6 +17,7 @@ from visar.core.interface import Callback
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
+from visar.io.files import check_folder_output, finish_folder, writing
 from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
@@ -134,11 +135,16 @@ class TokenPipeline(DiffusionPipeline):
         """Writes the pipeline to a folder, as diffusers does.
 
         Raises:
-            ValueError: the generator is quantised.
+            ValueError: the generator is quantised, or the folder cannot be written.
         """
         if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
-        super().save_pretrained(save_directory, **settings)
+        folder = Path(save_directory)
+        check_folder_output(folder)
+        with writing(folder):
+            super().save_pretrained(save_directory, **settings)
+            for part in ("tokenizer", "generator"):
+                finish_folder(folder / part)
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
