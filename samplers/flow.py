@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from visar import kernels
+from visar.core.checks import Range, check_range
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Categorical, Scales
@@ -31,6 +32,7 @@ from visar.kernels import finite
 from visar.samplers.ancestral import check_ancestral, run_blocks
 from visar.samplers.filtering import filter_logits
 
+STEPS = Range(2, 10_000)
 # Numbers float32 of one intermediate [rows, V] at a time: 256 MiB.
 _LARGEST = 2**26
 # Given tokens that a model of one token per block reads in a pass.
@@ -124,8 +126,7 @@ def check_flow(
 ) -> None:
     """Checks the arguments of `sample_flow`; errors as there."""
     check_ancestral(model, guidance, temperature, top_k, top_p)
-    if steps < 2:
-        raise ValueError(f"steps {steps}; it must be >= 2")
+    check_range("steps", steps, STEPS)
     if codebook is None:
         raise ValueError("the flow map needs codebook, the tokenizer's code vectors (pipelines give it)")
     if codebook.shape[0] != model.config["vocab_size"]:

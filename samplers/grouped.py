@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from visar.core.checks import CODES, check_range
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Windowed
@@ -127,8 +128,7 @@ def check_grouped(
     check_every: int,
 ) -> None:
     """Checks the arguments of `sample_grouped`; errors as there."""
-    if group < 1:
-        raise ValueError(f"group {group}; it must be >= 1 (1 = off)")
+    check_range("group", group, CODES)
     if not max_gap > 0 or not max_distance > 0:
         raise ValueError(f"max_gap {max_gap}, max_distance {max_distance}; both must be > 0")
     if groups not in ("dynamic", "static"):

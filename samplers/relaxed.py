@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from visar.core.checks import CODES, check_range
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Trees
@@ -188,8 +189,7 @@ def check_lantern(
     known = codebook if neighbours is None else neighbours
     if known is None or (codebook is not None and neighbours is not None):
         raise ValueError("give the tokenizer's codebook, or a table of neighbours")
-    if num_neighbours < 1:
-        raise ValueError(f"num_neighbours {num_neighbours}; it must be >= 1")
+    check_range("num_neighbours", num_neighbours, CODES)
     if known.shape[0] != model.config["vocab_size"]:
         raise ValueError(f"neighbours of {known.shape[0]} codes for a model of {model.config['vocab_size']}")
     shape: list[tuple[int, ...]] = []

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from visar.core.checks import check_range
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import Callback, Features, Windowed
@@ -24,7 +25,7 @@ from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import draw, filtered_probs
-from visar.samplers.verify import Counts, check_passes, run_passes, static_noise, verify
+from visar.samplers.verify import DRAFTS, Counts, check_passes, run_passes, static_noise, verify
 
 
 @dataclass(frozen=True)
@@ -136,8 +137,7 @@ def check_speculative(
     check_every: int,
 ) -> None:
     """Checks the arguments of `sample_speculative`; errors as there."""
-    if num_drafts < 1:
-        raise ValueError(f"num_drafts {num_drafts}; it must be >= 1")
+    check_range("num_drafts", num_drafts, DRAFTS)
     check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
 
 

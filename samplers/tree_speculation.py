@@ -7,10 +7,13 @@ B batch, M nodes, L = M + 1 slots, D depth of a tree, k chains, V codes, N token
 """
 
 from collections.abc import Callable, Hashable
+from itertools import accumulate
+from operator import mul
 
 import torch
 from torch import Tensor
 
+from visar.core.checks import Range, check_range
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, repeat
 from visar.core.interface import Callback, Features, Trees
@@ -32,7 +35,10 @@ from visar.samplers.trees import (
     walk_chosen,
     walk_drawn,
 )
-from visar.samplers.verify import check_passes
+from visar.samplers.verify import DRAFTS, check_passes
+
+# Of a tree; candidates are those of a dynamic one before the best are chosen.
+NODES, DEPTH, CANDIDATES = Range(1, 1024), Range(1, 128), Range(1, 2**17)
 
 Read = Callable[[DraftTree], Tensor]
 Speculate = Callable[[Drafting, Read, Tensor, Tensor, Tensor, Tensor | None], Walk]
@@ -290,10 +296,14 @@ def static_shape(
         ValueError: see sample_static_tree.
     """
     if paths is not None:
+        check_range("paths: nodes", len(paths), NODES)
         shape = check_paths([tuple(path) for path in paths])
-    elif not branches or min(branches) < 1:
-        raise ValueError(f"branches {branches}; they must be >= 1, one per depth")
+    elif not branches:
+        raise ValueError("branches (); one number per depth is needed")
     else:
+        check_range("branches", branches, NODES)
+        check_range("depth", len(branches), DEPTH)
+        check_range(f"branches {branches}: nodes", sum(accumulate(branches, mul)), NODES)
         shape = full_paths(tuple(branches))
     most = max(path[-1] for path in shape) + 1
     if most > model.config["vocab_size"]:
@@ -305,13 +315,14 @@ def dynamic_size(model: Trees, depth: int, children: int, nodes: int) -> int:
     """Number of nodes of a dynamic tree: `nodes`, or all candidates if they are fewer.
 
     Raises:
-        ValueError: a setting below 1.
+        ValueError: a setting outside of NODES, or candidates outside of CANDIDATES.
     """
-    for name, value in (("depth", depth), ("children", children), ("nodes", nodes)):
-        if value < 1:
-            raise ValueError(f"{name} {value}; it must be >= 1")
+    for name, value, allowed in (("depth", depth, DEPTH), ("children", children, NODES), ("nodes", nodes, NODES)):
+        check_range(name, value, allowed)
     children = min(children, int(model.config["vocab_size"]))
-    return min(nodes, children + (depth - 1) * children * children)
+    candidates = children + (depth - 1) * children * children
+    check_range(f"depth {depth}, children {children}: candidates", candidates, CANDIDATES)
+    return min(nodes, candidates)
 
 
 def grown_size(model: Trees, depth: int, children: int) -> int:
@@ -330,9 +341,10 @@ def check_k_seq(
     check_every: int,
 ) -> None:
     """Checks the arguments of `sample_k_seq`; errors as there."""
-    for name, value in (("num_chains", num_chains), ("num_drafts", num_drafts)):
-        if value < 1:
-            raise ValueError(f"{name} {value}; it must be >= 1")
+    drafts = num_chains * num_drafts
+    check_range("num_drafts", num_drafts, DRAFTS)
+    for name, value in (("num_chains", num_chains), ("num_chains * num_drafts", drafts)):
+        check_range(name, value, NODES)
     check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from visar import kernels
+from visar.core.checks import WINDOW, Range, check_range
 from visar.core.guidance import Guidance
 from visar.core.interface import Callback, Generator
 from visar.core.noise import Noise
@@ -31,7 +32,7 @@ from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import Session
 from visar.samplers.filtering import check_filters, draw, fits_kernels
 
-LARGEST_WINDOW = 65_536
+DRAFTS = Range(1, 1000)  # of a chain, one after the other
 
 
 def one_hot(tokens: Tensor, vocab_size: int) -> Tensor:
@@ -258,12 +259,9 @@ def check_passes(
     """Checks the settings that all samplers of windows and trees have.
 
     Raises:
-        ValueError: see `check_filters` and `Guidance.scales`; window outside 1 ... LARGEST_WINDOW, or check_every
-            below 1.
+        ValueError: see `check_filters` and `Guidance.scales`; window or check_every outside of WINDOW.
     """
     check_filters(*filters)
     guidance.scales(model.num_tokens)
-    if not 1 <= window <= LARGEST_WINDOW:
-        raise ValueError(f"window {window}; it must be >= 1 (1 = one token per pass), at most {LARGEST_WINDOW}")
-    if check_every < 1:
-        raise ValueError(f"check_every {check_every}; it must be >= 1")
+    check_range("window", window, WINDOW)
+    check_range("check_every", check_every, WINDOW)

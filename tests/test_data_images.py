@@ -173,6 +173,10 @@ def test_unreadable_pictures_are_all_named_or_left_out(
     (tmp_path / "none" / "a.png").touch()
     with pytest.raises(ValueError, match="1 unreadable"):
         load_image_set(tmp_path / "none", 64, skip_unreadable=True)
+    for number in range(150):
+        (tmp_path / "none" / f"{number}.png").touch()
+    with pytest.raises(ValueError, match=r"^151 unreadable: (.*\n){101}and 51 more$"):
+        load_image_set(tmp_path / "none", 64)
 
 
 def test_places_that_are_no_image_sets_are_refused(tmp_path: Path) -> None:

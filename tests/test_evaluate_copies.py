@@ -101,10 +101,15 @@ class GreyBlocks:
         mean = F.avg_pool2d(image_BCHW.mean(dim=1, keepdim=True), self.block)
         return ((mean + 1.0) / 2.0 * 15.0).round().long().flatten(1)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        side = 64 // self.block
-        grey = tokens.float().view(-1, 1, side, side) / 15.0 * 2.0 - 1.0
-        return F.interpolate(grey, scale_factor=self.block).expand(-1, 3, -1, -1)
+    @property
+    def downsampling(self) -> int:
+        return self.block
+
+    def latents(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        return tokens.float().view(-1, 1, *grid) / 15.0 * 2.0 - 1.0
+
+    def decode_latents(self, latent: Tensor) -> Tensor:
+        return F.interpolate(latent, scale_factor=self.block).expand(-1, 3, -1, -1)
 
 
 def test_finer_tokens_keep_more(real_NHWC: Tensor) -> None:
@@ -124,6 +129,14 @@ def test_finer_tokens_keep_more(real_NHWC: Tensor) -> None:
     with pytest.warns(UserWarning):
         again = evaluate_reconstruction(GreyBlocks(2), images, extractor, reference=stored)
     assert again.distance == pytest.approx(fine.distance, rel=1e-4) and again.reference == "sample"
+
+
+def test_images_that_are_not_square_keep_their_shape() -> None:
+    levels = torch.randint(16, (4, 8, 32, 1), generator=torch.Generator().manual_seed(0)) * 17
+    pixels = levels.to(torch.uint8).repeat_interleave(8, dim=1).repeat_interleave(8, dim=2).expand(-1, -1, -1, 3)
+    wide = ArrayImages(pixels[:, :32], "wide")  # 32 x 256: as many tokens as 64 x 128 have
+    with pytest.warns(UserWarning, match="4 reconstructions"):
+        assert evaluate_reconstruction(GreyBlocks(8), wide, load_extractor()).psnr == 100.0
 
 
 def test_psnr_is_the_formula_and_a_mean_over_pictures() -> None:

@@ -202,6 +202,36 @@ def test_wrong_pictures_and_counts_are_named(tmp_path: Path, extractor: Extracto
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(ValueError, match="part-00000008-00000012.npz is broken"):
         collect(tmp_path / "d", 22)
+    for content in (b"{", b"[1]", b"\xff"):
+        (tmp_path / "d" / "run.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"run\.json is damaged"):
+            run(tmp_path / "d", extractor)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(features_8=np.zeros((3, 8), np.float32)), "features_8 has 3 rows for 4 images"),
+        (dict(features_8=np.full((4, 8), np.nan, np.float32)), "features_8 has 4 rows for 4 images, or is not finite"),
+        (dict(features_8=np.zeros((4, 7), np.float32)), "other images or features than its name and the parts before"),
+        (dict(features_9=np.zeros((4, 7), np.float32)), "other images or features than its name and the parts before"),
+        (dict(features_8=None, features_logits=None), "features of 0 layers"),
+        (dict(digests=np.zeros((4, 31), np.uint8)), "images 8 ... 12 of 12"),
+        (dict(digests=np.zeros((3, 32), np.uint8)), "images 8 ... 11 of 12"),
+        (dict(meta=np.array("[]")), "a list where a JSON object is needed"),
+        (dict(meta=None), "is broken"),
+    ],
+)
+def test_parts_without_rows_or_features_give_no_figures(
+    change: dict, message: str, tmp_path: Path, extractor: Extractor
+) -> None:
+    run(tmp_path, extractor)
+    part = finished(tmp_path / "parts")[2][2]
+    with np.load(part) as file:
+        arrays = {name: file[name] for name in file.files}
+    np.savez(part, **{name: value for name, value in {**arrays, **change}.items() if value is not None})
+    with pytest.raises(ValueError, match=f"{part.name} .*{message}"):
+        collect(tmp_path, 22)
 
 
 def test_duplicates_are_counted(tmp_path: Path, extractor: Extractor) -> None:

@@ -216,8 +216,15 @@ def test_every_damaged_array_is_named(tmp_path: Path, extractor: Extractor) -> N
 def test_unreadable_picture_is_named(tmp_path: Path, extractor: Extractor) -> None:
     folder = folder_of(tmp_path / "f", pictures(5))
     (folder / "003.png").write_bytes((folder / "003.png").read_bytes()[:60])
-    with pytest.raises(ValueError, match="003.png"):
+    with pytest.raises(ValueError, match=r"003\.png is not a readable image \([^)]*\)$"):
         load_reference(folder, extractor)
+    for name in ("000.png", "004.png"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+        (folder / name).write_bytes(b"no picture")
+        with pytest.raises(ValueError, match=r"00[03]\.png is not .*; [12] more of 5 images cannot be read"):
+            load_reference(folder, extractor)
+    for name in ("000.png", "004.png"):
+        (folder / name).write_bytes((tmp_path / name).read_bytes())
     (folder / "003.png").unlink()
     Image.new("RGB", (40, 30)).save(folder / "009.png")
     with pytest.raises(ValueError, match="009.png has 40x30 pixels, the images before it 32x32"):

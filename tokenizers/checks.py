@@ -7,6 +7,12 @@ from torch import Tensor
 _MARGIN = 0.5
 
 
+def _check_dense(tensor: Tensor, what: str) -> None:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        kind = "on the meta device" if tensor.is_meta else f"of layout {str(tensor.layout).removeprefix('torch.')}"
+        raise ValueError(f"{what} {kind}; needed: a dense tensor that holds data")
+
+
 def check_image(image_BCHW: Tensor, channels: int) -> None:
     """Checks the form of a batch of images; does not look at values.
 
@@ -16,6 +22,7 @@ def check_image(image_BCHW: Tensor, channels: int) -> None:
     needed = f"needed: [B, {channels}, H, W]"
     if not isinstance(image_BCHW, Tensor):
         raise ValueError(f"image of type {type(image_BCHW).__name__}; {needed}, a float tensor in [-1, 1]")
+    _check_dense(image_BCHW, "image")
     if image_BCHW.ndim != 4 or image_BCHW.shape[1] != channels:
         raise ValueError(f"image of shape {tuple(image_BCHW.shape)}; {needed}")
     if not image_BCHW.is_floating_point():
@@ -28,7 +35,7 @@ def check_values(image_BCHW: Tensor) -> None:
     Raises:
         ValueError: they are not.
     """
-    if image_BCHW.numel() and image_BCHW.abs().amax() > 1.0 + _MARGIN:
+    if image_BCHW.numel() and not image_BCHW.abs().amax() <= 1.0 + _MARGIN:  # NaN too
         low, high = (float(bound) for bound in torch.aminmax(image_BCHW))
         raise ValueError(f"image with values from {low:g} to {high:g}; needed: in [-1, 1] (uint8 / 127.5 - 1)")
 
@@ -41,6 +48,7 @@ def check_ids(ids_BN: Tensor, codebook_size: int) -> None:
     """
     if not isinstance(ids_BN, Tensor):
         raise ValueError(f"ids of type {type(ids_BN).__name__}; needed: a tensor of integers [B, N]")
+    _check_dense(ids_BN, "ids")
     if ids_BN.ndim != 2 or ids_BN.is_floating_point() or ids_BN.is_complex() or ids_BN.dtype == torch.bool:
         raise ValueError(f"ids of shape {tuple(ids_BN.shape)}, {ids_BN.dtype}; needed: integers [B, N]")
     low, high = (int(bound) for bound in ids_BN.aminmax()) if ids_BN.numel() else (0, 0)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, json_object, read_text
 
 Row = dict[str, Any]
 # Rows that agree in these are about the same thing.
@@ -34,21 +34,14 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: no such file, or a line that is no JSON object.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
     rows = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            rows.append(json_object(line))
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is no JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is no JSON object")
-        rows.append(row)
+            raise ValueError(f"{path} line {number} is no row of a benchmark ({error})") from error
     return rows
 
 

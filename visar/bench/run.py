@@ -44,6 +44,8 @@ def bench(options: Bench, sampler_options: dict[str, Any], report: Report) -> li
     """
     device = _check(options)
     baseline = [] if options.baseline is None else read_rows(options.baseline)
+    if options.out is not None and options.out.exists():
+        read_rows(options.out)  # they stay, and other files are not added to
     dtype = getattr(torch, options.dtype)
     facts = machine_facts(device)
     if options.preset is not None and device.type != "cuda":

@@ -113,7 +113,7 @@ def cells(pipeline: Any, sampler: str, count: int, options: Seeds) -> tuple[Made
             found[f"batch {other}"] = cell(reference.rows(slice(most)), make(pipeline, sampler, seeds[:most], other))
     order = np.random.default_rng(0).permutation(count)
     found["order"] = cell(reference.rows(order), make(pipeline, sampler, order.tolist(), size))
-    rest = slice(count // 3 + 1, None)
+    rest = slice(min(count // 3 + 1, count - 1), None)
     found["resume"] = cell(reference.rows(rest), make(pipeline, sampler, seeds[rest], size))
     few = min(count, size)
     if pipeline.device.type == "cuda":

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import tyro
 
+from visar.cli.flags import names_image
+
 Box = tuple[float, float, float, float]
 """Top, left, bottom, right as fractions in 0 ... 1."""
 
@@ -62,19 +64,13 @@ def edit(options: Edit) -> str:
 
     from visar.data.crops import center_crop
     from visar.data.pictures import read_picture
-    from visar.io.files import atomic_write
-    from visar.io.pictures import WRITTEN_AS, grid
+    from visar.io.files import atomic_write, locked
+    from visar.io.pictures import grid
     from visar.pipelines.editing import edit_images
     from visar.pipelines.loading import load
     from visar.pipelines.requests import named_values, number_or_name
 
-    if options.num_images < 1:
-        raise ValueError(f"--num-images {options.num_images}: it must be >= 1")
-    single = options.out.suffix.lower() in WRITTEN_AS
-    if options.out.suffix and not single:
-        raise ValueError(
-            f"--out {options.out}: it must end in one of {', '.join(WRITTEN_AS)}, or be a folder without an ending"
-        )
+    single = names_image(options.out)
     given = PIL.Image.fromarray(read_picture(options.picture, None, str(options.picture)))
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
     pipeline.set_progress_bar_config(disable=True)
@@ -101,8 +97,9 @@ def edit(options: Edit) -> str:
             grid([shown, *result.images], columns=1 + options.num_images).save(path)
     else:
         names = ["given", *(f"{seed:06d}" for seed in result.seeds)]
-        for name, image in zip(names, [shown, *result.images], strict=True):
-            with atomic_write(options.out / f"{name}.png") as path:
-                image.save(path)
+        with locked(options.out):
+            for name, image in zip(names, [shown, *result.images], strict=True):
+                with atomic_write(options.out / f"{name}.png") as path:
+                    image.save(path)
     lines = [f"seed {seed}: {text}" for seed, text in zip(result.seeds, result.descriptions, strict=True)]
     return "\n".join([*lines, f"the given image and {options.num_images} edits: {options.out}"])

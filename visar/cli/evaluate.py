@@ -20,6 +20,7 @@ from visar.evaluate.references import make_statistics
 from visar.evaluate.report import Report, table
 from visar.evaluate.run import evaluate_images, evaluate_pipeline
 from visar.evaluate.scoring import load_scoring
+from visar.io.files import read_text
 from visar.io.progress import Progress
 from visar.io.shards import World, join_world, leave_world
 from visar.pipelines.components import load_tokenizer, placement
@@ -162,11 +163,7 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     Raises:
         ValueError: no such file, or nothing in it.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read the prompts {path}: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
+    prompts = tuple(line.strip() for line in read_text(path).splitlines() if line.strip())
     if not prompts:
         raise ValueError(f"no prompt in {path}: it needs one per line")
     return prompts

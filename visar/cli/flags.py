@@ -2,8 +2,31 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
-from visar.core.checks import SEED, Range
+from visar.core.checks import BATCH, COUNT_OR_OFF, IMAGES, SEED, WEIGHT, WINDOW, Range
+
+
+def names_image(out: Path) -> bool:
+    """Whether an output is an image's name, else a folder's; finds before the work that it cannot be written.
+
+    Raises:
+        ValueError: it cannot, or its ending is neither an image's nor that of a folder that exists.
+    """
+    from visar.io.files import check_file_output, check_folder_output
+    from visar.io.pictures import WRITTEN_AS
+
+    ending = out.suffix.lower()
+    if ending in WRITTEN_AS:
+        check_file_output(out)
+        return True
+    if any(letter.isalpha() for letter in ending) and not out.is_dir():
+        raise ValueError(
+            f"cannot write {out}: an image's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
+            "must exist already"
+        )
+    check_folder_output(out)
+    return False
 
 
 def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
@@ -19,13 +42,24 @@ def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
 
 
 RANGES = {
-    "num_images": Range(1, 100_000),
+    "num_images": IMAGES,
     "num_samples": Range(1, 10_000_000),
-    "batch_size": Range(1, 65_536),
-    "batch_sizes": Range(1, 65_536),
-    "batch": Range(1, 65_536),
-    "speed_batches": Range(1, 65_536),
-    "window": Range(1, 65_536),
+    "batch_size": BATCH,
+    "batch_sizes": BATCH,
+    "batch": BATCH,
+    "speed_batches": BATCH,
+    "other_batches": BATCH,
+    "pair_batch": BATCH,
+    "images": IMAGES,
+    "slow_images": IMAGES,
+    "processes": Range(1, 2),
+    "num_pairs": Range(2, 10**9),
+    "first_pairs": Range(1, 10**9),
+    "flow_steps": Range(2, 10_000),
+    "vector_weight": WEIGHT,
+    "starts": COUNT_OR_OFF,
+    "window": WINDOW,
+    "grid": Range(1, 4096),
     "calls": Range(1, 100_000),
     "runs": Range(1, 100_000),
     "eager_steps": Range(1, 1_000_000),

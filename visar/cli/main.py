@@ -249,10 +249,10 @@ def _train_drafter() -> Command:
 def _distill_dd1() -> Command:
     from visar.distill.options import DistillDD1
 
-    def run(options: DistillDD1) -> None:
+    def run(options: DistillDD1) -> int:
         from visar.distill.dd1 import distill_dd1
 
-        _print_trained(distill_dd1(options))
+        return _print_trained(distill_dd1(options))
 
     return DistillDD1, run
 
@@ -397,6 +397,8 @@ def parse(arguments: list[str]) -> Callable[[], object]:
     """
     import tyro
 
+    from visar.cli.flags import take_value
+
     name, rest = _find(arguments)
     options_class, run = COMMANDS[name][1]()
     settings: dict[str, Any] = {"prog": f"visar {name}", "description": inspect.getdoc(options_class)}
@@ -407,18 +409,19 @@ def parse(arguments: list[str]) -> Callable[[], object]:
         rest, sampler_options = take_sampler_options(rest)
         extra = (sampler_options,)
     if name.startswith("train "):
-        from visar.cli.flags import take_value
-
         settings["description"] += " --recipe NAME replaces the defaults by those of an embedded model."
         rest, recipe = take_value(rest, "--recipe")
         settings |= {} if recipe is None else {"default": _recipe(name, options_class, recipe)}
+    if take_value(rest, "--out")[1] == "":
+        raise ValueError("--out is empty; name a file or a folder")
     options = tyro.cli(options_class, args=rest, **settings)
     return lambda: _carry_out(name, run, options, extra)
 
 
-# Outputs that are checked before anything is loaded, and folders that one command at a time may write into.
-_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "edit": ()}
-_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance")
+# Outputs that are checked before anything is loaded, and folders that one command at a time may write into; training
+# locks its folder itself, and commands that make pairs share one.
+_FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "seeds": (), "data fashion-mnist": ()}
+_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", "data emoji", "data clips")
 
 
 def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:
@@ -437,12 +440,12 @@ def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple
                 from visar.io.files import check_file_output
 
                 check_file_output(options.out, _FILES[name])
-            elif name in _FOLDERS and _first_process():
+            elif name in _FOLDERS or name.startswith(("train ", "distill ")):
                 from visar.io.files import check_folder_output, locked
 
-                folder: Any = options.out
-                check_folder_output(folder)
-                stack.enter_context(locked(folder))
+                check_folder_output(options.out)
+                if name in _FOLDERS and _first_process():
+                    stack.enter_context(locked(options.out))
             return run(options, *extra)
     except (MemoryError, RuntimeError) as error:
         if not short_of_memory(error):

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from visar.cli.flags import names_image
+
 Report = Callable[[str], object]
 
 
@@ -74,7 +76,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     from visar.pipelines.memory import OutOfMemory
     from visar.pipelines.requests import named_values, number_or_name
 
-    single = _is_file(options.out)
+    single = names_image(options.out)
     attributes = named_values(options.attribute)
     if options.previews:
         check_file_output(_beside(options.out))
@@ -119,28 +121,6 @@ def _beside(out: Path) -> Path:
     """Where previews go."""
     out = out.resolve()
     return out.with_name(f"{out.stem}-scales.png")
-
-
-def _is_file(out: Path) -> bool:
-    """Whether `out` is an image's name, else a folder's; finds before the work that it cannot be written.
-
-    Raises:
-        ValueError: it cannot, or its ending is neither an image's nor that of a folder that exists.
-    """
-    from visar.io.files import check_file_output, check_folder_output
-    from visar.io.pictures import WRITTEN_AS
-
-    ending = out.suffix.lower()
-    if ending in WRITTEN_AS:
-        check_file_output(out)
-        return True
-    if any(letter.isalpha() for letter in ending) and not out.is_dir():
-        raise ValueError(
-            f"cannot write {out}: an image's name ends in {', '.join(WRITTEN_AS)}; a folder with a dot in its name "
-            "must exist already"
-        )
-    check_folder_output(out)
-    return False
 
 
 def describe_passes(forward_passes: Mapping[str, int]) -> str:

@@ -26,6 +26,10 @@ class Range(NamedTuple):
 
 
 SEED = Range(0, 2**63 - 1)
+IMAGES = Range(1, 100_000)  # of one call, which holds them all
+BATCH = Range(1, 65_536)
+WINDOW = Range(1, 4096)  # tokens of one pass; masks grow with its square
+CODES = Range(1, 2**20)  # of a codebook
 COUNT = Range(1, 10**9)
 COUNT_OR_OFF = Range(0, 10**9)
 WEIGHT = Range(0, 10**6)

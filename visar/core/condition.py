@@ -9,6 +9,10 @@ PADDING_WORD, NULL_WORD = 0, 1
 """First ids of every word table: padding, and "not given"."""
 
 
+def _is_field(value: object) -> bool:
+    return value is None or (isinstance(value, Tensor) and value.ndim > 0)
+
+
 @dataclass(frozen=True)
 class Condition:
     """Conditions of B images; a field that the model does not use is None.
@@ -27,6 +31,10 @@ class Condition:
     text_mask_BT: Tensor | None = None
 
     def __post_init__(self) -> None:
+        wrong = [f.name for f in fields(self) if not _is_field(getattr(self, f.name))]
+        if wrong:
+            value = getattr(self, wrong[0])
+            raise ValueError(f"{wrong[0]} {value!r:.80}; a tensor with a row for every image is needed, or None")
         batches = {f.name: getattr(self, f.name).shape[0] for f in fields(self) if getattr(self, f.name) is not None}
         if len(set(batches.values())) != 1:
             raise ValueError(f"a condition needs at least one field, all of one batch size; got {batches}")

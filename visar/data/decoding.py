@@ -15,6 +15,7 @@ import numpy as np
 from visar.data.pictures import read_picture
 
 KEPT_BYTES = 2**30  # of decoded images that a set keeps in memory
+MOST_NAMED = 100  # unreadable images in an error
 BLOCK = 256  # images decoded at a time where all are gone through
 
 
@@ -108,7 +109,7 @@ class DecodedPictures:
         skip_unreadable: leave unreadable ones out.
 
     Raises:
-        ValueError: unreadable images, all of them named; or none that can be read.
+        ValueError: unreadable images, up to MOST_NAMED of them named; or none that can be read.
     """
 
     dtype = np.dtype(np.uint8)
@@ -122,7 +123,10 @@ class DecodedPictures:
         self.rows, self.unreadable = self._go_through()
         if self.unreadable and not (skip_unreadable and len(self.rows)):
             remedy = "repair or remove them (training leaves them out with --skip-unreadable)"
-            raise ValueError(f"{len(self.unreadable)} unreadable: {remedy}\n" + "\n".join(self.unreadable))
+            named = self.unreadable[:MOST_NAMED]
+            if len(named) < len(self.unreadable):
+                named.append(f"and {len(self.unreadable) - len(named)} more")
+            raise ValueError(f"{len(self.unreadable)} unreadable: {remedy}\n" + "\n".join(named))
 
     def _go_through(self) -> tuple[np.ndarray, list[str]]:
         """Numbers of the readable images among the encoded ones, and the errors of the others."""

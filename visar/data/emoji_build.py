@@ -27,6 +27,7 @@ from diffusers.utils.logging import tqdm
 from visar.data.emoji import FILE, PIXELS_SHA256, pack_pixels
 from visar.data.emoji_splits import SPLITS, concept_key, shipped_splits, unit_hash
 from visar.data.packages import NAMES, STYLE_PACKAGES, fetch_package, read_members
+from visar.io.arrays import read_arrays
 from visar.io.files import atomic_write
 
 SIZE = 64
@@ -191,7 +192,7 @@ def draw(drawing: Drawing) -> np.ndarray:
 def _draw_all(style: str, drawings: Sequence[Drawing], kept: Path, processes: int) -> np.ndarray:
     """Images of one style, uint8 [N, 64, 64, 3]; read from the file `kept` if they are there already."""
     if kept.is_file():
-        return np.load(kept, allow_pickle=False)["images"]
+        return read_arrays(kept, ["images"])["images"]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
         drawn = pool.map(draw, drawings, chunksize=32)

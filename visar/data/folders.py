@@ -21,6 +21,7 @@ SPLIT_OF = {
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
+_BEHIND_SPLIT = re.compile(r"[-_ ]?(set|split|images|data|(19|20)\d\d)$")
 HIDDEN, OTHER, LOOP, OUTSIDE = "hidden", "not named as an image", "links to a folder above", "outside of the splits"
 
 
@@ -111,6 +112,11 @@ def below_data(found: FoundPictures) -> FoundPictures:
     return replace(found, root=found.root / top, names=[name.partition("/")[2] for name in found.names])
 
 
+def split_of_folder(name: str) -> str | None:
+    """The split that a folder is named as, such as Train, val2017 or test_images; None where it is no split's name."""
+    return SPLIT_OF.get(_BEHIND_SPLIT.sub("", name.lower()))
+
+
 def split_folders(names: Iterable[str]) -> dict[str, str]:
     """Splits by the name of their folder, where the topmost folders are splits; empty where they are classes.
 
@@ -119,7 +125,7 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
     """
     inner = [name.split("/") for name in names if "/" in name]
     tops = {parts[0] for parts in inner}
-    found = {top: SPLIT_OF[top.lower()] for top in tops if top.lower() in SPLIT_OF}
+    found = {top: split for top in tops if (split := split_of_folder(top)) is not None}
     if "train" not in found.values():
         return {}
     directly = any(len(parts) == 2 and found.get(parts[0]) == "train" for parts in inner)

@@ -137,10 +137,12 @@ def load_image_set(source: str | Path, image_size: int | None = None, skip_unrea
     path = Path(source)
     if not path.exists():
         raise ValueError(f"no image set at {shown(path)}: neither a file nor a folder (visar data emoji builds one)")
+    if not path.is_dir() and not path.is_file():
+        raise ValueError(f"{shown(path)} is not an image set: neither a file nor a folder")
     if path.is_dir() and (path / EMOJI_FILE).is_file():
         path = path / EMOJI_FILE
     if path.suffix == ".zip":
-        return _fashion_set(path, image_size) if is_fashion(path) else _emoji_set(path, image_size)
+        return _zip_set(path, image_size)
     if path.suffix == ".npz":
         return _npz_set(path, image_size)
     if parquet_files(path):
@@ -158,6 +160,15 @@ def _required(image_size: int | None, path: Path) -> int:
             f"image_size {image_size}: the images of {path} may be of any size; give their side (--image-size), >= 1"
         )
     return image_size
+
+
+def _zip_set(path: Path, image_size: int | None) -> ImageSet:
+    try:
+        return _fashion_set(path, image_size) if is_fashion(path) else _emoji_set(path, image_size)
+    except ValueError:
+        raise
+    except Exception as error:  # facts of a foreign or damaged archive may have any form
+        raise ValueError(f"{shown(path)} is damaged or not an image set ({type(error).__name__}: {error})") from error
 
 
 def _emoji_set(path: Path, image_size: int | None) -> ImageSet:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from visar.data.decoding import EncodedBytes
-from visar.data.folders import SPLIT_OF, SPLITS, sort_names, split_of_file
+from visar.data.folders import SPLITS, sort_names, split_of_file, split_of_folder
 from visar.io.files import shown
 
 # Names of the columns, in the order in which they are looked for.
@@ -47,8 +47,8 @@ def parquet_files(path: Path) -> dict[Path, str | None]:
             continue
         files = {file: split_of_file(file.stem) for file in _files(folder)}
         for inner in sorted(folder.iterdir()) if not files else []:
-            if inner.is_dir() and inner.name.lower() in SPLIT_OF:
-                files |= dict.fromkeys(_files(inner), SPLIT_OF[inner.name.lower()])
+            if inner.is_dir() and (split := split_of_folder(inner.name)) is not None:
+                files |= dict.fromkeys(_files(inner), split)
         if files:
             return files
     return {}
@@ -98,7 +98,7 @@ def read_tables(path: Path, files: dict[Path, str | None]) -> Tables:
             for batch in table.iter_batches(64, columns=[image]):
                 for cell in batch.column(0).to_pylist():
                     encoded.append(_blob(cell, f"{encoded.name(len(encoded))}: the {image}"))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{shown(path)} is damaged or not parquet ({error})") from error
     split_N = None
     if any(files.values()):
@@ -165,6 +165,6 @@ def _class_names(metadata: dict[bytes, bytes] | None, column: str) -> tuple[str,
     try:
         feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
         names = feature["names"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, RecursionError, TypeError, ValueError):
         return None
     return tuple(str(name) for name in names) if isinstance(names, list) and names else None

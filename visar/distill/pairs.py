@@ -23,7 +23,7 @@ from torch import Tensor
 from visar.core.condition import Condition
 from visar.core.noise import Noise
 from visar.generators.one_step import check_teacher
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, json_object
 from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
 from visar.samplers.flow import sample_flow
@@ -71,7 +71,10 @@ class Pairs:
         if not path.is_file():
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(facts, indent=1))
-        there = json.loads(path.read_text())
+        try:
+            there = json_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}); give another folder") from error
         differing = [name for name, value in facts.items() if there.get(name) != value]
         if differing:
             raise ValueError(

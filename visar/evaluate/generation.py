@@ -26,7 +26,7 @@ from visar.evaluate.images import ImageSource
 from visar.evaluate.labels import Label, LabelPlan
 from visar.evaluate.options import KeepImages
 from visar.evaluate.parts import Part, image_digests, parts_in_order, save_part
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, json_object
 from visar.io.shards import World, finished, missing_ranges, remove_unfinished
 
 SECOND = "second."  # before the names of a second extractor's layers: both may call one "logits"
@@ -75,12 +75,15 @@ def _check_identity(folder: Path, identity: dict[str, object]) -> None:
     """Stores what the run's images depend on, or compares it with what is stored.
 
     Raises:
-        ValueError: the folder holds images of another run; the message names what differs.
+        ValueError: the folder holds images of another run (the message names what differs), or a damaged file.
     """
     path = folder / "run.json"
     wanted = json.loads(json.dumps(identity, sort_keys=True))
     if path.exists():
-        stored = json.loads(path.read_text())
+        try:
+            stored = json_object(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is damaged ({error}). Choose another folder, or delete it") from error
         differing = [
             f"{key} ({stored.get(key)!r} there, {wanted.get(key)!r} now)"
             for key in sorted(stored.keys() | wanted.keys())

@@ -77,7 +77,10 @@ class ArrayImages:
     def __init__(
         self, images_NHWC: np.ndarray | Tensor, name: str = "array", labels: LabelTable | None = None
     ) -> None:
-        images: Tensor = torch.as_tensor(images_NHWC)
+        try:
+            images: Tensor = torch.as_tensor(images_NHWC)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"{name}: a {type(images_NHWC).__name__} is no array of images ({error})") from error
         if images.dtype != torch.uint8 or images.dim() not in (4, 5) or images.shape[-1] != 3 or not len(images):
             raise ValueError(
                 f"{name}: images are {images.dtype} of shape {tuple(images.shape)}; "
@@ -214,7 +217,10 @@ class FolderImages:
             raise ValueError(f"no image ({', '.join(EXTENSIONS)}) in {shown(path)} or below it")
         found.log(f"{len(found.names)} images")
         self.files = [self.path / name for name in sorted(found.names)]
-        first = self.read(self.files[0])
+        try:
+            first = self.read(self.files[0])
+        except ValueError as error:
+            raise self._unreadable(0) from error
         self.size = (first.shape[0], first.shape[1])
 
     def __len__(self) -> int:
@@ -243,7 +249,10 @@ class FolderImages:
             following = self._read_part(0, batch_size, pool)
             for start in range(0, len(self), batch_size):
                 waiting, following = following, self._read_part(start + batch_size, batch_size, pool)
-                images = [each.result() for each in waiting]
+                try:
+                    images = [each.result() for each in waiting]
+                except ValueError as error:
+                    raise self._unreadable(start) from error
                 for file, image in zip(self.files[start:], images, strict=False):
                     if tuple(image.shape[:2]) != self.size:
                         raise ValueError(
@@ -251,6 +260,21 @@ class FolderImages:
                             f"{self.size[1]}x{self.size[0]}; choose resize='adm' or resize='torchvision'"
                         )
                 yield torch.stack(images).movedim(-1, -3).contiguous()
+
+    def _unreadable(self, start: int) -> ValueError:
+        """The error of the first unreadable image from a number on, which says how many others there are."""
+
+        def attempt(file: Path) -> str | None:
+            try:
+                self.read(file)
+            except ValueError as error:
+                return str(error)
+            return None
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            errors = [error for error in pool.map(attempt, self.files[start:]) if error is not None]
+        others = f"; {len(errors) - 1} more of {len(self)} images cannot be read" if len(errors) > 1 else ""
+        return ValueError(errors[0] + others)
 
     def _read_part(self, start: int, count: int, pool: ThreadPoolExecutor) -> list[Future[Tensor]]:
         """Begins to read some images."""

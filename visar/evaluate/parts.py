@@ -6,8 +6,6 @@ and renamed. Nothing else is state: a restart lists the files and makes what is 
 
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ import torch
 from torch import Tensor
 
 from visar.core.output import SampleStatistics
-from visar.io.files import atomic_write
+from visar.io.arrays import npz_arrays, read_arrays
+from visar.io.files import atomic_write, json_object
 from visar.io.shards import finished
 
 
@@ -80,44 +79,58 @@ def load_part(path: Path, with_images: bool = False) -> Part:
     """Reads a part.
 
     Raises:
-        ValueError: the file is broken (delete it to make its images again).
+        ValueError: the file is broken, or lacks rows or features (delete it to make its images again).
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(str(file["meta"]))
-            arrays = {name: torch.from_numpy(file[name]) for name in file.files if name not in ("meta", "images")}
-            images = torch.from_numpy(file["images"]) if with_images and "images" in file.files else None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        stored = read_arrays(path, [name for name in npz_arrays(path) if with_images or name != "images"])
+        meta = json_object(str(stored.pop("meta")))
+        arrays = {name: torch.from_numpy(value) for name, value in stored.items()}
+        statistics = meta["statistics"]
+        statistics["tokens_per_pass"] = {int(key): value for key, value in statistics["tokens_per_pass"].items()}
+        part = Part(
+            first=meta["first"],
+            features={
+                name.removeprefix("features_"): value for name, value in arrays.items() if name.startswith("features_")
+            },
+            digests_B32=arrays["digests"],
+            thumbnails_BD=arrays.get("thumbnails"),
+            images=arrays.get("images"),
+            statistics=SampleStatistics(**statistics),
+            seconds=float(meta["seconds"]),
+            warm=bool(meta["warm"]),
+        )
+        _check_rows(part, meta["stop"], arrays)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is broken ({error}); delete it and its images are made again") from error
-    statistics = meta["statistics"]
-    statistics["tokens_per_pass"] = {int(key): value for key, value in statistics["tokens_per_pass"].items()}
-    return Part(
-        first=meta["first"],
-        features={
-            name.removeprefix("features_"): value for name, value in arrays.items() if name.startswith("features_")
-        },
-        digests_B32=arrays["digests"],
-        thumbnails_BD=arrays.get("thumbnails"),
-        images=images,
-        statistics=SampleStatistics(**statistics),
-        seconds=meta["seconds"],
-        warm=meta["warm"],
-    )
+    return part
+
+
+def _check_rows(part: Part, stop: int, arrays: dict[str, Tensor]) -> None:
+    if not part.features or part.stop != stop or part.digests_B32.shape[1:] != (32,):
+        raise ValueError(f"features of {len(part.features)} layers, images {part.first} ... {part.stop} of {stop}")
+    for name, value in arrays.items():
+        if len(value) != len(part.digests_B32) or (name.startswith("features_") and not value.isfinite().all()):
+            raise ValueError(f"{name} has {len(value)} rows for {len(part.digests_B32)} images, or is not finite")
 
 
 def parts_in_order(folder: Path, num_samples: int, with_images: bool = False) -> Iterator[Part]:
     """The parts that make up images 0 ... num_samples - 1, cut where a part reaches beyond.
 
     Raises:
-        ValueError: images are missing.
+        ValueError: images are missing, or a part holds other features than those before it.
     """
-    at = 0
+    at, expected = 0, None
     for first, stop, path in finished(folder):
         if at >= num_samples or stop <= at:
             continue
         if first > at:
             break
-        yield _cut(load_part(path, with_images), at, min(stop, num_samples))
+        part = load_part(path, with_images)
+        kept = {layer: value.shape[1:] for layer, value in part.features.items()}, part.thumbnails_BD is None
+        if (part.first, part.stop) != (first, stop) or expected not in (None, kept):
+            raise ValueError(f"{path} holds other images or features than its name and the parts before it; delete it")
+        expected = kept
+        yield _cut(part, at, min(stop, num_samples))
         at = min(stop, num_samples)
     if at < num_samples:
         raise ValueError(f"{folder} has images up to {at} of {num_samples}: the run is not finished")

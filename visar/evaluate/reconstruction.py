@@ -6,30 +6,18 @@ Frechet distance of samples, which is against the training set.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from visar.core.interface import TokenLayout
+from visar.core.interface import Tokenizer
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.images import ImageSource
 from visar.evaluate.metrics import distance_name
 from visar.evaluate.references import Reference, checked
 from visar.evaluate.statistics import FeatureStatistics, RunningStatistics, frechet_distance, singular_note
 from visar.io.pictures import to_uint8
-
-
-class Tokenizer(Protocol):
-    """What is needed of a tokenizer."""
-
-    @property
-    def layout(self) -> TokenLayout: ...
-
-    def encode(self, image_BCHW: Tensor) -> Tensor: ...
-
-    def decode(self, tokens: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -128,13 +116,14 @@ def evaluate_reconstruction(
     if reference is not None:
         reference = checked(reference, extractor, "reconstruction")
     layout = tokenizer.layout
+    grid = (images.size[0] // tokenizer.downsampling, images.size[1] // tokenizer.downsampling)
     original, decoded = RunningStatistics(), RunningStatistics()
     counts_V = torch.zeros(max(layout.vocab_size, 1), dtype=torch.int64)
     ratios, similarities = [], []
     for image_BCHW in images.batches(batch_size):
         image = image_BCHW.to(device)
         tokens = tokenizer.encode(image.float() / 127.5 - 1.0)
-        result = to_uint8(tokenizer.decode(tokens))
+        result = to_uint8(tokenizer.decode_latents(tokenizer.latents(tokens, grid)))
         if layout.vocab_size:
             counts_V += torch.bincount(tokens.flatten().cpu(), minlength=layout.vocab_size)
         ratios.append(psnr(image, result).cpu())

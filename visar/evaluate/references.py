@@ -30,7 +30,7 @@ from visar.evaluate.images import (
 from visar.evaluate.labels import LabelTable
 from visar.evaluate.statistics import FeatureStatistics, MeasuredStatistics
 from visar.io.arrays import npz_arrays, read_arrays
-from visar.io.files import atomic_write, check_file_output, sha256
+from visar.io.files import atomic_write, check_file_output, json_object, sha256
 from visar.io.progress import Progress, counted
 
 Protocol = Literal["generation", "reconstruction"]
@@ -340,9 +340,14 @@ def load_statistics(path: str | Path) -> Reference:
         raise ValueError(f"{path} is not a statistics file: it holds {', '.join(npz_arrays(path))}")
     arrays = read_arrays(path)
     try:
-        meta = json.loads(str(arrays["visar"]))
+        try:
+            meta = json_object(str(arrays["visar"]))
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: its array visar does not describe it ({error})") from error
         if meta.get("format") != FORMAT:
             raise ValueError(f"{path} has format {meta.get('format')}; this version reads {FORMAT}")
+        if meta["protocol"] not in PROTOCOLS:
+            raise ValueError(f"{path} is for the protocol {meta['protocol']!r}; {' or '.join(PROTOCOLS)} is needed")
         missing = [
             name for layer in meta["layers"] for name in (f"mu_{layer}", f"sigma_upper_{layer}") if name not in arrays
         ]
@@ -366,7 +371,7 @@ def load_statistics(path: str | Path) -> Reference:
             labels=_stored_labels(arrays, path) if "label_rows" in arrays else None,
             notes=(f"made of {meta['name']} ({meta['kind']}), sha256 {meta['source_sha256']}", *meta["notes"]),
         )
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged: its array visar does not describe it ({error!r})") from error
 
 

@@ -16,7 +16,7 @@ from visar.evaluate.generation import Generated
 from visar.evaluate.metrics import Metrics, Scorer
 from visar.evaluate.scoring import Scoring
 from visar.evaluate.speed import Speed
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, json_object
 
 # Figures compare when these agree; what differs between the rows of a table is the model and how it was sampled.
 COMPARABLE = (
@@ -196,14 +196,16 @@ def load_report(folder: str | Path) -> Report:
     """
     path = Path(folder) / "metrics.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json_object(path.read_bytes())
         speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none, nor a second score
         read = {"metrics": _metrics(content["metrics"]), "notes": tuple(content["notes"]), "speed": speed}
         second = content.get("second")
-        return Report(**{**content, **read, "second": None if second is None else _metrics(second)})
+        report = Report(**{**content, **read, "second": None if second is None else _metrics(second)})
+        card(report)  # which reads all of it
+        return report
     except FileNotFoundError as error:
         raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a report of visar eval ({error})") from error
 
 

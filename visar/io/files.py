@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import pickle
 import pickletools
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import torch
@@ -208,6 +210,35 @@ def shown(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
+def json_object(text: str | bytes) -> dict[str, Any]:
+    """The JSON object that a text is.
+
+    Raises:
+        ValueError: it is none: damaged, nested too deep, or another value.
+    """
+    try:
+        content = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"a {type(content).__name__} where a JSON object is needed")
+    return content
+
+
+def read_text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it cannot be read, is no UTF-8, or is no file at all (a pipe would be waited for).
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no regular file")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {shown(path)}: {getattr(error, 'strerror', None) or error}") from error
+
+
 def sha256(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes, read in blocks of 1 MiB."""
     with open(path, "rb") as file:
@@ -370,14 +401,14 @@ def _new_folder(out: Path) -> Iterator[Path]:
     try:
         with writing(out):
             yield temporary
-            _finish_folder(temporary)
+            finish_folder(temporary)
         _set_mode(temporary, 0o777)
         temporary.replace(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _finish_folder(folder: Path) -> None:
+def finish_folder(folder: Path) -> None:
     """Flushes the files of a folder, and gives them the modes of files that were just opened."""
     for path in folder.rglob("*"):
         if path.is_file():
@@ -398,7 +429,7 @@ def replaced_folder(final: Path) -> Iterator[Path]:
         with writing(final):
             temporary.mkdir(parents=True)
             yield temporary
-            _finish_folder(temporary)
+            finish_folder(temporary)
         restore_folder(final)
         if final.exists():
             final.rename(_set_aside(final))

@@ -10,8 +10,26 @@ from torch import Tensor
 WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of images that commands write
 
 
+def check_decoded(image_BCHW: Tensor) -> None:
+    """Checks that images that a model made are numbers; waits for the device.
+
+    Raises:
+        ValueError: some are not.
+    """
+    if image_BCHW.isnan().any():
+        raise ValueError(
+            "decoded images are not finite: the tokenizer has weights that are not, or computes in float16 and leaves "
+            "its range (load with dtype bfloat16 or float32)"
+        )
+
+
 def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
-    """Images of images in [-1, 1]."""
+    """Images of images in [-1, 1].
+
+    Raises:
+        ValueError: see `check_decoded`.
+    """
+    check_decoded(image_BCHW)
     return [PIL.Image.fromarray(each) for each in to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()]
 
 

@@ -17,6 +17,7 @@ from visar.core.interface import Callback
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
+from visar.io.files import check_folder_output, finish_folder, writing
 from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.packable import Storage, check_storage, pack_folder
 from visar.layers.quantize import quantized_layers, scaled
@@ -141,14 +142,19 @@ class TokenPipeline(DiffusionPipeline):
             settings: see diffusers.
 
         Raises:
-            ValueError: the generator is quantised, or another storage.
+            ValueError: the generator is quantised, another storage, or the folder cannot be written.
         """
         check_storage(storage)
         if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
-        super().save_pretrained(save_directory, **settings)
-        if storage == "int8":
-            pack_folder(self.generator, Path(save_directory) / "generator")
+        folder = Path(save_directory)
+        check_folder_output(folder)
+        with writing(folder):
+            super().save_pretrained(save_directory, **settings)
+            if storage == "int8":
+                pack_folder(self.generator, folder / "generator")
+            for part in ("tokenizer", "generator"):
+                finish_folder(folder / part)
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:

@@ -93,6 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing or damaged.
     """
+    if not path.is_file():
+        raise ValueError(f"{path.parent} is damaged or incomplete: there is no file {path.name}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

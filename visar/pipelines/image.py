@@ -9,10 +9,11 @@ import torch
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
+from visar.core.checks import BATCH, IMAGES, check_range
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.output import SampleStatistics
-from visar.io.pictures import to_pictures
+from visar.io.pictures import check_decoded, to_pictures
 from visar.pipelines import memory as batching
 from visar.pipelines.base import TokenPipeline
 from visar.pipelines.requests import each_image
@@ -94,16 +95,21 @@ class ImagePipeline(TokenPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
-        if not isinstance(num_images, Integral) or num_images < 1:
+        if not isinstance(num_images, Integral):
             raise ValueError(f"num_images {num_images!r}; it must be a whole number >= 1")
+        check_range("num_images", int(num_images), IMAGES)
         if isinstance(batch_size, str) and batch_size != "auto":
             raise ValueError(f'batch_size {batch_size!r}; a number >= 1, "auto" or None')
-        if not isinstance(batch_size, str | None) and (not isinstance(batch_size, Integral) or batch_size < 1):
-            raise ValueError(f"batch_size {batch_size!r}; it must be a whole number >= 1")
+        if not isinstance(batch_size, str | None):
+            if not isinstance(batch_size, Integral):
+                raise ValueError(f"batch_size {batch_size!r}; it must be a whole number >= 1")
+            check_range("batch_size", int(batch_size), BATCH)
         if not isinstance(attributes, Mapping | None):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
         if class_labels is not None and prompt is not None:
             raise ValueError("give a class (class_labels, --class) or a prompt, not both")
+        if not isinstance(condition, Condition | None):
+            raise ValueError(f"condition {condition!r:.80}; a Condition is needed")
         if condition is not None and (class_labels is not None or prompt is not None or attributes):
             raise ValueError("condition says everything: give it without class_labels, prompt and attributes")
         labels = None if class_labels is None else each_image("class_labels", class_labels, num_images)
@@ -168,6 +174,7 @@ class ImagePipeline(TokenPipeline):
 
 
 def _finish(image_BCHW: Tensor, output_type: str) -> Any:
+    check_decoded(image_BCHW)
     if output_type == "pt":
         return (image_BCHW + 1.0) / 2.0
     if output_type == "np":

@@ -8,19 +8,32 @@ from typing import Any
 import numpy as np
 import torch
 
+from visar.core.checks import IMAGES, check_range
 from visar.core.condition import Condition
 from visar.core.noise import Noise, Use, image_seeds
 from visar.data.vocabulary import Vocabulary, match_names
+
+
+def _as_list(name: str, values: Any) -> Any:
+    """Arrays and tensors as lists or numbers, and all else as it is.
+
+    Raises:
+        ValueError: a tensor without plain values, such as a sparse one.
+    """
+    try:
+        return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
+    except (NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"{name}: a tensor of layout {values.layout} on {values.device} is no list") from error
 
 
 def each_image(name: str, values: Any, num_images: int) -> list[Any]:
     """Classes or prompts, one or several, each for `num_images` images.
 
     Raises:
-        ValueError: none at all, or one that is no text (or, for classes, no whole number).
+        ValueError: none at all, too many, or one that is no text (or, for classes, no whole number).
     """
     kinds: tuple[type, ...] = (str,) if name == "prompt" else (str, Integral)
-    values = values.tolist() if isinstance(values, torch.Tensor) else values
+    values = _as_list(name, values)
     listed = [values] if isinstance(values, kinds) or not isinstance(values, Iterable) else list(values)
     listed = [value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value for value in listed]
     if not listed:
@@ -29,6 +42,7 @@ def each_image(name: str, values: Any, num_images: int) -> list[Any]:
     if wrong:
         needed = "a text" if name == "prompt" else "a name or a whole number"
         raise ValueError(f"{name} {wrong[0]!r}; {needed} is needed")
+    check_range(f"{name}: images", len(listed) * num_images, IMAGES)
     return [value for value in listed for _ in range(num_images)]
 
 
@@ -49,7 +63,8 @@ def seeds_of_images(
     if sum(source is not None for source in (seed, seeds, generator)) > 1:
         raise ValueError("give one of seed, seeds and generator")
     if seeds is not None:
-        if not isinstance(seeds, Sequence | np.ndarray | torch.Tensor):
+        seeds = _as_list("seeds", seeds)
+        if not isinstance(seeds, Sequence):
             raise ValueError(f"seeds {seeds!r}; give one per image, or `seed` for all of them")
         if len(seeds) != num_images:
             raise ValueError(f"{len(seeds)} seeds for {num_images} images")

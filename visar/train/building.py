@@ -1,6 +1,5 @@
 """Making and copying models from a recipe's options."""
 
-import json
 import re
 from copy import deepcopy
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from visar.checkpoints import hub
 from visar.data.vocabulary import Vocabulary
 from visar.generators.training import GeneratorFamily
-from visar.io.files import load_weights, tensors_only
+from visar.io.files import json_object, load_weights, tensors_only
 from visar.train.options import TrainGenerator
 from visar.train.randomness import Draw, step_seed
 
@@ -24,12 +23,10 @@ def json_options(text: str) -> dict[str, Any]:
         ValueError: not a JSON object.
     """
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"model_options {text!r} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"model_options {text!r}; needed: a JSON object such as '{{\"base_channels\": 48}}'")
-    return values
+        return json_object(text)
+    except ValueError as error:
+        needed = "a JSON object such as '{\"base_channels\": 48}'"
+        raise ValueError(f"model_options {text!r:.200} is {error}; needed: {needed}") from error
 
 
 def image_side(tokenizer: Any) -> int:

@@ -11,7 +11,7 @@ from diffusers.utils.logging import tqdm
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, writing
 from visar.io.pictures import grid
 from visar.train.options import RunOptions
 
@@ -77,7 +77,8 @@ class RunLog:
         """Appends a line, and points to the curves."""
         if not self.active:
             return
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        path = self.folder / "metrics.jsonl"
+        with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tracker is not None:
             self._tracker.log(values, step=step)

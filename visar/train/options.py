@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from visar.core.checks import BELOW_ONE, COUNT, COUNT_OR_OFF, SEED, SHARE, WEIGHT, Range, check_ranges
+from visar.core.checks import BELOW_ONE, CODES, COUNT, COUNT_OR_OFF, SEED, SHARE, WEIGHT, Range, check_ranges
 from visar.generators import families as generators
 from visar.tokenizers import families as tokenizers
 from visar.train.schedule import Schedule, check_schedule
@@ -47,7 +47,7 @@ RANGES = {
     "max_minutes": Range(0, 10**7),
     "weight_decay": Range(0, 1000),
     "image_size": Range(1, 16_384),
-    "codebook_size": Range(1, 2**20),
+    "codebook_size": CODES,
     "codebook_decay": BELOW_ONE,
     "commitment_weight": WEIGHT,
     "codebook_weight": WEIGHT,

@@ -16,8 +16,9 @@ from torch import Tensor
 from visar.data.augment import Augmentation, augment
 from visar.data.decoding import in_batches
 from visar.data.images import ImageSet, as_float
-from visar.io.files import atomic_write
+from visar.io.files import atomic_write, json_object
 from visar.layers.quantize import weights_digest
+from visar.tokenizers.checks import check_ids
 
 
 @dataclass
@@ -44,11 +45,13 @@ class TokenCache:
         Raises:
             ValueError: no such file, or a damaged one.
         """
+        if not Path(path).is_file():
+            raise ValueError(f"{path} is not a token cache: no such file")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                facts = json.loads((file.metadata() or {})["facts"])
+                facts = json_object((file.metadata() or {})["facts"])
             return cls(load_file(path)["ids"], facts)
-        except (OSError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is not a token cache or is damaged ({error})") from error
 
     def save(self, path: str | Path) -> None:
@@ -94,13 +97,16 @@ def build_token_cache(
         "seed": seed,
         "batch_size": batch_size,
     }
+    vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
     if path is not None and Path(path).exists():
         cache = TokenCache.load(path)
         differing = [key for key, value in facts.items() if cache.facts.get(key) != value]
         if differing:
             raise ValueError(f"{path} was made with another {', '.join(differing)}; remove it or name another file")
+        check_ids(cache.ids_NKL.flatten(1), vocab_size)
+        if cache.ids_NKL.shape != (len(image_set), variants, length):
+            raise ValueError(f"{path} is damaged: its ids are {tuple(cache.ids_NKL.shape)}; remove it")
         return cache
-    vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
     dtype = torch.int16 if vocab_size <= 2**15 else torch.int32
     ids = torch.empty(len(image_set), variants, length, dtype=dtype)
     # Augmented variants of many images take minutes on a CPU.
