@@ -23,6 +23,8 @@ from visar.pipelines.loading import load
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LEVELS = dict(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=16)
 NAMES = build_vocabulary({"class": ("cat", "dog")}, np.array([[0], [1]]), None, np.arange(2)).to_dict()
 
@@ -40,7 +42,7 @@ def make(token_input: str = "table") -> ImagePipeline:
     for parameter in generator.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     if of_codes:
-        generator.set_codebook(tokenizer().codebook)
+        generator.set_codebook(tokenizer().codebook.detach())
     return quiet(ImagePipeline(tokenizer(), generator, NAMES, {"guidance_scale": 1.5}))
 
 
@@ -66,7 +68,6 @@ def test_model_offload_changes_no_image():
 
 
 def test_model_offload_moves_each_part_for_its_part_only(monkeypatch):
-    """The device meta stands in for a GPU: a part that is there while the other one works cannot be used."""
     pipeline, moved = make(), []
     pipeline.enable_model_cpu_offload(device="cpu")
     real = torch.nn.Module.to
@@ -74,7 +75,7 @@ def test_model_offload_moves_each_part_for_its_part_only(monkeypatch):
         torch.nn.Module, "to", lambda self, *to, **named: moved.append(type(self).__name__) or real(self, *to, **named)
     )
     pipeline("dog", num_images=2, batch_size=1, seed=3)
-    # Fetched and put back, in every batch.
+    # Each is fetched and put back, in every batch.
     assert moved == ["RasterGPT", "RasterGPT", "VQTokenizer", "VQTokenizer"] * 2
 
 
@@ -111,7 +112,7 @@ def test_offload_of_a_part_makes_no_other_images(part, kind, tmp_path):
         pipeline("dog", seed=3)
 
 
-def test_an_edit_fetches_the_tokenizer(monkeypatch):
+def test_an_edit_with_offload():
     torch.manual_seed(0)
     parts = MultiScaleVQTokenizer(scales=(1, 2, 4), codebook_dim=32, **LEVELS).eval()
     model = NextScaleTransformer(
