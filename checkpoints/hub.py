@@ -4,6 +4,7 @@ import difflib
 import importlib
 import json
 import pkgutil
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +68,54 @@ def unknown_model(name: str) -> ValueError:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
     hint = f"nearest: {', '.join(near)}; " if near else ""
     return ValueError(f"unknown model {name!r}: neither a folder nor a name. {hint}all names: {', '.join(names)}")
+
+
+def is_repository(name: str | Path) -> bool:
+    """Whether a name can only be that of a repository on the Hugging Face hub.
+
+    It has the form owner/model, and no folder here is called owner: else it is the path of something that is missing.
+    """
+    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir()
+
+
+def snapshot(
+    repository: str,
+    files: list[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | Path | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Local copy of a repository's folder, fetched where it is not in the cache.
+
+    Args:
+        repository: owner/model.
+        files: patterns of the names to fetch.
+        revision, cache_dir, token, local_files_only: as huggingface_hub has them.
+
+    Raises:
+        ValueError: it cannot be had (no network, no such repository or revision, no right to it).
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(
+            repository,
+            allow_patterns=files,
+            revision=revision,
+            cache_dir=cache_dir,
+            token=token,
+            local_files_only=local_files_only,
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        at = "" if revision is None else f" at revision {revision}"
+        raise ValueError(
+            f"{repository} is no folder here, and could not be fetched{at} from the Hugging Face hub "
+            f"({type(error).__name__})"
+        ) from error
+    return Path(found)
 
 
 def download(repository: str, file: str) -> Path:

@@ -128,7 +128,7 @@ def test_arguments_of_from_pretrained_are_honoured_or_refused(saved, tmp_path):
     other = ImagePipeline.from_pretrained(saved, tokenizer=pipeline.tokenizer)
     assert other.tokenizer is pipeline.tokenizer and other.generator.dtype == torch.float32
     for arguments, message in (
-        (dict(variant="fp16"), "does not take variant='fp16'"),
+        (dict(variant="fp16"), "has no weights of variant 'fp16'; it has None"),
         (dict(trust_remote_code=True), "does not take trust_remote_code=True"),
         (dict(use_safetensors=False), "does not take use_safetensors=False"),
         (dict(custom_pipeline="other"), "does not take custom_pipeline='other'"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from visar import load
+from visar.pipelines.editing import edit_images, scale_previews
 from visar.pipelines.memory import OutOfMemory
 
 pytestmark = pytest.mark.gpu
@@ -54,3 +55,56 @@ def test_running_out_of_memory_says_what_fits(pipeline):
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert ids(pipeline).shape == (5, 256)
+
+
+@pytest.mark.parametrize("name", ["emoji-raster", "emoji-var"])
+def test_model_offload_changes_no_image_and_frees_the_gpu(name):
+    expected = ids(load(name, device="cuda", dtype="float32"))
+    away = load(name, device="cpu", dtype="float32")
+    parts = [*away.generator.parameters(), *away.tokenizer.parameters()]
+    away.enable_model_cpu_offload()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    assert away.device.type == "cuda" and {parameter.device.type for parameter in parts} == {"cpu"}
+    for _ in range(2):  # weights are elsewhere in every call: nothing captured before may be used
+        assert torch.equal(ids(away, batch_size=3), expected)
+        assert {parameter.device.type for parameter in parts} == {"cpu"}
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated() - before < 32 << 20
+    away.remove_all_hooks()
+    assert torch.equal(ids(away.to("cuda")), expected)
+
+
+def test_model_offload_of_what_a_call_moves_beside_the_models():
+    settings = dict(sampler="speculative", sampler_options={"drafter": "eagle"})
+    expected = ids(load("emoji-raster", device="cuda", dtype="float32"), **settings)
+    away = load("emoji-raster", device="cpu", dtype="float32")
+    away.enable_model_cpu_offload(gpu_id=0)
+    assert torch.equal(ids(away, **settings), expected)
+    with pytest.raises(ValueError, match="CUDA devices are 0"):
+        away.enable_model_cpu_offload(gpu_id=torch.cuda.device_count())
+
+
+@pytest.mark.parametrize("mode", ["offload", "model"])
+def test_edits_and_previews_with_offload(mode):
+    away = load("emoji-var", device="cpu" if mode == "model" else "cuda", dtype="float32", offload=mode == "offload")
+    if mode == "model":
+        away.enable_model_cpu_offload()
+    plain = load("emoji-var", device="cuda", dtype="float32")
+    pictures = plain(num_images=2, seed=1).images
+    for pipeline in (plain, away):
+        pipeline.set_progress_bar_config(disable=True)
+    edits = [edit_images(each, pictures, box=(0, 0, 1, 0.5), seed=2).tokens.cpu() for each in (plain, away)]
+    assert torch.equal(*edits)
+    assert len(scale_previews(away, edits[0])) == 2
+
+
+def test_group_offload_makes_no_other_images(pipeline, tmp_path):
+    away = load("emoji-raster", device="cpu", dtype="float32")
+    away.generator.enable_group_offload(
+        torch.device("cuda"), offload_type="leaf_level", offload_to_disk_path=str(tmp_path)
+    )
+    with pytest.raises(ValueError, match="hooks of diffusers .* are on the RasterGPT"):
+        ids(away)
+    with pytest.raises(ValueError, match="group offload is not for this pipeline"):
+        pipeline.enable_group_offload(torch.device("cuda"))

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -65,14 +66,15 @@ def _resnet(block: ResnetBlock, x_BCHW: Tensor, stats: Moments) -> tuple[Tensor,
 
 
 def _attention(block: AttentionBlock, x_BCHW: Tensor, stats: Moments) -> tuple[Tensor, Moments]:
-    normed_BPC = group_norm(x_BCHW, stats, block.norm, silu=False).permute(0, 2, 3, 1).flatten(1, 2)
+    normed_BCHW = group_norm(x_BCHW, stats, block.norm, silu=False)
+    normed_BPC = rearrange(normed_BCHW, "b c h w -> b h w c").flatten(1, 2)
     query, key, value = (
         functional.linear(normed_BPC, conv.weight.flatten(1), conv.bias)[:, None]
         for conv in (block.q, block.k, block.v)
     )
     out_BPC = functional.scaled_dot_product_attention(query, key, value)[:, 0]
     out_BPC = functional.linear(out_BPC, block.proj_out.weight.flatten(1))
-    out_BCHW = out_BPC.unflatten(1, x_BCHW.shape[2:]).permute(0, 3, 1, 2)
+    out_BCHW = rearrange(out_BPC.unflatten(1, x_BCHW.shape[2:]), "b h w c -> b c h w")
     return moments(out_BCHW, add_BCHW=x_BCHW, biases=[_bias(block.proj_out)])
 
 

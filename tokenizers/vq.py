@@ -11,6 +11,7 @@ from typing import Literal
 
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from visar.core.interface import TokenLayout
@@ -204,7 +205,7 @@ class VQTokenizer(Packable, ModelMixin, ConfigMixin):
         if layout == "flat":
             return codes_BNC
         codes_BhwC = codes_BNC.unflatten(1, self._grid_for(ids_BN.shape[1], grid))
-        return codes_BhwC if layout == "channels_last" else codes_BhwC.permute(0, 3, 1, 2)
+        return codes_BhwC if layout == "channels_last" else rearrange(codes_BhwC, "b h w c -> b c h w")
 
     def latents(self, ids_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """What `decode_latents` takes, float32 [B, codebook_dim, h, w]; arguments and errors as of `lookup`."""

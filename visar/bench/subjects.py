@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from visar.core.interface import Scales
 from visar.generators import families as generators
 from visar.generators.training import GeneratorFamily
 from visar.layers.quantize import linear_layers, quantize_, stored
@@ -132,6 +133,8 @@ def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype, q
         generator = None if preset.generator is None else preset.generator(**preset.config).eval()
     if generator is not None:
         fill(generator)
+        if isinstance(generator, Scales):  # it has a copy of the tokenizer's codes
+            tokenizer.quantizer.embedding.load_state_dict(generator.pyramid.embedding.state_dict())
         nn.Module.to(generator, dtype)  # diffusers' own `to` warns about float32 modules that do not exist
         quantize_(generator, quantize)
     nn.Module.to(tokenizer, dtype)

@@ -8,6 +8,7 @@ width.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -264,3 +265,26 @@ class Tokenizer(Protocol):
     def latents(self, tokens_BN: Tensor, grid: tuple[int, int] | None = None) -> Tensor: ...
 
     def decode_latents(self, latent_BChw: Tensor) -> Tensor: ...
+
+    def decode(self, tokens_BN: Tensor) -> Tensor: ...
+
+
+if TYPE_CHECKING:
+
+    class _Saved(nn.Module):
+        @property
+        def device(self) -> torch.device: ...
+
+        @property
+        def dtype(self) -> torch.dtype: ...
+
+        def save_pretrained(self, save_directory: str | os.PathLike[str], **settings: Any) -> None: ...
+
+    class TokenizerModel(_Saved, Tokenizer):
+        """A tokenizer that is a module and can be saved, for type checkers."""
+
+    class GeneratorModel(_Saved, Categorical):
+        """A generator that is a module and can be saved, for type checkers; students of one step have fewer calls."""
+
+else:
+    TokenizerModel = GeneratorModel = nn.Module

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn import functional
 
@@ -98,8 +99,10 @@ def _shift(image_BCHW: Tensor, offset_2B: Tensor, most: int, fill: float) -> Ten
     rows_BH = offset_2B[0][:, None] + torch.arange(height, device=image_BCHW.device)
     columns_BW = offset_2B[1][:, None] + torch.arange(width, device=image_BCHW.device)
     index_B = torch.arange(batch, device=image_BCHW.device)
-    moved = padded.permute(0, 2, 3, 1)[index_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]]
-    return moved.permute(0, 3, 1, 2)
+    moved = rearrange(padded, "b c h w -> b h w c")[
+        index_B[:, None, None], rows_BH[:, :, None], columns_BW[:, None, :]
+    ]
+    return rearrange(moved, "b h w c -> b c h w")
 
 
 def _sample(image_BCHW: Tensor, theta_B23: Tensor, outside: str) -> Tensor:

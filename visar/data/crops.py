@@ -6,6 +6,7 @@ FoundationVision/LlamaGen@ce98ec4).
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 def image_tensor(image: Image.Image) -> Tensor:
     """Float [3, H, W] in [-1, 1] of an image (converted to RGB)."""
     pixels_HWC = torch.from_numpy(np.array(image.convert("RGB")))
-    return pixels_HWC.permute(2, 0, 1).float() / 127.5 - 1.0
+    return rearrange(pixels_HWC, "h w c -> c h w").float() / 127.5 - 1.0
 
 
 def ten_crop(image: Image.Image, size: int, crop_range: float = 1.1) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import PIL.Image
 import torch
+from einops import rearrange
 
 from visar.data.crops import center_crop
 from visar.data.decoding import DecodedPictures, EncodedBytes, EncodedFiles, Pictures
@@ -115,7 +116,7 @@ class ImageSet:
 
 def as_float(images_NHWC: torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
-    return images_NHWC.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    return rearrange(images_NHWC, "n h w c -> n c h w").float() / 127.5 - 1.0
 
 
 def load_image_set(source: str | Path, image_size: int | None = None, skip_unreadable: bool = False) -> ImageSet:

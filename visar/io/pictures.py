@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import PIL.Image
 import torch
+from einops import rearrange
 from torch import Tensor
 
 WRITTEN_AS = (".png", ".jpg", ".jpeg", ".webp")  # endings of names of images that commands write
@@ -30,7 +31,8 @@ def to_pictures(image_BCHW: Tensor) -> list[PIL.Image.Image]:
         ValueError: see `check_decoded`.
     """
     check_decoded(image_BCHW)
-    return [PIL.Image.fromarray(each) for each in to_uint8(image_BCHW).permute(0, 2, 3, 1).cpu().numpy()]
+    pixels_BHWC = rearrange(to_uint8(image_BCHW), "b c h w -> b h w c").cpu().numpy()
+    return [PIL.Image.fromarray(each) for each in pixels_BHWC]
 
 
 def grid(

@@ -2,18 +2,22 @@
 
 import contextlib
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import ModelMixin
+
+# Type checkers take diffusers' lazy name for the stand-in that it has where torch is missing.
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
-from visar.core.interface import Callback
+from visar.core.interface import Callback, GeneratorModel, TokenizerModel
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
@@ -22,14 +26,27 @@ from visar.kernels.invariance import batch_invariant, check_deterministic, wante
 from visar.layers.packable import Storage, check_storage, pack_folder
 from visar.layers.quantize import quantized_layers, scaled
 from visar.pipelines import memory as batching
-from visar.pipelines.components import _place, placement, read_pipeline
-from visar.pipelines.fitting import check_defaults, check_parts, check_vocabulary, read_vocabulary
+from visar.pipelines.components import _place, find_folder, placement, read_pipeline
+from visar.pipelines.fitting import (
+    check_codes,
+    check_defaults,
+    check_hooks,
+    check_parts,
+    check_vocabulary,
+    codes_of,
+    read_vocabulary,
+)
 from visar.pipelines.memory import borrowed
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampling import Helpers, chosen_settings, resolve_options
 from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
 from visar.samplers.index import SamplerEntry
 from visar.tokenizers.decoding import decode_tokens
+
+_INSTEAD = (
+    "it moves layer after layer in forward, which decoding does not call. Use enable_model_cpu_offload(), which moves "
+    "one model at a time, enable_offload(), which moves all but the generator, or quantize of visar.load"
+)
 
 
 class TokenPipeline(DiffusionPipeline):
@@ -43,6 +60,8 @@ class TokenPipeline(DiffusionPipeline):
         defaults: sampling settings used where a call gives none: sampler, temperature, top_k, top_p, and
             guidance_scale or guidance (a dict of the fields of `Guidance`). Also text_encoder, for models with
             `caption_width`: what `load_text_encoder` takes; it is loaded at the first prompt.
+        codes: some entries of the codebook of the tokenizer that the generator was trained with, see `codes_of`; None
+            is that of the tokenizer given.
 
     Attributes:
         offload: whether tokenizer and text encoder wait on the CPU and are moved to the generator's device for their
@@ -54,29 +73,33 @@ class TokenPipeline(DiffusionPipeline):
         ValueError: unknown default settings, or parts that do not fit each other.
     """
 
-    model_cpu_offload_seq = "generator->tokenizer"
-    tokenizer: Any
-    generator: Any
+    tokenizer: TokenizerModel
+    generator: GeneratorModel
     _callback_tensor_inputs = ["tokens"]
 
     def __init__(
         self,
-        tokenizer: ModelMixin,
-        generator: ModelMixin,
+        tokenizer: ModelMixin | TokenizerModel,
+        generator: ModelMixin | GeneratorModel,
         vocabulary: dict | None = None,
         defaults: dict | None = None,
+        codes: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         check_defaults({} if defaults is None else defaults, None if generator is None else len(generator.block_sizes))
-        if tokenizer is not None and generator is not None:
-            check_parts(tokenizer, generator)
+        self._checked: tuple[weakref.ref, ...] = ()
         self.register_modules(tokenizer=tokenizer, generator=generator)
-        self.register_to_config(vocabulary=vocabulary, defaults=defaults or {})
+        if codes is None and tokenizer is not None:
+            codes = codes_of(tokenizer)
+        self.register_to_config(vocabulary=vocabulary, defaults=defaults or {}, codes=codes)
+        if tokenizer is not None and generator is not None:
+            self._check_parts()
         self.vocabulary = None if vocabulary is None else read_vocabulary(vocabulary)
         if self.vocabulary is not None and generator is not None:
             check_vocabulary(self.vocabulary, generator)
         self.runtime = Runtime()
         self.offload = False
+        self._onload_device: torch.device | None = None
         self.deterministic = "auto"
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
@@ -96,41 +119,98 @@ class TokenPipeline(DiffusionPipeline):
         dtype: str | torch.dtype | None = None,
         device_map: str | torch.device | None = None,
         use_safetensors: bool | None = None,
+        variant: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
         local_files_only: bool | None = None,
         **others: Any,
     ) -> Self:
-        """A pipeline from a folder that `save_pretrained` wrote; `visar.load` also takes names of models.
+        """A pipeline from a folder that `save_pretrained` wrote, here or on the Hugging Face hub; `visar.load` also
+        takes names of models.
 
         Not by diffusers' loader: that imports whatever modules a folder names. Here classes come from a table.
 
         Args:
-            pretrained_model_name_or_path: the folder.
+            pretrained_model_name_or_path: the folder, or owner/model on the hub.
             tokenizer, generator: used instead of the folder's.
             torch_dtype, dtype: dtype of both parts, as torch has it or by name; None is float32.
             device_map: one device for all, such as "cpu" or "cuda:1"; None is the CPU.
             use_safetensors: None or True; there is no other format.
-            local_files_only: any value; nothing is fetched.
+            variant: which weights to read, such as "fp16" for those that `save_pretrained(..., variant="fp16")` wrote;
+                None is those without.
+            revision: branch, tag or commit on the hub; None is the main branch.
+            cache_dir, token: folder and access token of the hub's client; None is its own.
+            local_files_only: True fetches nothing that is not in the cache.
             others: further arguments of diffusers' loader. None of them is taken here.
 
         Raises:
-            ValueError: no such folder, one that is damaged or names other classes, or an argument that is not taken.
+            ValueError: no such folder, one that is damaged or names other classes, a repository that cannot be
+                fetched, or an argument that is not taken.
         """
         refused = {name: value for name, value in others.items() if value is not None and value is not False}
         refused |= {"use_safetensors": False} if use_safetensors is False else {}
         if refused:
             name, value = next(iter(refused.items()))
             raise ValueError(f"from_pretrained does not take {name}={value!r}; it reads safetensors of one folder")
+        place = os.fspath(pretrained_model_name_or_path)
+        options = dict(revision=revision, cache_dir=cache_dir, token=token, local_files_only=bool(local_files_only))
         for name, given in (("torch_dtype", torch_dtype), ("dtype", dtype), ("device_map", device_map)):
             if not isinstance(given, str | torch.dtype | torch.device | None):
                 raise ValueError(f"{name} {given!r}; give one for all parts, such as 'float32' or 'cpu'")
-        folder = Path(pretrained_model_name_or_path)
+        device, kind = placement(device_map or "cpu", torch_dtype or dtype or torch.float32)
+        folder = find_folder(place, variant, **options)
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder; visar.load also takes names of models (visar models)")
-        device, kind = placement(device_map or "cpu", torch_dtype or dtype or torch.float32)
-        parts = read_pipeline(folder, cls, tokenizer=tokenizer, generator=generator)
+        parts = read_pipeline(folder, cls, variant=variant, tokenizer=tokenizer, generator=generator)
         for part in ("tokenizer", "generator"):
             _place(parts[part], device, kind)
-        return cls(**parts)
+        try:
+            return cls(**parts)
+        except ValueError as error:
+            raise ValueError(f"{folder}: {error}") from error
+
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: "TokenPipeline",
+        *,
+        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        **changes: Any,
+    ) -> Self:
+        """A pipeline of another one's models, vocabulary, settings and offloading; nothing is copied.
+
+        Differs from diffusers: without a dtype the models keep theirs.
+
+        Args:
+            pipeline: of tokens, too.
+            torch_dtype, dtype: cast the models, which are the other pipeline's too, to it; None leaves them.
+            changes: arguments of the constructor that are to be others.
+
+        Raises:
+            ValueError: a pipeline of another kind, or changes that do not fit.
+        """
+        if not isinstance(pipeline, TokenPipeline):
+            raise ValueError(f"from_pipe of a {type(pipeline).__name__}; needed: one of a tokenizer and a generator")
+        parts = pipeline.components
+        unknown = [name for name in changes if name not in parts]
+        if unknown:
+            raise ValueError(f"from_pipe does not take {unknown[0]}; choose from {', '.join(parts)}")
+        made = cls(**{**parts, **changes})
+        made.offload, made._onload_device = pipeline.offload, pipeline._onload_device
+        made.deterministic, made._text_encoder = pipeline.deterministic, pipeline._text_encoder
+        kind = torch_dtype or dtype
+        if kind is not None:
+            for part in (made.tokenizer, made.generator):
+                _place(part, part.device, kind)
+        return made
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """All that the pipeline is made of, as arguments of its constructor."""
+        values = {name: self.config[name] for name in ("vocabulary", "defaults", "codes")}
+        return {"tokenizer": self.tokenizer, "generator": self.generator, **values}
 
     def save_pretrained(self, save_directory: str | os.PathLike, storage: Storage = "plain", **settings: Any) -> None:
         """Writes the pipeline to a folder, as diffusers does.
@@ -145,7 +225,7 @@ class TokenPipeline(DiffusionPipeline):
             ValueError: the generator is quantised, another storage, or the folder cannot be written.
         """
         check_storage(storage)
-        if any(scaled(layer) for layer in quantized_layers(self.generator).values()):
+        if self._quantised():
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
         folder = Path(save_directory)
         check_folder_output(folder)
@@ -167,10 +247,67 @@ class TokenPipeline(DiffusionPipeline):
         if self._text_encoder is not None:
             nn.Module.to(self._text_encoder.model, "cpu")
 
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Moves all parts to the CPU, from where each is fetched to a GPU for its part only: the generator while it
+        samples, then the tokenizer. `remove_all_hooks` ends it.
+
+        Results stay the same; every batch takes the time of moving both parts, and of capturing steps anew.
+
+        Args:
+            gpu_id: number of the GPU; None is that of `device`, or 0.
+            device: its kind, such as "cuda"; None is the GPU that there is.
+
+        Raises:
+            ValueError: no such GPU, two numbers for it, or a quantised generator.
+        """
+        if self._quantised():
+            raise ValueError("a quantised generator is not moved: use enable_offload, which moves the other parts")
+        target, _ = placement(device)
+        if device is None and target.type == "cpu":
+            raise ValueError("enable_model_cpu_offload moves parts to a GPU, and torch sees none on this machine")
+        if gpu_id is not None:
+            if target.index not in (None, gpu_id):
+                raise ValueError(f"gpu_id {gpu_id} and device {device!r} name two GPUs; give one")
+            target, _ = placement(f"{target.type}:{gpu_id}")
+        self.enable_offload()
+        self.runtime.clear()
+        nn.Module.to(self.generator, "cpu")
+        self._onload_device = target
+
+    def enable_sequential_cpu_offload(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, as it changes weights in hooks of forward, which decoding does not call.
+
+        Raises:
+            ValueError: always; it says what to use instead.
+        """
+        raise ValueError(f"sequential offload is not for this pipeline: {_INSTEAD}")
+
+    def enable_group_offload(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused, as it changes weights in hooks of forward, which decoding does not call.
+
+        Raises:
+            ValueError: always; it says what to use instead.
+        """
+        raise ValueError(f"group offload is not for this pipeline: {_INSTEAD}")
+
+    def remove_all_hooks(self) -> None:
+        """Ends offloading of any kind; parts stay where they are until they are moved."""
+        self.offload, self._onload_device = False, None
+        super().remove_all_hooks()
+
     @property
     def device(self) -> torch.device:
         """Where images are made."""
+        if self._onload_device is not None:
+            return self._onload_device
         return self.generator.device if self.offload else super().device
+
+    @property
+    def _execution_device(self) -> torch.device:
+        return self.device
+
+    def _quantised(self) -> bool:
+        return any(scaled(layer) for layer in quantized_layers(self.generator).values())
 
     def _invariant(self) -> bool:
         """Whether images are to be the same bits in every batch, by kernels that can be had here."""
@@ -178,10 +315,21 @@ class TokenPipeline(DiffusionPipeline):
         # Of the last part, the head: the first ones may stay float32, and all of them take milliseconds to look at.
         parts = list(self.generator.children())
         weight = next((parts[-1] if parts else self.generator).parameters())
-        return wanted(self.deterministic, weight.dtype, weight.device)
+        return wanted(self.deterministic, weight.dtype, self._execution_device)
 
     def _fetched(self, module: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return borrowed(module, self._execution_device) if self.offload else contextlib.nullcontext()
+        """The context in which a part is where images are made."""
+        waits = self.offload if module is not self.generator else self._onload_device is not None
+        return borrowed(module, self._execution_device) if waits else contextlib.nullcontext()
+
+    def _check_parts(self) -> None:
+        """Checks that the parts fit each other, where one of them was replaced, and that nothing else moves them."""
+        parts = (self.tokenizer, self.generator)
+        check_hooks(*parts)
+        if tuple(part() for part in self._checked) != parts:
+            check_parts(*parts)
+            check_codes(self.tokenizer, self.config["codes"])
+            self._checked = tuple(map(weakref.ref, parts))
 
     @torch.no_grad()
     def find_batch_size(self, most: int, *, limit_bytes: int | None = None, **settings: Any) -> int:
@@ -346,18 +494,23 @@ class TokenPipeline(DiffusionPipeline):
             settings: guidance, and those of temperature, top_k and top_p that the sampler has.
 
         Raises:
-            ValueError: unknown sampler or option, or a generator that lacks what the sampler needs.
+            ValueError: unknown sampler or option, a generator that lacks what the sampler needs, or a part that was
+                replaced by one that does not fit.
         """
-        entry, options = self._options(self._helpers, sampler, sampler_options)
+        self._check_parts()
         noise, condition = Noise(seeds, self._execution_device), condition.to(self._execution_device)
-        arguments = settings | options
-        with batch_invariant(self._invariant()):
+        # A graph reads weights where they were: of no use to a generator that moves.
+        runtime = self.runtime if self._onload_device is None else Runtime()
+        with self._fetched(self.generator), batch_invariant(self._invariant()):
+            entry, options = self._options(self._helpers, sampler, sampler_options)
+            arguments = settings | options
             return entry.load()(
-                self.generator, condition, noise=noise, runtime=self.runtime, callback=callback, **arguments
+                self.generator, condition, noise=noise, runtime=runtime, callback=callback, **arguments
             )
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""
+        self._check_parts()
         with self._fetched(self.tokenizer):
             # A graph reads weights where they were: of no use to a tokenizer that moves.
             runtime = EAGER if self.offload else self.runtime

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from visar.checkpoints.common import State, empty, load_strict
 from visar.checkpoints.convert import read_models
 from visar.checkpoints.options import Convert
 from visar.checkpoints.rows import Models
+from visar.core.interface import TokenizerModel
 from visar.generators import families as generators
 from visar.io.files import load_weights, tensors_only
 from visar.tokenizers import families as tokenizers
 
 _MODEL_FILES = ("model_index.json", "config.json")
+# Files of weights that have a variant.
+_VARIANT = re.compile(r"diffusion_pytorch_model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors")
 # Levels of a model's JSON files: a vocabulary has 4.
 _DEEPEST = 20
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,9 +38,9 @@ DRAFTERS = {"FeatureDrafter": "visar.samplers.drafters.eagle", "SpatialHeads": "
 def load_generator(
     name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
 ) -> Any:
-    """The generator of a pipeline by embedded or official name or by folder; arguments and errors as `visar.load`."""
+    """The generator of a pipeline by any name that `visar.load` takes; arguments and errors as there."""
     target, kind = placement(device, dtype)
-    folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else model_folder(name)
+    folder = hub.EMBEDDED_FOLDER / str(name) if str(name) in hub.embedded_names() else find_folder(name)
     if str(name) in hub.official():
         generator: Any = read_official(hub.official()[str(name)]).generator
     elif (folder / "model_index.json").is_file():
@@ -54,14 +58,20 @@ def read_official(entry: hub.Official) -> Models:
 
 
 def load_tokenizer(
-    name: str | Path, *, device: str | torch.device | None = None, dtype: str | torch.dtype | None = None
-) -> ModelMixin:
-    """A tokenizer by embedded name, or from a folder made by `save_pretrained`, its own or a pipeline's.
+    name: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+) -> TokenizerModel:
+    """A tokenizer by embedded name, or from a folder made by `save_pretrained`, its own or a pipeline's, here or on
+    the hub.
 
     The name of a generator gives the tokenizer that it was trained with. Arguments and errors as in `load`.
     """
     target, kind = placement(device, dtype)
-    folder = model_folder(name)
+    folder = find_folder(name, variant, revision=revision)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         folder = hub.EMBEDDED_FOLDER / (str(name) if facts["kind"] == "tokenizer" else facts["tokenizer"])
@@ -69,10 +79,10 @@ def load_tokenizer(
         folder = folder / "tokenizer"
     if not (folder / "config.json").is_file():
         raise hub.unknown_model(str(name))
-    return _place(_tokenizer(folder), target, kind)
+    return _place(_tokenizer(folder, variant), target, kind)
 
 
-def _place(model: ModelMixin, device: torch.device, dtype: torch.dtype) -> ModelMixin:
+def _place(model: Any, device: torch.device, dtype: torch.dtype) -> Any:
     # ModelMixin.to logs a warning about modules kept in float32, which keep themselves there.
     nn.Module.to(model, device=device, dtype=dtype)
     return model.eval()
@@ -85,6 +95,43 @@ def model_folder(name: str | Path) -> Path:
     if any((folder / file).exists() for file in _MODEL_FILES) or not any((inner / f).is_file() for f in _MODEL_FILES):
         return folder
     return inner
+
+
+def find_folder(name: str | Path, variant: str | None = None, **options: Any) -> Path:
+    """The folder of a model: as `model_folder` has it, or a copy of the hub's repository owner/model.
+
+    Args:
+        name: folder, or repository where there is no such folder.
+        variant: which weights to fetch, see `load`.
+        options: arguments of `hub.snapshot`; those that are None say nothing.
+
+    Raises:
+        ValueError: a repository that cannot be fetched, a revision of something that is none, or see `weights_names`.
+    """
+    weights, index = weights_names(variant)
+    folder = model_folder(name)
+    if not folder.exists() and hub.is_repository(name):
+        parts = weights.replace(".safetensors", "-*-of-*.safetensors")
+        names = ("config.json", weights, parts, index)
+        files = ["model_index.json", *(f"{inside}{each}" for each in names for inside in ("", "*/"))]
+        return hub.snapshot(str(name), files, **options)
+    if options.get("revision") is not None:
+        raise ValueError(f"revision {options['revision']!r}: {name} is no repository owner/model of the hub")
+    return folder
+
+
+def weights_names(variant: str | None) -> tuple[str, str]:
+    """Names of the file with the weights, and of the index where they are in several files, as diffusers has them.
+
+    Raises:
+        ValueError: a variant that is no word.
+    """
+    if variant is None:
+        return SAFETENSORS_WEIGHTS_NAME, f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
+    if not isinstance(variant, str) or not re.fullmatch(r"[\w-]+", variant):
+        raise ValueError(f"variant {variant!r}; give a word, such as 'fp16', or None")
+    name = SAFETENSORS_WEIGHTS_NAME.replace(".safetensors", f".{variant}.safetensors")
+    return name, f"{SAFETENSORS_WEIGHTS_NAME}.index.{variant}.json"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -112,12 +159,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_pipeline(folder: Path, pipeline: type, **given: ModelMixin | None) -> dict[str, Any]:
+def read_pipeline(
+    folder: Path, pipeline: type, *, variant: str | None = None, **given: ModelMixin | None
+) -> dict[str, Any]:
     """Arguments of a pipeline from the folder that its `save_pretrained` wrote; see `load_component`.
 
     Args:
         folder: with model_index.json and a folder for every part.
         pipeline: its class.
+        variant: of the weights; see `load`.
         given: tokenizer or generator to be used instead of the folder's; None is the folder's.
 
     Raises:
@@ -135,12 +185,13 @@ def read_pipeline(folder: Path, pipeline: type, **given: ModelMixin | None) -> d
     for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
         parts[name] = given.get(name)
         if parts[name] is None:
-            parts[name] = load_part(allowed, index, name, folder)
-    return {**parts, "vocabulary": index.get("vocabulary"), "defaults": index.get("defaults")}
+            parts[name] = load_part(allowed, index, name, folder, variant)
+    return {**parts, **{name: index.get(name) for name in ("vocabulary", "defaults", "codes")}}
 
 
-def _tokenizer(folder: Path) -> ModelMixin:
-    return load_component(TOKENIZERS, read_json(folder / "config.json").get("_class_name"), folder)
+def _tokenizer(folder: Path, variant: str | None = None) -> ModelMixin:
+    name = read_json(folder / "config.json").get("_class_name")
+    return load_component(TOKENIZERS, name, folder, variant=variant)
 
 
 def model_class(allowed: Mapping[str, str], name: object, module: object = None) -> type[ModelMixin]:
@@ -163,7 +214,9 @@ def model_class(allowed: Mapping[str, str], name: object, module: object = None)
     return found
 
 
-def load_part(allowed: Mapping[str, str], index: Mapping[str, Any], name: str, folder: Path) -> ModelMixin:
+def load_part(
+    allowed: Mapping[str, str], index: Mapping[str, Any], name: str, folder: Path, variant: str | None = None
+) -> ModelMixin:
     """A part of a pipeline as its model_index.json names it.
 
     Args:
@@ -171,18 +224,21 @@ def load_part(allowed: Mapping[str, str], index: Mapping[str, Any], name: str, f
         index: content of model_index.json.
         name: name of the part.
         folder: folder of the pipeline.
+        variant: of the weights; see `load`.
 
     Raises:
         ValueError: the index does not name it as it should, or see `load_component`.
     """
     match index.get(name):
         case [str(module), str(class_name)]:
-            return load_component(allowed, class_name, folder / name, module)
+            return load_component(allowed, class_name, folder / name, module, variant)
         case other:
             raise ValueError(f"{folder} is damaged or incomplete: model_index.json has {name} {other!r:.200}")
 
 
-def load_component(allowed: Mapping[str, str], name: object, folder: Path, module: object = None) -> ModelMixin:
+def load_component(
+    allowed: Mapping[str, str], name: object, folder: Path, module: object = None, variant: str | None = None
+) -> ModelMixin:
     """A model on the CPU, in the dtype that its file is stored in.
 
     Not by `from_pretrained`: what that does about dtypes differs between versions of diffusers, it needs accelerate
@@ -191,6 +247,7 @@ def load_component(allowed: Mapping[str, str], name: object, folder: Path, modul
     Args:
         allowed, name, module: see `model_class`.
         folder: with config.json and the weights.
+        variant: of the weights; see `load`.
 
     Raises:
         ValueError: a class that is not one of the allowed ones, settings that it does not have, or weights that are
@@ -207,13 +264,18 @@ def load_component(allowed: Mapping[str, str], name: object, folder: Path, modul
         raise ValueError(f"{folder} was made by another version of visar, or is damaged: {error}") from error
     except ValueError as error:
         raise ValueError(f"{folder} is damaged: config.json: {error}") from error
-    return load_strict(model, _weights(folder), str(folder))
+    return load_strict(model, _weights(folder, variant), str(folder))
 
 
-def _weights(folder: Path) -> State:
+def _weights(folder: Path, variant: str | None) -> State:
     """Weights that `save_pretrained` wrote: one file, or several with an index."""
-    index = folder / f"{SAFETENSORS_WEIGHTS_NAME}.index.json"
-    names = {SAFETENSORS_WEIGHTS_NAME}
+    weights, of_several = weights_names(variant)
+    index, names = folder / of_several, {weights}
+    found = sorted(path.name for path in folder.glob(f"{weights.split('.')[0]}*.safetensors"))
+    variants = sorted({match[1] for match in map(_VARIANT.fullmatch, found) if match})
+    if not index.is_file() and weights not in found and (variant is not None or variants):
+        there = [*(["None"] if SAFETENSORS_WEIGHTS_NAME in found else []), *map(repr, variants)]
+        raise ValueError(f"{folder} has no weights of variant {variant!r}; it has {', '.join(there) or 'none'}")
     if index.is_file():
         files = read_json(index).get("weight_map")
         if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):

@@ -7,7 +7,7 @@ from torch import nn
 
 from visar.checkpoints import hub
 from visar.core.interface import Features
-from visar.pipelines.components import DRAFTERS, load_component, load_generator, model_folder, read_json
+from visar.pipelines.components import DRAFTERS, find_folder, load_component, load_generator, read_json
 from visar.samplers.drafters.interface import Drafter, check_features, check_fit, target_digest
 from visar.samplers.drafters.model import ModelDrafter
 from visar.samplers.drafters.ngram import NgramDrafter
@@ -28,7 +28,7 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
     Raises:
         ValueError: no such drafter, one that was trained for another generator, or a damaged folder.
     """
-    text, folder = str(name), model_folder(name)
+    text, folder = str(name), find_folder(name)
     if text == "ngram":
         return NgramDrafter()
     if text in CLASSES:

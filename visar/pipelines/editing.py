@@ -65,7 +65,7 @@ def edit_images(
     paste: bool = True,
     seed: int = 0,
     **settings: Any,
-) -> ImageOutput:
+) -> ImageOutput[list[PIL.Image.Image]]:
     """Redraws a part of images: inpainting, outpainting or a class edit. Lossy, see `sample_edit`.
 
     Args:
@@ -95,7 +95,8 @@ def edit_images(
         raise ValueError("unconditional excludes class_labels and attributes")
     tokenizer, device = pipeline.tokenizer, pipeline.device
     seeds = pipeline.prepare_seeds(len(pictures), seed)
-    finest = tokenizer.layout.shapes[-1]
+    height, width = tokenizer.layout.shapes[-1]
+    finest = (height, width)
     images = to_images(pictures, finest[0] * tokenizer.downsampling).to(device)
     kept_pixels = (
         box_mask((images.shape[-2], images.shape[-1]), box, keep=keep) if box is not None else torch.as_tensor(mask)
@@ -104,9 +105,11 @@ def edit_images(
     condition, descriptions = pipeline.prepare_condition(seeds, class_labels, None, attributes)
     if unconditional:
         condition, descriptions = pipeline.generator.null_condition(condition), [""] * len(pictures)
+    with pipeline._fetched(tokenizer):
+        given = tokenizer.encode(images)
     options = {
         **settings.pop("sampler_options", {}),
-        "given_tokens": tokenizer.encode(images),
+        "given_tokens": given,
         "keep": kept.to(device),
         "strategy": strategy,
     }

@@ -4,10 +4,16 @@ from collections.abc import Callable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
+from torch import nn
+
+from visar.core.interface import Scales
 from visar.data.vocabulary import Vocabulary
 from visar.pipelines.sampling import NEUTRAL, guidance_of_defaults
 from visar.samplers.index import find_sampler
 from visar.tokenizers.multiscale_quantizer import scale_pairs
+
+# Entries of a codebook that it is known by, and how far rounding to 16 bits may move them, of the largest one.
+_KNOWN_BY, _ROUNDED = 16, 1 / 64
 
 
 def check_parts(tokenizer: Any, generator: Any) -> None:
@@ -33,6 +39,65 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
     wrong = [f"{name} {ours} (the tokenizer's: {theirs})" for name, (ours, theirs) in found.items() if ours != theirs]
     if wrong:
         raise ValueError(f"generator and tokenizer do not fit each other: the generator has {'; '.join(wrong)}")
+    own = generator.pyramid if isinstance(generator, Scales) else generator
+    if "codebook" in config.get("token_input", "") or own is not generator:
+        check_codes(tokenizer, codes_of(own))
+
+
+def codes_of(model: Any) -> list[float] | None:
+    """Some entries of a tokenizer's codebook, or of the copy in its generator, to know it again in any dtype.
+
+    None for a model whose weights are not there (on the device meta).
+    """
+    codebook = model.codebook.detach()
+    if codebook.is_meta:
+        return None
+    step = max(1, codebook.numel() // _KNOWN_BY)
+    return codebook.flatten()[::step][:_KNOWN_BY].float().tolist()
+
+
+def check_codes(tokenizer: Any, codes: Any) -> None:
+    """Checks that a tokenizer has the codes that a generator was trained on.
+
+    Args:
+        tokenizer: to decode with.
+        codes: see `codes_of`; None where nothing is known.
+
+    Raises:
+        ValueError: it has others, or codes are no numbers.
+    """
+    if not isinstance(codes, list | tuple | None) or not all(map(_number, codes or ())):
+        raise ValueError(f"codes {codes!r:.200}; needed: a list of numbers")
+    found = codes_of(tokenizer)
+    if codes is None or found is None:
+        return
+    largest = max(map(abs, codes), default=0.0)
+    if len(found) != len(codes) or any(abs(a - b) > _ROUNDED * largest for a, b in zip(found, codes, strict=True)):
+        raise ValueError(
+            "the tokenizer is not the one that the generator was trained with: they are of one shape, but its codes "
+            "are others"
+        )
+
+
+def check_hooks(*models: nn.Module) -> None:
+    """Checks that weights are there, and that no hooks of diffusers move or cast them.
+
+    Raises:
+        ValueError: they are not, or some do.
+    """
+    for model in models:
+        name = type(model).__name__
+        if any("_diffusers_hook" in vars(module) for module in model.modules()):
+            raise ValueError(
+                f"hooks of diffusers (group offload, layerwise casting, caches) are on the {name}. They work in "
+                "forward, which decoding does not call: load the model again, and use enable_model_cpu_offload() or "
+                "enable_offload() of the pipeline"
+            )
+        if any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                f"weights of the {name} are on the device meta, as after accelerate's offloading to the CPU or to a "
+                "disk: load the model again, and use enable_model_cpu_offload() or enable_offload() of the pipeline"
+            )
 
 
 def _shown(shapes: Any) -> str:

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers.utils import BaseOutput
+from einops import rearrange
 from torch import Tensor
 
 from visar.core.checks import BATCH, IMAGES, check_range
@@ -19,11 +22,12 @@ from visar.pipelines.base import TokenPipeline
 from visar.pipelines.requests import each_image
 
 OUTPUT_TYPES = ("pil", "pt", "np")
+Images = TypeVar("Images")
 
 
 @dataclass
-class ImageOutput(BaseOutput):
-    """Result of a call.
+class ImageOutput(BaseOutput, Generic[Images]):
+    """Result of a call, typed by its images.
 
     Attributes:
         images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], or float array [B, H, W, 3] in [0, 1].
@@ -33,22 +37,77 @@ class ImageOutput(BaseOutput):
         descriptions: what each image was conditioned on, in words.
     """
 
-    images: Any
+    images: Images
     statistics: SampleStatistics
     tokens: Tensor
     seeds: list[int]
     descriptions: list[str]
 
 
+class CallSettings(TypedDict, total=False):
+    """Keyword arguments of a call that do not say what its images are."""
+
+    attributes: dict[str, str] | None
+    condition: Condition | None
+    sampler: str | None
+    sampler_options: dict[str, Any] | None
+    guidance_scale: float | Guidance | None
+    temperature: float | Sequence[float] | None
+    top_k: int | Sequence[int] | None
+    top_p: float | Sequence[float] | None
+    seed: int | None
+    seeds: Sequence[int] | None
+    generator: torch.Generator | list[torch.Generator] | None
+    batch_size: int | Literal["auto"] | None
+    callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None
+
+
+Labels = int | str | Sequence[int | str] | None
+Prompts = str | Sequence[str] | None
+
+
 class ImagePipeline(TokenPipeline):
     """Generation of images from classes, words or captions; arguments as of `TokenPipeline`."""
 
     # -------------------------------------------------------------------------------------------------- the call
+    @overload
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        prompt: Prompts = None,
+        num_images: int = 1,
+        *,
+        output_type: Literal["pil"] = "pil",
+        **settings: Unpack[CallSettings],
+    ) -> ImageOutput[list[PIL.Image.Image]]: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        prompt: Prompts = None,
+        num_images: int = 1,
+        *,
+        output_type: Literal["pt"],
+        **settings: Unpack[CallSettings],
+    ) -> ImageOutput[Tensor]: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        prompt: Prompts = None,
+        num_images: int = 1,
+        *,
+        output_type: Literal["np"],
+        **settings: Unpack[CallSettings],
+    ) -> ImageOutput[np.ndarray]: ...
+
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | None = None,
-        prompt: str | Sequence[str] | None = None,
+        class_labels: Labels = None,
+        prompt: Prompts = None,
         num_images: int = 1,
         *,
         attributes: dict[str, str] | None = None,
@@ -63,9 +122,9 @@ class ImagePipeline(TokenPipeline):
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | Literal["auto"] | None = None,
-        output_type: str = "pil",
+        output_type: Literal["pil", "pt", "np"] = "pil",
         callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None = None,
-    ) -> ImageOutput:
+    ) -> ImageOutput[Any]:
         """Makes images.
 
         Args:
@@ -134,7 +193,7 @@ class ImagePipeline(TokenPipeline):
         images: list[Tensor] = []
         statistics = SampleStatistics()
 
-        def finished() -> ImageOutput:
+        def finished() -> ImageOutput[Any]:
             made = sum(len(part) for part in tokens)
             return ImageOutput(
                 images=_finish(torch.cat(images), output_type),
@@ -169,7 +228,6 @@ class ImagePipeline(TokenPipeline):
                 tokens.append(out.tokens)
                 images.append(pictures)
                 statistics = statistics + out.statistics
-        self.maybe_free_model_hooks()
         return finished()
 
 
@@ -178,5 +236,5 @@ def _finish(image_BCHW: Tensor, output_type: str) -> Any:
     if output_type == "pt":
         return (image_BCHW + 1.0) / 2.0
     if output_type == "np":
-        return ((image_BCHW + 1.0) / 2.0).permute(0, 2, 3, 1).cpu().numpy()
+        return rearrange((image_BCHW + 1.0) / 2.0, "b c h w -> b h w c").cpu().numpy()
     return to_pictures(image_BCHW)

@@ -9,7 +9,7 @@ from visar.checkpoints import hub
 from visar.kernels import available
 from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import _place, _tokenizer, model_folder, placement, read_official, read_pipeline
+from visar.pipelines.components import _place, _tokenizer, find_folder, placement, read_official, read_pipeline
 from visar.pipelines.image import ImagePipeline
 
 
@@ -21,22 +21,28 @@ def load(
     offload: bool = False,
     quantize: str = "none",
     deterministic: str = "auto",
+    variant: str | None = None,
+    revision: str | None = None,
 ) -> ImagePipeline:
     """A pipeline ready to sample.
 
     Args:
-        name: an embedded or official name (`visar models`), or a folder made by `save_pretrained` or by a training
-            run. Official weights are fetched from the Hugging Face hub at the first use.
+        name: an embedded or official name (`visar models`), a folder made by `save_pretrained` or by a training run,
+            or owner/model, a repository on the Hugging Face hub that `push_to_hub` made. Weights that are there are
+            fetched at the first use.
         device: None is a GPU if there is one, else the CPU.
         dtype: None is bfloat16 on a GPU and float32 on a CPU.
         offload: keep tokenizer and text encoder on the CPU except for their part; see `enable_offload`.
         quantize: "int8" or "fp8" halves the generator's weights once more (visar/layers/quantize.py); "none" = off.
         deterministic: "batch": an image is the same bits whatever batch it is made in, on a GPU too (by Triton);
             "auto": in float32 only; "off": never. docs/seeds.md says what it costs.
+        variant: which weights of a folder or repository to read, such as "fp16" for those that
+            `save_pretrained(..., variant="fp16")` wrote; None is those without.
+        revision: branch, tag or commit of a repository; None is the main branch.
 
     Raises:
-        ValueError: unknown name (with the nearest ones), unknown device, dtype, quantize or deterministic, a pair of
-            them that excludes each other, or files that are damaged or do not fit.
+        ValueError: unknown name (with the nearest ones), unknown device, dtype, quantize, deterministic, variant or
+            revision, a pair of them that excludes each other, or files that are damaged or do not fit.
         ImportError: quantize without torchao.
     """
     target, kind = placement(device, dtype)
@@ -46,19 +52,21 @@ def load(
         raise ValueError(f"deterministic 'batch' is for weights that are not quantised; quantize is {quantize!r}")
     if deterministic == "batch" and target.type != "cpu" and not available(target):
         raise ValueError(f"deterministic 'batch' on {target} needs Triton, which does not run here; use auto or off")
-    folder = model_folder(name)
+    folder = find_folder(name, variant, revision=revision)
     if str(name) in hub.embedded_names():
         facts = hub.about(str(name))
         if facts["kind"] == "tokenizer":
             raise ValueError(f"{name} is a tokenizer: use visar.load_tokenizer({str(name)!r})")
         if facts["kind"] == "drafter":
             raise ValueError(f"{name} is a drafter: give it to a speculative sampler of its generator")
-        tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"])
-        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), tokenizer=tokenizer)
+        tokenizer = _tokenizer(hub.EMBEDDED_FOLDER / facts["tokenizer"], variant)
+        pipeline = _from_folder(hub.EMBEDDED_FOLDER / str(name), variant, tokenizer=tokenizer)
     elif str(name) in hub.official():
+        if variant is not None:
+            raise ValueError(f"variant {variant!r}: official weights have none; say dtype= instead")
         pipeline = _official(hub.official()[str(name)])
     elif folder.is_dir():
-        pipeline = _from_folder(folder)
+        pipeline = _from_folder(folder, variant)
     else:
         raise hub.unknown_model(str(name))
     pipeline.deterministic = deterministic
@@ -69,9 +77,9 @@ def load(
     return pipeline
 
 
-def _from_folder(folder: Path, **given: ModelMixin) -> ImagePipeline:
+def _from_folder(folder: Path, variant: str | None, **given: ModelMixin) -> ImagePipeline:
     """A pipeline from its folder; `given` are used instead of what the folder has."""
-    parts = read_pipeline(folder, ImagePipeline, **given)
+    parts = read_pipeline(folder, ImagePipeline, variant=variant, **given)
     try:
         return ImagePipeline(**parts)
     except ValueError as error:

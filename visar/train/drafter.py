@@ -63,14 +63,15 @@ def read_conditions(pipeline: ImagePipeline, everything: ImageSet, device: torch
     Raises:
         ValueError: the images have not the model's labels or words.
     """
-    config, vocabulary = pipeline.generator.config, pipeline.vocabulary
+    target: Any = pipeline.generator
+    config, vocabulary = target.config, pipeline.vocabulary
     with_class = bool(config["num_classes"])
     names = () if vocabulary is None else tuple(vocabulary.attributes)[1:]
     images = select_conditions(everything, names, bool(config["word_vocab_size"]))
     if config["caption_width"]:
         encoder = load_text_encoder(pipeline.config["defaults"].get("text_encoder", "none"), device)
         captions = encode_image_captions(images, encoder, config["caption_length"], device)
-        return Conditions(images, with_class, captions, pipeline.generator.cls_embedding.uncond_embedding.clone())
+        return Conditions(images, with_class, captions, target.cls_embedding.uncond_embedding.clone())
     ours = images.vocabulary
     sizes = ([config["num_classes"]] if with_class else []) + list(config["attributes"])
     known = list(ours.null_labels)[0 if with_class else 1 :]
