@@ -56,8 +56,8 @@ def save_student(student: OneStepGenerator, teacher: ImagePipeline, dtype: str, 
     """Writes a student and its teacher's tokenizer as a pipeline; in bfloat16 and its matrices packed for "int8"."""
     vocabulary, defaults = teacher.config["vocabulary"], {"sampler": "one_step", "guidance_scale": 1.0}
     packed = dtype == "int8"
-    parts = (in_dtype(part, "bfloat16" if packed else dtype) for part in (teacher.tokenizer, student))
-    pipeline = ImagePipeline(*parts, vocabulary=vocabulary, defaults=defaults)
+    tokenizer, generator = (in_dtype(part, "bfloat16" if packed else dtype) for part in (teacher.tokenizer, student))
+    pipeline = ImagePipeline(tokenizer, generator, vocabulary=vocabulary, defaults=defaults)
     pipeline.save_pretrained(folder, storage="int8" if packed else "plain")
 
 
