@@ -161,7 +161,7 @@ def test_teachers_and_pairs_that_do_not_go_together(tmp_path):
 
 def test_starts_and_bad_options(tmp_path):
     assert default_starts(teacher("raster").generator) == (0, 5)
-    assert default_starts(teacher("scales").generator) == (0, 2)
+    assert default_starts(teacher("scales").generator) == (0, 1)
     teacher("raster").save_pretrained(tmp_path / "teacher")
     with pytest.raises(ValueError, match="held_out 0.7; it must be in 0.0 ... 0.5"):
         distill_dd1(options(tmp_path, held_out=0.7))

@@ -30,7 +30,8 @@ class DistillDD1(RunOptions):
     held_out: float = 0.05
     """Share of the pairs that are held out for validation, at most 4096."""
     starts: tuple[int, ...] = ()
-    """Blocks that the steps of a call start from, 0 first; when not given, 0 and a third of the tokens."""
+    """Blocks that the steps of a call start from, 0 first; when not given, 0 and the block before which three in ten
+    blocks stand."""
     later_share: float = 0.35
     """Share of a batch that starts from one of the later `starts`."""
     vector_weight: float = 0.5
@@ -39,11 +40,11 @@ class DistillDD1(RunOptions):
     """Optimiser steps."""
     batch_size: int = 512
     """Pairs of a step, over all processes."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """At its peak."""
     weight_decay: float = 0.05
     """Of the matrices."""
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon"] = "muon"
     """Muon: the matrices of the blocks by Muon, everything else by AdamW."""
     save_dtype: Literal["bfloat16", "float32", "int8"] = "bfloat16"
     """Of the weights in model/; int8: the student's matrices in 8 bits with a scale a row, all else in bfloat16."""
