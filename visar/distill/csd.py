@@ -141,8 +141,10 @@ class DD2Task(Task):
         self._leave_out_unused()
         settings: dict[str, Any] = dict(betas=(0.9, 0.95), weight_decay=options.weight_decay)
         self.parts = {
-            "model": run.add_part(self.student, options.learning_rate, **settings),
-            "guidance": run.add_part(self.score, options.fake_learning_rate, **settings),
+            "model": run.add_part(self.student, options.learning_rate, optimizer=options.optimizer, **settings),
+            "guidance": run.add_part(
+                self.score, options.fake_learning_rate, optimizer=options.score_optimizer, **settings
+            ),
         }
         if options.compile:
             self.score.compile()

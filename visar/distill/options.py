@@ -116,6 +116,10 @@ class DistillDD2(RunOptions):
     """Of the generator, at its peak."""
     weight_decay: float = 0.0
     """Of the matrices."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the generator. Muon: the matrices of the blocks by Muon, everything else by AdamW."""
+    score_optimizer: Literal["adamw", "muon"] = "adamw"
+    """Of the score network, in both stages."""
     ema_decay: float = 0.995
     """Decay of the moving average of the generator's weights, which is validated and saved."""
     validate_every: int = 250
