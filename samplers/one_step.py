@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import time
 from collections import Counter
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -180,7 +180,7 @@ def sample_one_step(
 
     def teach(stage: Stage, teacher: Categorical, teacher_range: tuple[int, int]) -> tuple[int, Session]:
         facts = config["teacher"]
-        fields = {
+        fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in facts["guidance"].items()
         }
         tokens_BN, count, drawing = redraw_blocks(

@@ -8,6 +8,8 @@ condition scales and shifts before its linear layer.
 B images, N tokens, D width, C code width.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -42,7 +44,8 @@ class ReleasedStudent(OneStepGenerator):
 
     def reset_heads(self, generator: torch.Generator | None) -> None:
         nn.init.zeros_(self.kind.weight)
-        for linear in (self.vector_head.linear, *self.kind_layers):
+        linears: list[Any] = [self.vector_head.linear, *self.kind_layers]
+        for linear in linears:
             nn.init.trunc_normal_(linear.weight, std=0.02, generator=generator)
             nn.init.zeros_(linear.bias)
 

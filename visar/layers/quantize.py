@@ -130,7 +130,7 @@ def weights_digest(model: nn.Module) -> str:
     return value.hexdigest()
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: Any) -> str:
     """Tells a model's weights from others, whatever dtype they were loaded in: 16 hexadecimal digits of the sha256 of
     the first 64 numbers of every tensor, rounded to bfloat16."""
     tensors = sorted(model.state_dict().items())
