@@ -120,6 +120,7 @@ LINES = {
     "later-share vector-weight starts steps teacher pairs",
     "distill dd2 --teacher nowhere --device cpu --out run": "num-pairs pair-batch flow-steps held-out tuning-steps "
     "first-fake fake-updates noise-draws times head-width head-depth score initial steps",
+    "distill independent --teacher nowhere --out apart": "num-pairs pair-batch flow-steps pairs",
     "distill pairs --teacher nowhere --out pairs": "num-pairs pair-batch flow-steps teacher out",
     "convert {m}/vq.pt --out out": "out grid num-heads dtype source scales like tokenizer second weights",
     "data fashion-mnist --source nowhere --out fashion.zip": "source out",

@@ -443,9 +443,10 @@ def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple
             elif name in _FOLDERS or name.startswith(("train ", "distill ")):
                 from visar.io.files import check_folder_output, locked
 
-                check_folder_output(options.out)
+                folder: Any = options.out
+                check_folder_output(folder)
                 if name in _FOLDERS and _first_process():
-                    stack.enter_context(locked(options.out))
+                    stack.enter_context(locked(folder))
             return run(options, *extra)
     except (MemoryError, RuntimeError) as error:
         if not short_of_memory(error):

@@ -166,9 +166,9 @@ def _required(image_size: int | None, path: Path) -> int:
 def _zip_set(path: Path, image_size: int | None) -> ImageSet:
     try:
         return _fashion_set(path, image_size) if is_fashion(path) else _emoji_set(path, image_size)
-    except ValueError:
-        raise
     except Exception as error:  # facts of a foreign or damaged archive may have any form
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
         raise ValueError(f"{shown(path)} is damaged or not an image set ({type(error).__name__}: {error})") from error
 
 

@@ -21,7 +21,7 @@ from visar.core.interface import Callback, GeneratorModel, TokenizerModel
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
-from visar.io.files import check_folder_output, finish_folder, writing
+from visar.io.files import check_folder_output, finish_folder
 from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.packable import Storage, check_storage, pack_folder
 from visar.layers.quantize import quantized_layers, scaled
@@ -229,12 +229,11 @@ class TokenPipeline(DiffusionPipeline):
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
         folder = Path(save_directory)
         check_folder_output(folder)
-        with writing(folder):
-            super().save_pretrained(save_directory, **settings)
-            if storage == "int8":
-                pack_folder(self.generator, folder / "generator")
-            for part in ("tokenizer", "generator"):
-                finish_folder(folder / part)
+        super().save_pretrained(save_directory, **settings)
+        if storage == "int8":
+            pack_folder(self.generator, folder / "generator")
+        for part in ("tokenizer", "generator"):
+            finish_folder(folder / part)
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
