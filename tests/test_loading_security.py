@@ -143,4 +143,4 @@ def test_arguments_of_from_pretrained_are_honoured_or_refused(saved, tmp_path):
     with pytest.raises(ValueError, match="emoji-raster is no folder; visar.load also takes names"):
         ImagePipeline.from_pretrained("emoji-raster")
     with pytest.raises(ValueError, match="has no model_index.json"):
-        ImagePipeline.from_pretrained(tmp_path)
+        ImagePipeline.from_pretrained(saved / "generator")

@@ -1,7 +1,12 @@
-"""README.md does what it says: snippets run, commands parse, the first one is run, links lead somewhere."""
+"""README.md does what it says: snippets run and pass type checkers, commands parse and run, links lead somewhere."""
 
+import importlib.util
+import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +41,51 @@ def test_something_is_found():
 @pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippets_run(snippet):
     exec(compile(snippet, "README.md", "exec"), {"__name__": "snippet"})
+
+
+TYPES = """
+from typing import assert_type
+import PIL.Image
+import torch
+import visar
+
+pipe = visar.load("emoji-raster")
+assert_type(pipe(seed=0).images, list[PIL.Image.Image])
+assert_type(pipe("heart", output_type="pt", sampler="jacobi").images, torch.Tensor)
+pipe.to("cpu").save_pretrained("saved")
+tokenizer = visar.load_tokenizer("emoji-vq").to("cpu")
+assert_type(tokenizer.decode(tokenizer.encode(torch.rand(1, 3, 64, 64))), torch.Tensor)
+assert_type(pipe.generator.num_tokens, int)
+assert_type(pipe.tokenizer.layout.vocab_size, int)
+"""
+
+
+@pytest.fixture
+def scripts(place) -> list[str]:
+    """The snippets as files of a user's folder, and one that is stricter."""
+    names = [f"snippet{number}.py" for number in range(len(SNIPPETS) + 1)]
+    for name, text in zip(names, [*SNIPPETS, TYPES], strict=True):
+        (place / name).write_text(text)
+    return names
+
+
+def test_snippets_pass_mypy(scripts, place, request):
+    """With a user's settings; what torch and diffusers themselves declare is not read again, as that takes minutes."""
+    skipped = "torch.*,torchvision.*,diffusers.*,transformers.*,numpy.*,torch_fidelity.*,huggingface_hub.*,timm.*"
+    (place / "mypy.ini").write_text(f"[mypy]\nfollow_imports = silent\n[mypy-{skipped}]\nfollow_imports = skip\n")
+    cache = request.config.cache.mkdir("mypy")
+    environment = os.environ | {"MYPYPATH": str(ROOT)}
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(cache), *scripts]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pyright") is None, reason="pyright is not installed")
+def test_snippets_pass_pyright(scripts, place):
+    (place / "pyrightconfig.json").write_text(json.dumps({"extraPaths": [str(ROOT)]}))
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, *scripts]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("line", LINES)

@@ -133,10 +133,10 @@ def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype, q
         generator = None if preset.generator is None else preset.generator(**preset.config).eval()
     if generator is not None:
         fill(generator)
-        if isinstance(generator, Scales):  # it has a copy of the tokenizer's codes
-            tokenizer.quantizer.embedding.load_state_dict(generator.pyramid.embedding.state_dict())
         nn.Module.to(generator, dtype)  # diffusers' own `to` warns about float32 modules that do not exist
         quantize_(generator, quantize)
+    if isinstance(generator, Scales):  # it has a copy of the tokenizer's codes
+        tokenizer.quantizer.embedding.load_state_dict(generator.pyramid.embedding.state_dict())
     nn.Module.to(tokenizer, dtype)
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -9,7 +9,7 @@ B images, N tokens, D width, V codes, O offsets.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -154,7 +154,7 @@ class DrafterTask(Task):
         self, run: Run, options: TrainDrafter, pipeline: ImagePipeline, conditions: Conditions, cache: TokenCache
     ) -> None:
         self.run, self.options, self.kind = run, options, KINDS[options.kind]
-        self.target: Any = pipeline.generator
+        self.target: Any = cast(Any, pipeline.generator)
         self.batches = TokenBatches(
             run,
             conditions.images,
