@@ -96,8 +96,8 @@ class DistillDD2(RunOptions):
     through the gradients of both."""
     times: tuple[float, ...] = (0.05, 0.98)
     """Range of the times at which scores are compared, 1 being pure noise."""
-    shared_times: bool = True
-    """One time an image in the generator's updates; otherwise one a token."""
+    shared_times: bool = False
+    """One time an image in the generator's updates, instead of one a token."""
     history: Literal["vectors", "codes"] = "vectors"
     """What the teacher is told of the tokens before: the generator's vectors, or the codes nearest to them. Teachers
     that embed ids are told codes in any case."""
