@@ -157,9 +157,9 @@ def sample_one_step(
     check_one_step(model, guidance, steps, output, teacher, teacher_range)
     model.check_condition(condition)
     config, device = model.config, noise.device
-    output = output or config["output"]
+    kind: Output = output or config["output"]
     begun = time.perf_counter()
-    session = runtime.session(model, device, ("one_step", condition.batch, output))
+    session = runtime.session(model, device, ("one_step", condition.batch, kind))
     given = {name: value for name, value in vars(condition).items() if value is not None}
     held = dataclasses.replace(condition, **{name: session.static(name, value) for name, value in given.items()})
     position_N = torch.arange(model.num_tokens, device=device)
@@ -174,7 +174,7 @@ def sample_one_step(
         inputs_BNC = torch.where(known_N[:, None], model.codes[ids_BN], noise_BNC)
         logits_BNV, vectors_BNC = model(inputs_BNC, known_N, held)
         finite.note(logits_BNV)
-        made_BNC = made_of(model, logits_BNV, vectors_BNC, output, late)
+        made_BNC = made_of(model, logits_BNV, vectors_BNC, kind, late)
         source_BNC.copy_(torch.where(known_N[:, None], source_BNC, made_BNC))
         ids_BN.copy_(torch.where(known_N, ids_BN, logits_BNV.argmax(-1)))
 

@@ -144,11 +144,6 @@ class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
         return ("image",)
 
     @property
-    def codebook(self) -> Tensor:
-        """The tokenizer's code vectors [V, C]."""
-        return self.network.codes
-
-    @property
     def codes(self) -> Tensor:
         """Code vectors float32 [V, C] in the scale of the noise."""
         return self.network.codes.float() * self._internal_dict["code_scale"]
