@@ -23,7 +23,7 @@ def _as_list(name: str, values: Any) -> Any:
     try:
         return values.tolist() if isinstance(values, torch.Tensor | np.ndarray) else values
     except (NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"{name}: a tensor of layout {values.layout} on {values.device} is no list") from error
+        raise ValueError(f"{name}: a tensor that is sparse, or on the meta device, is no list") from error
 
 
 def each_image(name: str, values: Any, num_images: int) -> list[Any]:
