@@ -23,8 +23,6 @@ from visar.pipelines.loading import load
 from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from visar.tokenizers.vq import VQTokenizer
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 LEVELS = dict(base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=16)
 NAMES = build_vocabulary({"class": ("cat", "dog")}, np.array([[0], [1]]), None, np.arange(2)).to_dict()
 
