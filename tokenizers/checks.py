@@ -1,5 +1,8 @@
 """What every tokenizer checks of images and ids before it computes."""
 
+import math
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -32,11 +35,16 @@ def check_image(image_BCHW: Tensor, channels: int) -> None:
 def check_values(image_BCHW: Tensor) -> None:
     """Checks that images are in [-1, 1], with a margin for what resizing and decoding overshoot; waits for the device.
 
+    Pixels that are NaN give a warning.
+
     Raises:
         ValueError: they are not.
     """
-    if image_BCHW.numel() and not image_BCHW.abs().amax() <= 1.0 + _MARGIN:  # NaN too
+    if image_BCHW.numel() and not image_BCHW.abs().amax() <= 1.0 + _MARGIN:
         low, high = (float(bound) for bound in torch.aminmax(image_BCHW))
+        if math.isnan(low):
+            warnings.warn("image with pixels that are NaN: its ids mean nothing", RuntimeWarning, stacklevel=3)
+            return
         raise ValueError(f"image with values from {low:g} to {high:g}; needed: in [-1, 1] (uint8 / 127.5 - 1)")
 
 
