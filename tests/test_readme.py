@@ -23,6 +23,7 @@ SHELL = [line for language, text in FENCED if language != "python" for line in t
 SHELL += re.findall(r"^ {4}(\S.*)$", OUTSIDE, re.MULTILINE)
 LINES = [part.strip() for line in SHELL for part in line.split("&&") if part.strip().startswith("visar ")]
 NAMED = sorted(set(re.findall(r"`visar ([a-z][^`]*)`", OUTSIDE)))
+SAMPLES = [line for line in LINES if line.startswith("visar sample ")]
 LINKS = re.findall(r"\]\((?!https?:)([^)#]+)\)", OUTSIDE)
 
 
@@ -69,6 +70,7 @@ def scripts(place) -> list[str]:
     return names
 
 
+@pytest.mark.skipif(importlib.util.find_spec("mypy") is None, reason="mypy is not installed")
 def test_snippets_pass_mypy(scripts, place, request):
     """With a user's settings; what torch and diffusers themselves declare is not read again, as that takes minutes."""
     skipped = "torch.*,torchvision.*,diffusers.*,transformers.*,numpy.*,torch_fidelity.*,huggingface_hub.*,timm.*"
@@ -101,12 +103,14 @@ def test_commands_in_the_text_exist(text):
         assert callable(parse(shlex.split(text)))
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.startswith("visar sample ")])
+@pytest.mark.parametrize("line", SAMPLES)
 def test_sample_commands_run(line, place):
-    words = shlex.split(line)
-    assert main(words[1:]) == 0
+    """Those after the first with fewer images than they say, which is all that takes long."""
+    words, first = shlex.split(line), min(SAMPLES, key=README.index)
+    few = ["--num-images", "2"] if line != first and "--num-images" in words else []
+    assert main([*words[1:], *few]) == 0
     with Image.open(place / words[words.index("--out") + 1]) as picture:
-        assert min(picture.size) >= 3 * 64
+        assert min(picture.size) >= 64 and max(picture.size) >= 2 * 64
 
 
 @pytest.mark.parametrize("link", LINKS)

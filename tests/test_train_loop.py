@@ -85,7 +85,7 @@ def test_recipes_build_and_fit_their_files():
     ("changes", "message"),
     [
         (dict(preset="vq-5"), "preset 'vq-5'; choose vq-16"),
-        (dict(model_options="{base}"), "not JSON"),
+        (dict(model_options="{base}"), "is no JSON"),
         (dict(model_options='{"wide": 3}'), "does not take these model_options.*wide"),
     ],
 )

@@ -148,6 +148,11 @@ class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
         """Code vectors float32 [V, C] in the scale of the noise."""
         return self.network.codes.float() * self._internal_dict["code_scale"]
 
+    @property
+    def codebook(self) -> Tensor:
+        """Code vectors [V, C] of the tokenizer, as looked up."""
+        return self.network.codes
+
     def first_token(self, block: int) -> int:
         """Number of tokens before a block of the teacher."""
         return sum(self.network.block_sizes[:block])
