@@ -339,7 +339,9 @@ def test_a_second_extractor_scores_the_same_images(tmp_path: Path, pictures: Pat
 
 
 # ------------------------------------------------------------------------------------------------- unseen captions
-def test_captions_of_another_split_are_asked_for(tmp_path: Path, pictures: Path, tables: list) -> None:
+def test_captions_of_another_split_are_asked_for(
+    tmp_path: Path, pictures: Path, tables: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
     number = np.arange(40)
     with np.load(SAMPLE) as file:
         arrays = {"images": file["images"][:40], "labels": number % 2, "classes": np.array(["cat", "dog"])}
@@ -383,3 +385,11 @@ def test_captions_of_another_split_are_asked_for(tmp_path: Path, pictures: Path,
             generate.ask_for(wrong)
     with pytest.raises(ValueError, match="captions bring their own"):
         dataclasses.replace(options, labels="balanced")
+    # A model may read fewer columns than the set has.
+    labels = torch.stack([torch.arange(40) % 3, found.labels_NA[:, 0]], dim=1)
+    names = dataclasses.replace(
+        found.vocabulary, attributes={"style": ("a", "b", "c"), "class": ("cat", "dog")}, rows=np.zeros((0, 3))
+    )
+    wider = dataclasses.replace(found, labels_NA=labels, vocabulary=names)
+    monkeypatch.setattr("visar.evaluate.pipeline.image_set", lambda *_: wider)
+    assert generate.ask_for("set@val") == table

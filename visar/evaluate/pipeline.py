@@ -145,15 +145,18 @@ class PipelineGenerator:
         rows = found.labels_NA[torch.from_numpy(chosen)].tolist()
         if vocabulary is None:
             return LabelTable.of(rows).leading(self.label_columns)
-        if vocabulary.attributes != found.vocabulary.attributes:
+        theirs = found.vocabulary.attributes
+        if any(theirs.get(column) != names for column, names in vocabulary.attributes.items()):
             raise ValueError(f"{place} and the model do not have the same label columns and names")
+        columns = [list(theirs).index(column) for column in vocabulary.attributes]
         captions = [found.captions[i] if found.captions is not None else "" for i in chosen.tolist()]
         self.texts = tuple(sorted(set(captions)))
         self.asked = {"captions": source, "captions_sha256": hashlib.sha256(repr(self.texts).encode()).hexdigest()}
         if self.pipeline.generator.config.get("word_vocab_size", 0):
             vocabulary.encode_texts(self.texts)
         number = {text: i for i, text in enumerate(self.texts)}
-        return LabelTable.of([(number[text], *row) for text, row in zip(captions, rows, strict=True)])
+        asked = zip(captions, rows, strict=True)
+        return LabelTable.of([(number[text], *(row[column] for column in columns)) for text, row in asked])
 
     @property
     def image_of(self) -> str:
