@@ -386,9 +386,9 @@ def test_captions_of_another_split_are_asked_for(
     with pytest.raises(ValueError, match="captions bring their own"):
         dataclasses.replace(options, labels="balanced")
     # A model may read fewer columns than the set has.
-    labels = torch.stack([torch.arange(40) % 3, found.labels_NA[:, 0]], dim=1)
+    labels = torch.stack([found.labels_NA[:, 0], torch.arange(40) % 3], dim=1)
     names = dataclasses.replace(
-        found.vocabulary, attributes={"style": ("a", "b", "c"), "class": ("cat", "dog")}, rows=np.zeros((0, 3))
+        found.vocabulary, attributes={"class": ("cat", "dog"), "style": ("a", "b", "c")}, rows=np.zeros((0, 3))
     )
     wider = dataclasses.replace(found, labels_NA=labels, vocabulary=names)
     monkeypatch.setattr("visar.evaluate.pipeline.image_set", lambda *_: wider)
