@@ -29,6 +29,7 @@ from visar.pipelines import memory as batching
 from visar.pipelines.components import _place, find_folder, placement, read_pipeline
 from visar.pipelines.fitting import (
     check_codes,
+    check_copy,
     check_defaults,
     check_hooks,
     check_parts,
@@ -166,6 +167,7 @@ class TokenPipeline(DiffusionPipeline):
         for part in ("tokenizer", "generator"):
             _place(parts[part], device, kind)
         try:
+            check_copy(parts["tokenizer"], parts["generator"])
             return cls(**parts)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error

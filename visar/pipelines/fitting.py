@@ -39,9 +39,18 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
     wrong = [f"{name} {ours} (the tokenizer's: {theirs})" for name, (ours, theirs) in found.items() if ours != theirs]
     if wrong:
         raise ValueError(f"generator and tokenizer do not fit each other: the generator has {'; '.join(wrong)}")
-    own = generator.pyramid if isinstance(generator, Scales) else generator
-    if "codebook" in config.get("token_input", "") or own is not generator:
-        check_codes(tokenizer, codes_of(own))
+    if config.get("token_input") == "codebook":
+        check_codes(tokenizer, codes_of(generator))
+
+
+def check_copy(tokenizer: Any, generator: Any) -> None:
+    """Checks the copy of the codes of a saved generator over scales; that of one that was just made is random.
+
+    Raises:
+        ValueError: it is of another tokenizer.
+    """
+    if isinstance(generator, Scales):
+        check_codes(tokenizer, codes_of(generator.pyramid))
 
 
 def codes_of(model: Any) -> list[float] | None:

@@ -10,6 +10,7 @@ from visar.kernels import available
 from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
 from visar.pipelines.components import _place, _tokenizer, find_folder, placement, read_official, read_pipeline
+from visar.pipelines.fitting import check_copy
 from visar.pipelines.image import ImagePipeline
 
 
@@ -81,6 +82,7 @@ def _from_folder(folder: Path, variant: str | None, **given: ModelMixin) -> Imag
     """A pipeline from its folder; `given` are used instead of what the folder has."""
     parts = read_pipeline(folder, ImagePipeline, variant=variant, **given)
     try:
+        check_copy(parts["tokenizer"], parts["generator"])
         return ImagePipeline(**parts)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
