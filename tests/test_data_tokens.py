@@ -29,28 +29,28 @@ def tiny_tokenizer(seed: int = 0, codebook_size: int = 64) -> VQTokenizer:
 def test_first_variant_is_the_picture_itself(images: ImageSet) -> None:
     tokenizer = tiny_tokenizer()
     cache = build_token_cache(images, tokenizer, variants=3, augmentation=DRAWINGS, batch_size=64)
-    assert cache.ids_NKL.shape == (64, 3, 64) and cache.ids_NKL.dtype == torch.int16 and cache.num_variants == 3
+    assert cache.tokens_NKL.shape == (64, 3, 64) and cache.tokens_NKL.dtype == torch.int16 and cache.num_variants == 3
     with torch.no_grad():
         expected = tokenizer.encode(as_float(torch.from_numpy(images.images)))
-    assert torch.equal(cache.ids_NKL[:, 0].long(), expected)
-    assert not torch.equal(cache.ids_NKL[:, 1].long(), expected)
+    assert torch.equal(cache.tokens_NKL[:, 0].long(), expected)
+    assert not torch.equal(cache.tokens_NKL[:, 1].long(), expected)
 
 
 def test_neutral_augmentation_gives_equal_variants(images: ImageSet) -> None:
     cache = build_token_cache(images, tiny_tokenizer(), variants=2, augmentation=Augmentation(), batch_size=16)
-    assert torch.equal(cache.ids_NKL[:, 0], cache.ids_NKL[:, 1])
+    assert torch.equal(cache.tokens_NKL[:, 0], cache.tokens_NKL[:, 1])
 
 
 def test_seed_decides_the_variants(images: ImageSet) -> None:
     settings = dict(variants=2, augmentation=DRAWINGS, batch_size=32)
     first, again, other = (build_token_cache(images, tiny_tokenizer(), seed=seed, **settings) for seed in (0, 0, 1))  # type: ignore[arg-type]
-    assert torch.equal(first.ids_NKL, again.ids_NKL)
-    assert not torch.equal(first.ids_NKL, other.ids_NKL)
+    assert torch.equal(first.tokens_NKL, again.tokens_NKL)
+    assert not torch.equal(first.tokens_NKL, other.tokens_NKL)
 
 
 def test_large_codebooks_take_wider_integers(images: ImageSet) -> None:
     cache = build_token_cache(images, tiny_tokenizer(codebook_size=2**15 + 1), batch_size=64)
-    assert cache.ids_NKL.dtype == torch.int32
+    assert cache.tokens_NKL.dtype == torch.int32
 
 
 def test_file_comes_back_and_is_used_again(images: ImageSet, tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_file_comes_back_and_is_used_again(images: ImageSet, tmp_path: Path) -> 
     cache = build_token_cache(images, tokenizer, path, **settings)  # type: ignore[arg-type]
     assert [file.name for file in tmp_path.iterdir()] == ["ids.safetensors"]
     loaded = TokenCache.load(path)
-    assert torch.equal(loaded.ids_NKL, cache.ids_NKL) and loaded.facts == cache.facts
+    assert torch.equal(loaded.tokens_NKL, cache.tokens_NKL) and loaded.facts == cache.facts
     before = path.stat().st_mtime_ns
     again = build_token_cache(images, tokenizer, path, **settings)  # type: ignore[arg-type]
-    assert torch.equal(again.ids_NKL, cache.ids_NKL) and path.stat().st_mtime_ns == before
+    assert torch.equal(again.tokens_NKL, cache.tokens_NKL) and path.stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,20 @@ def check_values(image_BCHW: Tensor) -> None:
         raise ValueError(f"image with values from {low:g} to {high:g}; needed: in [-1, 1] (uint8 / 127.5 - 1)")
 
 
+def check_vectors(tokens_BNC: Tensor, count: int, channels: int) -> None:
+    """Checks the form of continuous tokens; does not look at values.
+
+    Raises:
+        ValueError: no floats [B, count, channels].
+    """
+    needed = f"needed: floats [B, {count}, {channels}]"
+    if not isinstance(tokens_BNC, Tensor):
+        raise ValueError(f"tokens of type {type(tokens_BNC).__name__}; {needed}")
+    _check_dense(tokens_BNC, "tokens")
+    if not tokens_BNC.is_floating_point() or tokens_BNC.ndim != 3 or tokens_BNC.shape[1:] != (count, channels):
+        raise ValueError(f"tokens of shape {tuple(tokens_BNC.shape)}, {tokens_BNC.dtype}; {needed}")
+
+
 def check_ids(ids_BN: Tensor, codebook_size: int) -> None:
     """Checks ids; waits for the device.
 

@@ -31,7 +31,7 @@ def decode_tokens(
     runtime: Runtime = EAGER,
     invariant: bool = False,
 ) -> Tensor:
-    """Images [B, C, H, W], about [-1, 1], not clamped, of token ids or code vectors.
+    """Images [B, C, H, W], about [-1, 1], not clamped, of tokens or latents.
 
     Convolutions are rounded by algorithms that a library chooses by the batch. A CPU therefore decodes one image at a
     time, which costs it nothing.
@@ -41,7 +41,7 @@ def decode_tokens(
 
     Args:
         tokenizer: decodes.
-        tokens: ids int64 [B, N], or float [B, C, h, w] as `decode_latents` takes it.
+        tokens: ids int64 [B, N] or vectors float [B, N, C]; or latents float [B, C, h, w].
         grid: (h, w) of ids that are not of the tokenizer's own size; None = as `latents` of the tokenizer says.
         tile: side of a tile in positions of the latent grid; None = whole images, as for images that are no larger.
         overlap: positions that neighbouring tiles share.
@@ -61,7 +61,7 @@ def decode_tokens(
     if tokens.device.type == "cpu" and tokens.shape[0] > 1:
         settings: dict[str, Any] = dict(grid=grid, tile=tile, overlap=overlap, runtime=runtime)
         return torch.cat([decode_tokens(tokenizer, one, **settings) for one in tokens.split(1)])
-    latent_BChw = tokens if tokens.is_floating_point() else tokenizer.latents(tokens, grid)
+    latent_BChw = tokens if tokens.ndim == 4 else tokenizer.latents(tokens, grid)
     if tile is None or max(latent_BChw.shape[2:]) <= tile:
         return _decode_parts(tokenizer, latent_BChw, runtime, invariant)
     return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime, invariant)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 FAMILIES: dict[str, tuple[str, str]] = {
     "vq": ("visar.tokenizers.vq", "VQTokenizer"),
     "multiscale": ("visar.tokenizers.multiscale_vq", "MultiScaleVQTokenizer"),
+    "kl": ("visar.tokenizers.kl", "KLTokenizer"),
 }
 
 MODULES = {class_name: module for module, class_name in FAMILIES.values()}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visar.core.interface import TokenLayout
 from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_ids, check_image, check_values
+from visar.tokenizers.codebook_training import CodebookBottleneck
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.multiscale_quantizer import MultiScaleCodebookTrainer, MultiScaleQuantizer
@@ -245,6 +246,12 @@ def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Argument
     return arguments
 
 
+class MultiScaleBottleneck(CodebookBottleneck):
+    """Training of the codebook that all scales share."""
+
+    quantizer, trainer = "quantizer", MultiScaleCodebookTrainer
+
+
 FAMILY = TokenizerFamily(
     model=MultiScaleVQTokenizer,
     presets=MULTISCALE_VQ_PRESETS,
@@ -257,7 +264,7 @@ FAMILY = TokenizerFamily(
         channel_multipliers=(1, 1),
         num_res_blocks=1,
     ),
-    quantizer="quantizer",
-    codebook_trainer=MultiScaleCodebookTrainer,
+    frozen=("encoder", "quant_conv", "quantizer"),
+    bottleneck=MultiScaleBottleneck,
     arguments=_arguments,
 )

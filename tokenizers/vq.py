@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from visar.core.interface import TokenLayout
 from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_ids, check_image, check_values
+from visar.tokenizers.codebook_training import CodebookBottleneck
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
 from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
@@ -240,6 +241,12 @@ def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Argument
     return {**preset, **given, "image_size": image_size}
 
 
+class VQBottleneck(CodebookBottleneck):
+    """Training of the codebook."""
+
+    quantizer, trainer = "quantize", CodebookTrainer
+
+
 FAMILY = TokenizerFamily(
     model=VQTokenizer,
     presets=VQ_PRESETS,
@@ -252,7 +259,7 @@ FAMILY = TokenizerFamily(
         latent_channels=16,
         codebook_size=128,
     ),
-    quantizer="quantize",
-    codebook_trainer=CodebookTrainer,
+    frozen=("encoder", "quant_conv", "quantize"),
+    bottleneck=VQBottleneck,
     arguments=_arguments,
 )

@@ -198,7 +198,7 @@ class DrafterTask(Task):
         counts: dict[int, int] = {}
         images = self.batches.validation
         for index_B in torch.arange(len(images), device=self.run.device).split(self.run.part_size):
-            ids_BN, given = images.ids(index_B), images.condition(index_B)
+            ids_BN, given = images.tokens(index_B), images.condition(index_B)
             with self.run.autocast():
                 rows = given.followed_by(self.target.null_condition(given))
                 twice = torch.cat([ids_BN, ids_BN])

@@ -122,7 +122,7 @@ class GeneratorTask(Task):
             given = images.condition(index_B)
             with self.run.autocast():
                 conditions = (given, model.null_condition(given))
-                losses = self.objective.measure(model, images.ids(index_B), conditions, generator)
+                losses = self.objective.measure(model, images.tokens(index_B), conditions, generator)
             totals += torch.stack(losses).double() * len(index_B)
         nll, null_nll = (totals / len(index_N)).tolist()
         return nll, null_nll

@@ -21,6 +21,7 @@ class Draw(enum.IntEnum):
     INITIAL = 5  # initial weights
     SUBSET = 6  # fixed subsets for measurements
     MASK = 7  # which tokens are replaced, then which are hidden
+    LATENT = 8  # continuous tokens of an image
 
 
 def step_seed(seed: int, step: int, use: Draw, process: int = 0, part: int = 0) -> int:

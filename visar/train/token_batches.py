@@ -41,14 +41,14 @@ class TokenSplit:
     """Ids and conditions of the images of one split; all tensors on the run's device.
 
     Attributes:
-        ids_NKL: int16 or int32; variant 0 is the image itself.
+        tokens_NKL: see `TokenCache`; variant 0 is the image itself.
         labels_NA: int64 label columns that the model reads; there may be none.
         words_NT: int64 word ids; None = the images have none.
         index_N: int64 numbers of the images in their image set.
         captions: captions of the image set, read instead of labels and words; None = no text encoder.
     """
 
-    ids_NKL: Tensor
+    tokens_NKL: Tensor
     labels_NA: Tensor
     words_NT: Tensor | None
     index_N: Tensor
@@ -57,9 +57,15 @@ class TokenSplit:
     def __len__(self) -> int:
         return self.index_N.shape[0]
 
-    def ids(self, index_B: Tensor, variant_B: Tensor | int = 0) -> Tensor:
-        """int64 [B, L]."""
-        return self.ids_NKL[index_B, variant_B].long()
+    def tokens(self, index_B: Tensor, variant_B: Tensor | int = 0, random: torch.Generator | None = None) -> Tensor:
+        """Ids int64 [B, L], or continuous tokens float32 [B, L, C], drawn by `random`; their means without one."""
+        tokens = self.tokens_NKL[index_B, variant_B]
+        if not tokens.is_floating_point():
+            return tokens.long()
+        mean_BLC, deviation_BLC = tokens.float().chunk(2, dim=-1)
+        if random is None:
+            return mean_BLC
+        return mean_BLC + deviation_BLC * torch.randn(mean_BLC.shape, generator=random, device=mean_BLC.device)
 
     def condition(self, index_B: Tensor) -> Condition:
         """What the model reads of the conditions of images."""
@@ -111,7 +117,7 @@ class TokenBatches:
 
         def split(index_N: Tensor, num_variants: int) -> TokenSplit:
             return TokenSplit(
-                ids_NKL=cache.ids_NKL[index_N, :num_variants].to(run.device),
+                tokens_NKL=cache.tokens_NKL[index_N, :num_variants].to(run.device),
                 labels_NA=images.labels_NA[index_N, first:].to(run.device),
                 words_NT=None if images.words_NT is None else images.words_NT[index_N].to(run.device),
                 index_N=index_N.to(run.device),
@@ -138,11 +144,14 @@ class TokenBatches:
         """Numbers of a step's images in the training split and of their variants, int64 [batch size] each."""
         generator = self.run.random.generator(step, Draw.DATA, shared=True)
         index_B = self._draws.draw(self.run.options.batch_size, generator)
-        variants = self.train.ids_NKL.shape[1]
+        variants = self.train.tokens_NKL.shape[1]
         return index_B, torch.randint(variants, index_B.shape, generator=generator, device=self.run.device)
 
     def part(self, drawn: tuple[Tensor, Tensor], step: int, part: int) -> tuple[Tensor, Condition]:
-        """Ids int64 [B, L] and conditions, some of them lost, of this process's share of a micro-batch."""
+        """Tokens, see `TokenSplit.tokens`, and conditions, some of them lost, of this process's share of a
+        micro-batch."""
         index_B, variant_B = (self.run.share(values, part) for values in drawn)
         generator = self.run.random.generator(step, Draw.CONDITION, part=part)
-        return self.train.ids(index_B, variant_B), self._dropout(self.train.condition(index_B), generator)
+        drawn_by = self.run.random.generator(step, Draw.LATENT, part=part)
+        tokens = self.train.tokens(index_B, variant_B, drawn_by)
+        return tokens, self._dropout(self.train.condition(index_B), generator)

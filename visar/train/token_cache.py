@@ -1,4 +1,4 @@
-"""Token ids of an image set, computed once: several augmented variants of every image."""
+"""Tokens of an image set, computed once: several augmented variants of every image."""
 
 import hashlib
 import json
@@ -23,20 +23,22 @@ from visar.tokenizers.checks import check_ids
 
 @dataclass
 class TokenCache:
-    """Ids of every image.
+    """Tokens of every image.
 
     Attributes:
-        ids_NKL: int16 or int32 [N, variants, L]; variant 0 is the image itself, the others are augmented.
-        facts: what they were made from: tokenizer and image set by hash, augmentation, seed.
+        tokens_NKL: ids, int16 or int32 [N, variants, L], or of continuous tokens float16 [N, variants, L, 2 C], mean
+            and standard deviation; variant 0 is the image itself, the others are augmented.
+        facts: what they were made from: tokenizer and image set by hash, scale of continuous tokens, augmentation,
+            seed.
     """
 
-    ids_NKL: Tensor
+    tokens_NKL: Tensor
     facts: dict
 
     @property
     def num_variants(self) -> int:
         """Variants of an image, the plain one included."""
-        return self.ids_NKL.shape[1]
+        return self.tokens_NKL.shape[1]
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenCache":
@@ -50,14 +52,16 @@ class TokenCache:
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 facts = json_object((file.metadata() or {})["facts"])
-            return cls(load_file(path)["ids"], facts)
+            content = load_file(path)
+            return cls(content["moments" if "moments" in content else "ids"], facts)
         except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
             raise ValueError(f"{path} is not a token cache or is damaged ({error})") from error
 
     def save(self, path: str | Path) -> None:
         """Writes the cache, whole or not at all."""
         with atomic_write(path) as temporary:
-            save_file({"ids": self.ids_NKL.cpu().contiguous()}, temporary, {"facts": json.dumps(self.facts)})
+            name = "moments" if self.tokens_NKL.is_floating_point() else "ids"
+            save_file({name: self.tokens_NKL.cpu().contiguous()}, temporary, {"facts": json.dumps(self.facts)})
 
 
 @torch.no_grad()
@@ -72,7 +76,7 @@ def build_token_cache(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
 ) -> TokenCache:
-    """Ids of all images, read from `path` if they are there already, else computed and written to it.
+    """Tokens of all images, read from `path` if they are there already, else computed and written to it.
 
     Args:
         image_set: the images, all splits.
@@ -91,26 +95,29 @@ def build_token_cache(
         raise ValueError(f"variants {variants}; it must be >= 1, and 1 without an augmentation")
     facts = {
         "tokenizer": weights_digest(tokenizer),
+        "scale_factor": tokenizer.config.get("scale_factor"),
         "images": image_set.picture_digest(),
         "variants": variants,
         "augmentation": None if augmentation is None else asdict(augmentation),
         "seed": seed,
         "batch_size": batch_size,
     }
-    vocab_size, length = tokenizer.layout.vocab_size, tokenizer.layout.num_tokens
+    layout = tokenizer.layout
+    vocab_size, shape = layout.vocab_size, (layout.num_tokens, *(() if layout.vocab_size else (2 * layout.channels,)))
     if path is not None and Path(path).exists():
         cache = TokenCache.load(path)
         differing = [key for key, value in facts.items() if cache.facts.get(key) != value]
         if differing:
             raise ValueError(f"{path} was made with another {', '.join(differing)}; remove it or name another file")
-        check_ids(cache.ids_NKL.flatten(1), vocab_size)
-        if cache.ids_NKL.shape != (len(image_set), variants, length):
-            raise ValueError(f"{path} is damaged: its ids are {tuple(cache.ids_NKL.shape)}; remove it")
+        if vocab_size:
+            check_ids(cache.tokens_NKL.flatten(1), vocab_size)
+        if cache.tokens_NKL.shape != (len(image_set), variants, *shape):
+            raise ValueError(f"{path} is damaged: its tokens are {tuple(cache.tokens_NKL.shape)}; remove it")
         return cache
-    dtype = torch.int16 if vocab_size <= 2**15 else torch.int32
-    ids = torch.empty(len(image_set), variants, length, dtype=dtype)
+    dtype = torch.float16 if not vocab_size else torch.int16 if vocab_size <= 2**15 else torch.int32
+    tokens = torch.empty(len(image_set), variants, *shape, dtype=dtype)
     # Augmented variants of many images take minutes on a CPU.
-    batches = tqdm(in_batches(image_set.images, batch_size), desc="ids of images", unit="batch", disable=None)
+    batches = tqdm(in_batches(image_set.images, batch_size), desc="tokens of images", unit="batch", disable=None)
     for number, pixels in enumerate(batches):
         first = number * batch_size
         part = slice(first, first + batch_size)
@@ -124,8 +131,9 @@ def build_token_cache(
                 generator = torch.Generator(device).manual_seed(number)
                 assert augmentation is not None
                 picture = augment(image, augmentation, generator, allowed)
-            ids[part, variant] = tokenizer.encode(picture).to(dtype).cpu()
-    cache = TokenCache(ids, facts)
+            made = tokenizer.encode(picture) if vocab_size else torch.cat(tokenizer.token_moments(picture), dim=-1)
+            tokens[part, variant] = made.to(dtype).cpu()
+    cache = TokenCache(tokens, facts)
     if path is not None:
         cache.save(path)
     return cache

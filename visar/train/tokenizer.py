@@ -1,8 +1,8 @@
-"""Training of VQ and multi-scale VQ tokenizers: reconstruction, perceptual, codebook and adversarial losses.
+"""Training of all tokenizers: reconstruction, perceptual and adversarial losses, and those of the bottleneck.
 
 Source: VQGAN, arXiv 2012.09841, in LlamaGen's form, arXiv 2406.06525 section 3.1 (l2-normalised lookup, perceptual and
 hinge losses); multi-scale: arXiv 2404.02905. Moving-average codebook and revival of unused codes:
-visar/tokenizers/quantizer.py.
+visar/tokenizers/quantizer.py. Continuous latents: arXiv 2112.10752, with its KL weight.
 """
 
 from collections.abc import Sequence
@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
 from visar.io.pictures import to_uint8
+from visar.pipelines.components import read_json
 from visar.tokenizers.families import find_family
-from visar.tokenizers.multiscale_quantizer import ScaleUsage
-from visar.tokenizers.quantizer import CodebookUsage
-from visar.tokenizers.vq import VQOutput
+from visar.tokenizers.training import Meter
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
-from visar.train.building import in_dtype, json_options, load_initial
+from visar.train.building import in_dtype, initial_folder, json_options, load_initial
 from visar.train.curves import draw_codebook_use
 from visar.train.images import PictureSplit, PixelsAhead, take_split
 from visar.train.log import Sheet
@@ -50,15 +49,6 @@ def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
             raise ValueError(f"preset {preset} does not take these model_options: {error}") from error
 
 
-def usage_scalars(ids: Tensor, vocab_size: int) -> dict[str, Tensor]:
-    """Share of codes used, and perplexity of their frequencies, in one batch; left on the device."""
-    flat = ids.flatten()
-    count_V = torch.zeros(vocab_size, device=ids.device).index_add_(0, flat, torch.ones_like(flat, dtype=torch.float))
-    share_V = count_V / flat.shape[0]
-    entropy = torch.special.entr(share_V).sum()
-    return {"codes_used": (count_V > 0).float().mean(), "code_perplexity": entropy.exp()}
-
-
 class TokenizerTask(Task):
     """Steps and measurements of `train_tokenizer`."""
 
@@ -75,16 +65,13 @@ class TokenizerTask(Task):
         if options.initial is not None:
             load_initial(model, options.initial)
         if options.decoder_only:
-            for name in ("encoder", "quant_conv", family.quantizer):
+            for name in family.frozen:
                 model.get_submodule(name).requires_grad_(False)
         if run.device.type == "cuda":
             model.to(memory_format=torch.channels_last)
-        self.codebook = family.codebook_trainer(
-            getattr(model, family.quantizer),
-            update=options.codebook_update,
-            decay=options.codebook_decay,
-            revive_below=options.revive_below,
-        )
+        self.bottleneck = family.bottleneck(model, options)
+        if options.initial is not None:
+            self.bottleneck.start(read_json(initial_folder(options.initial) / "config.json"))
         self.parts = {
             "model": run.add_part(model, options.learning_rate, betas=(0.9, 0.95), weight_decay=options.weight_decay)
         }
@@ -116,7 +103,7 @@ class TokenizerTask(Task):
         options, random = self.options, self.run.random
         index_B, pixels = self.index(step), self.ahead.take(step).split(self.run.part_size)
         adversarial = options.adversarial_weight > 0 and step >= options.adversarial_start
-        seen: list[tuple[Tensor, VQOutput]] = []
+        seen: list[tuple[Tensor, Any]] = []
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
             generator = random.generator(step, Draw.AUGMENT, part=part)
@@ -128,28 +115,17 @@ class TokenizerTask(Task):
         scalars = self.run.descend(self.parts["model"], step, losses)
         if adversarial:
             scalars |= self._train_discriminator(step, seen)
-        ids_BN = torch.cat([output.ids_BN for _, output in seen])
-        scalars |= usage_scalars(ids_BN, self.parts["model"].module.layout.vocab_size)
-        if options.decoder_only:
-            return scalars
-        latent_BChw = torch.cat([output.latent_BChw.detach() for _, output in seen])
-        self.codebook.step(latent_BChw, ids_BN)
-        due = options.revive_every and (step + 1) % options.revive_every == 0
-        if due and options.revive_below and step < options.revive_until * options.steps:
-            self.codebook.revive(latent_BChw, random.generator(step, Draw.REVIVE))
-        return scalars
+        outputs = [output for _, output in seen]
+        return scalars | self.bottleneck.after_step(outputs, step, lambda: random.generator(step, Draw.REVIVE))
 
-    def _losses(self, image_BCHW: Tensor, output: VQOutput, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def _losses(self, image_BCHW: Tensor, output: Any, adversarial: bool) -> tuple[Tensor, dict[str, Tensor]]:
         options, made_BCHW = self.options, output.image_BCHW.float()
         difference = made_BCHW - image_BCHW
         square_B = difference.square().mean((1, 2, 3))
         loss = options.l1_weight * difference.abs().mean() + options.l2_weight * square_B.mean()
-        loss = loss + options.commitment_weight * output.commitment_loss
-        loss = loss + options.codebook_weight * output.codebook_loss
-        scalars = {
-            "psnr": (-10.0 * torch.log10(square_B.clamp(min=1e-10) / 4.0)).mean(),
-            "commitment": output.commitment_loss,
-        }
+        own_loss, own_scalars = self.bottleneck.loss(output)
+        loss = loss + own_loss
+        scalars = {"psnr": (-10.0 * torch.log10(square_B.clamp(min=1e-10) / 4.0)).mean(), **own_scalars}
         if options.gradient_weight:
             loss = loss + options.gradient_weight * gradient_l1(made_BCHW, image_BCHW).mean()
         if self.perceptual is not None:
@@ -169,7 +145,7 @@ class TokenizerTask(Task):
             discriminator.requires_grad_(True)
         return loss, {"loss": loss, **scalars}
 
-    def _train_discriminator(self, step: int, seen: list[tuple[Tensor, VQOutput]]) -> dict[str, Tensor]:
+    def _train_discriminator(self, step: int, seen: list[tuple[Tensor, Any]]) -> dict[str, Tensor]:
         part = self.parts["discriminator"]
 
         def losses(index: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -184,27 +160,21 @@ class TokenizerTask(Task):
     # ------------------------------------------------------------------------------------------------- measurements
     def validate(self, model: Any) -> dict[str, float]:
         everything = torch.arange(len(self.validation), device=self.run.device)
-        layout = model.layout
-        usage = CodebookUsage(layout.vocab_size, self.run.device)
-        of_maps = ScaleUsage(layout.sizes, layout.vocab_size, self.run.device)
-        values = self._measure(model, self.validation, everything, (usage, of_maps))
-        values["codes_used"], values["code_perplexity"] = usage.fraction, usage.perplexity
-        if len(layout.shapes) > 1:
-            for shape, perplexity in zip(layout.shapes, of_maps.perplexity, strict=True):
-                values[f"code_perplexity_{'x'.join(map(str, shape))}"] = perplexity
+        meter = self.bottleneck.meter()
+        values = self._measure(model, self.validation, everything, (meter,)) | meter.values()
         trained = self._measure(model, self.pictures, self.train_subset, ())
         return values | {f"train_{name}": value for name, value in trained.items()}
 
     def _measure(
-        self, model: Any, pictures: PictureSplit, index_N: Tensor, usages: Sequence[CodebookUsage | ScaleUsage]
+        self, model: Any, pictures: PictureSplit, index_N: Tensor, meters: Sequence[Meter]
     ) -> dict[str, float]:
         ratios, distances = [], []
         for index_B in index_N.split(4 * self.run.part_size):
             image_BCHW = pictures.batch(index_B)
             with self.run.autocast():
                 output = model(image_BCHW)
-            for usage in usages:
-                usage.update(output.ids_BN)
+            for meter in meters:
+                meter.update(output)
             ratios.append(psnr(to_uint8(image_BCHW), to_uint8(output.image_BCHW)))
             if self.perceptual is not None:
                 distances.append(self.perceptual(output.image_BCHW.float(), image_BCHW))
@@ -227,13 +197,15 @@ class TokenizerTask(Task):
         return {"reconstruction": Sheet(to_uint8(torch.cat(rows)), columns)}
 
     def save_model(self, model: Any, folder: Path) -> None:
+        batches = (self.pictures.batch(index_B) for index_B in self.train_subset.split(4 * self.run.part_size))
+        self.bottleneck.finish(model, batches)
         in_dtype(model, self.options.save_dtype).save_pretrained(folder)
 
     def state_dict(self) -> dict[str, Tensor]:
-        return self.codebook.state_dict()
+        return self.bottleneck.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.codebook.load_state_dict(state)
+        self.bottleneck.load_state_dict(state)
 
 
 def train_tokenizer(options: TrainTokenizer) -> TrainResult:
