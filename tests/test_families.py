@@ -13,7 +13,7 @@ from torch import nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF
-from visar.core.interface import TokenLayout
+from visar.core.interface import Continuous, Masked, TokenLayout
 from visar.data.images import load_image_set
 from visar.data.vocabulary import Vocabulary
 from visar.generators import families as generators
@@ -77,7 +77,12 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
     for name, layout, message in (
         ("hmar", grid, "does not fit tokens that are 128 codes in arrangement grid; families that do: raster"),
         ("raster", scales, "families that do: next_scale, hmar"),
-        ("auto", replace(grid, vocab_size=0), "are vectors in arrangement grid; families that do: none"),
+        ("auto", replace(grid, arrangement="box"), "are 128 codes in arrangement box; families that do: none"),
+        (
+            "raster",
+            replace(grid, vocab_size=0),
+            "are vectors in arrangement grid; families that do: masked, causal_continuous",
+        ),
         ("var", scales, "family 'var'; choose auto, raster, next_scale, hmar"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -89,9 +94,12 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
 def test_a_generator_is_built_for_its_tokenizer_and_every_phase_trains_a_part_of_it(trained):
     family, tokenizer, model, phase = trained
     assert model.num_tokens == tokenizer.layout.num_tokens
-    assert model.config["vocab_size"] == tokenizer.layout.vocab_size
+    layout = tokenizer.layout
+    assert model.config.get("vocab_size", 0) == layout.vocab_size
     objective = family.phases[phase](model, tokenizer.layout, options(phase=phase), CPU)
     tokens = torch.randint(128, (3, model.num_tokens), generator=torch.Generator().manual_seed(0))
+    if not layout.vocab_size:
+        tokens = torch.randn(3, model.num_tokens, layout.channels, generator=torch.Generator().manual_seed(0))
     condition = Condition(labels_BA=torch.tensor([[0], [3], [4]]))
     with torch.no_grad():  # heads begin at zero, and gates near it
         for parameter in model.parameters():
@@ -128,8 +136,16 @@ def test_a_block_reads_no_linear_layers_but_those_that_the_family_names(trained)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: used.add(name))
-    for block, size in enumerate(model.block_sizes):
+    if isinstance(model, Masked):
+        places = torch.arange(model.num_tokens)[None]
+        features = model.features_at(state, places[:, :2], places[:, 2:])
+        model.token_head.draw(features, lambda number: torch.zeros(1, model.num_tokens - 2, 4))
+    for block, size in enumerate(() if isinstance(model, Masked) else model.block_sizes):
         state.block = block
+        if isinstance(model, Continuous):
+            tokens = model.token_head.draw(model.features(state), lambda number: torch.zeros(1, 1, 4))
+            model.append(state, tokens)
+            continue
         model.predict(state)
         model.append(state, torch.zeros(1, size, dtype=torch.int64))
     assert used and used <= set(named)
@@ -178,7 +194,7 @@ def test_batches_hold_tokens_and_conditions_and_never_read_an_image(tmp_path):
         ids, condition = batches.part(drawn, step, 0)
         assert ids.shape == (8, 16) and ids.dtype == torch.int64
         index = batches.train.index_N[drawn[0]]
-        assert torch.equal(ids, cache.ids_NKL[index, 0].long())
+        assert torch.equal(ids, cache.tokens_NKL[index, 0].long())
         assert torch.equal(condition.labels_BA, images.labels_NA[index])
         assert torch.equal(condition.words_BT, images.words_NT[index])
         assert all(torch.equal(one, other) for one, other in zip(drawn, batches.draw(step), strict=True))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.core.interface import Scales
+from visar.core.interface import Categorical, Scales
 from visar.generators import families as generators
 from visar.generators.training import GeneratorFamily
 from visar.layers.quantize import linear_layers, quantize_, stored
@@ -144,9 +144,18 @@ def build(name: str, preset: Preset, device: torch.device, dtype: torch.dtype, q
 
 
 def load_subject(name: str, device: torch.device, dtype: torch.dtype, quantize: str = "none") -> Subject:
-    """An embedded or official model, or a folder; errors as of `visar.load`."""
+    """An embedded or official model, or a folder.
+
+    Raises:
+        ValueError: as of `visar.load`, or a generator that does not predict ids.
+    """
     begun = time.perf_counter()
     pipeline = load(name, device=device, dtype=dtype, quantize=quantize)
+    if not isinstance(pipeline.generator, Categorical):
+        raise ValueError(
+            f"{name} is a {type(pipeline.generator).__name__}; the benchmark takes generators that predict ids block "
+            "after block (`visar eval --speed-batches` times every model)"
+        )
     return Subject(name, pipeline.generator, pipeline.tokenizer, time.perf_counter() - begun)
 
 

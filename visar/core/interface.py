@@ -105,6 +105,104 @@ class Trees(Windowed, Protocol):
 
 
 @runtime_checkable
+class TokenHead(Protocol):
+    """What draws continuous tokens given hidden vectors; see visar/layers/heads/chain.py.
+
+    Attributes:
+        channels: numbers of a token.
+        noisy_end: whether the last transition of a draw adds its noise.
+        takes_guidance: whether hidden vectors of a doubled batch are combined.
+    """
+
+    channels: int
+    noisy_end: bool
+    takes_guidance: bool
+
+    def check_steps(self, steps: int | None) -> int: ...
+
+    def deviations(self, steps: int) -> list[float] | None: ...
+
+    def start(self, noise_BLC: Tensor) -> Tensor: ...
+
+    def transition(
+        self,
+        x_BLC: Tensor,
+        index: int,
+        features_RLD: Tensor,
+        *,
+        steps: int | None = None,
+        scale_BL: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | float]: ...
+
+    def draw(
+        self,
+        features_RLD: Tensor,
+        noise: Callable[[int], Tensor],
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        scale_BL: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+@runtime_checkable
+class Continuous(Generator, Protocol):
+    """A generator of tokens that are vectors, one per step, with a length of its own for every row of a ragged state.
+
+    Attributes:
+        block_sizes, block_kinds: see Categorical.
+        token_head: draws a token given its hidden vector.
+    """
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]: ...
+
+    @property
+    def block_kinds(self) -> tuple[Any, ...]: ...
+
+    @property
+    def token_head(self) -> TokenHead: ...
+
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = ...,
+        *,
+        ragged: bool = False,
+        window: int = 0,
+        state: Any = None,
+    ) -> Any: ...
+
+    def features(self, state: Any, window: Window | None = None) -> Tensor: ...
+
+    def scales(self, state: Any, count: int) -> Tensor | None: ...
+
+    def positions(self, state: Any) -> Tensor: ...
+
+    def append(self, state: Any, tokens_BLC: Tensor) -> None: ...
+
+    def commit(self, state: Any, tokens_BKC: Tensor, count_B: Tensor) -> None: ...
+
+    def result(self, state: Any) -> Tensor: ...
+
+
+@runtime_checkable
+class Masked(Generator, Protocol):
+    """A generator of tokens that are vectors, any of them given any others.
+
+    Attributes:
+        token_head: draws a token given its hidden vector.
+    """
+
+    @property
+    def token_head(self) -> TokenHead: ...
+
+    def features_at(self, state: Any, visible_BK: Tensor, places_BL: Tensor) -> Tensor: ...
+
+    def commit_at(self, state: Any, places_BL: Tensor, tokens_BLC: Tensor) -> None: ...
+
+
+@runtime_checkable
 class OneStep(Protocol):
     """A student that predicts all tokens from noise in one pass.
 
@@ -236,7 +334,6 @@ class Tokenizer(Protocol):
     Attributes:
         config: constructor arguments.
         layout: how tokens are arranged.
-        codebook: code vectors [V, C] as looked up.
         downsampling: pixels per side of a position of the finest grid.
         dtype, training, parameters: as every module has them.
     """
@@ -253,9 +350,6 @@ class Tokenizer(Protocol):
     def layout(self) -> TokenLayout: ...
 
     @property
-    def codebook(self) -> Tensor: ...
-
-    @property
     def downsampling(self) -> int: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
@@ -267,6 +361,13 @@ class Tokenizer(Protocol):
     def decode_latents(self, latent_BChw: Tensor) -> Tensor: ...
 
     def decode(self, tokens_BN: Tensor) -> Tensor: ...
+
+    if TYPE_CHECKING:
+
+        @property
+        def codebook(self) -> Tensor:
+            """Code vectors [V, C] as looked up, of tokenizers whose tokens are ids."""
+            ...
 
 
 if TYPE_CHECKING:

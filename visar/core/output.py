@@ -17,6 +17,7 @@ class SampleStatistics:
             what a parallel sampler gains. An ancestral raster sampler has {1: B * N}.
         proposed: drafted tokens that were verified; 0 for samplers that draft nothing.
         accepted: how many of them were accepted.
+        counts: other counts by name, such as passes of heads or transitions that were equal.
         seconds: wall-clock time of the sampling loop, tokens only (device work finished).
     """
 
@@ -25,6 +26,7 @@ class SampleStatistics:
     proposed: int = 0
     accepted: int = 0
     seconds: float = 0.0
+    counts: dict[str, int] = field(default_factory=dict)
 
     def __add__(self, other: "SampleStatistics") -> "SampleStatistics":
         """Counts of two calls together."""
@@ -34,6 +36,7 @@ class SampleStatistics:
             proposed=self.proposed + other.proposed,
             accepted=self.accepted + other.accepted,
             seconds=self.seconds + other.seconds,
+            counts=dict(Counter(self.counts) + Counter(other.counts)),
         )
 
     @property

@@ -69,6 +69,10 @@ class Session:
             self._tensors[name].copy_(value)
         return self._tensors[name]
 
+    def buffer(self, name: str) -> Tensor:
+        """The static buffer of that name, as it is."""
+        return self._tensors[name]
+
     def serves(self, model: Any) -> bool:
         """Whether this session is the model's, and its weights still are where the steps read them.
 

@@ -17,7 +17,8 @@ class RasterState:
     """Decoding state of a batch. All tensors are allocated by `start` and changed in place from then on.
 
     Attributes:
-        tokens: int64 [B, N + window + 1], the committed ids; the slack takes writes beyond the last position.
+        tokens: int64 [B, N + window + 1], the committed ids, or float32 [B, N + window + 1, C], the committed vectors;
+            the slack takes writes beyond the last position.
         length: int64 [B] committed tokens of every row when ragged, else [1] for all.
         prefix_last_RD: embedding of the last prefix position, the input that predicts token 0.
         key_valid_RS: bool [R, S] slots that may be seen; None if all.
@@ -51,6 +52,8 @@ class RasterState:
         device, dtype, rows, slack = prefix_RPD.device, prefix_RPD.dtype, prefix_RPD.shape[0], window + 1
         batch = rows // 2 if guided else rows
         slots = model.prefix_length + model.num_tokens + slack
+        shape = model.token_shape
+        kind = torch.float32 if shape else torch.int64
         cache = KVCache(
             num_layers=len(model.layers),
             rows=rows,
@@ -62,7 +65,7 @@ class RasterState:
             dtype=dtype,
         )
         return cls(
-            tokens=torch.zeros(batch, model.num_tokens + slack, dtype=torch.int64, device=device),
+            tokens=torch.zeros(batch, model.num_tokens + slack, *shape, dtype=kind, device=device),
             length=torch.zeros(batch if ragged else 1, dtype=torch.int64, device=device),
             prefix_last_RD=torch.empty(rows, prefix_RPD.shape[-1], device=device, dtype=dtype),
             key_valid_RS=torch.ones(rows, slots, dtype=torch.bool, device=device) if padded else None,

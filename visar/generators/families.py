@@ -16,6 +16,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "raster": ("visar.generators.raster", "RasterGPT"),
     "next_scale": ("visar.generators.next_scale", "NextScaleTransformer"),
     "hmar": ("visar.generators.hierarchical_masked", "HierarchicalMaskedTransformer"),
+    "masked": ("visar.generators.masked", "MaskedGenerator"),
+    "causal_continuous": ("visar.generators.causal_continuous", "CausalContinuous"),
 }
 
 MODULES = {

@@ -195,8 +195,9 @@ class HierarchicalMaskedTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
         blocks = cast(list[AdaLNBlock], both)
         each = [modulation for name in ("base", end) if name in modulations for modulation in modulations[name]]
         norm, head = (self.ns_head_nm, self.ns_head) if end == "ns" else (self.mask_head_nm, self.mask_head)
-        method = self.attention_method
-        return head(run_blocks(blocks, each, x, norm, modulations[f"{end}_head"][0], sizes, "diagonal", method=method))
+        modulation = modulations[f"{end}_head"][0]
+        calls: dict[str, Any] = dict(method=self.attention_method, checkpoint=self._checkpoint)
+        return head(run_blocks(blocks, each, x, norm, modulation, sizes, "diagonal", **calls))
 
     def _masked_codes(self, codes_BLC: Tensor, masked_BL: Tensor) -> Tensor:
         """What current tokens add to their positions' input [B, L, D]: a map of their codes, or the mask embedding."""

@@ -183,6 +183,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             "causal",
             caches=caches,
             method=self.attention_method,
+            checkpoint=self._checkpoint,
         )
 
     def parallel_hidden(self, vectors_BNC: Tensor, extra_BND: Tensor, condition: Condition) -> Tensor:
@@ -207,6 +208,7 @@ class NextScaleTransformer(ScaleGenerator, ModelMixin, ConfigMixin):
             (1, *self.block_sizes),
             "own",
             method=self.attention_method,
+            checkpoint=self._checkpoint,
         )
         return hidden_BLD[:, 1:]
 

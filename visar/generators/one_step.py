@@ -55,7 +55,7 @@ class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
             several starts, or output "soft", with a velocity head.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True
     _keep_in_fp32_modules = ["pyramid"]
 
     @register_to_config
@@ -199,7 +199,7 @@ TIME_UNITS = 1000.0
 """Times 0 ... 1 of the flow are multiplied by it for a `DiffusionHead`."""
 
 
-def check_teacher(teacher: Any) -> None:
+def check_distillable(teacher: Any) -> None:
     """Raises a ValueError for a generator that has no students."""
     name = type(teacher).__name__
     if name not in NETWORKS:
@@ -232,7 +232,7 @@ def student_of(
     Raises:
         ValueError: a teacher of another class.
     """
-    check_teacher(teacher)
+    check_distillable(teacher)
     name = type(teacher).__name__
     arguments = {key: value for key, value in teacher.config.items() if not key.startswith("_")}
     arguments |= {key: 0.0 for key in arguments if "dropout" in key or key == "drop_path"}

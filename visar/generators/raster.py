@@ -10,30 +10,21 @@ width, V codes, C code width, S cache slots.
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
+from diffusers import ConfigMixin, ModelMixin  # noqa: F401  (their names stay visible here)
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
-from visar.core.guidance import OFF, Guidance, combine, double, repeat
+from visar.core.guidance import combine
 from visar.core.interface import TokenLayout
 from visar.core.window import DraftTree, Window
 from visar.data.vocabulary import Vocabulary
 from visar.generators import raster_fused as raster_kernels
+from visar.generators.causal import CausalTransformer
 from visar.generators.causal_state import RasterState
 from visar.generators.training import GeneratorFamily, shared_arguments
-from visar.layers.cache import LayerCache, causal_mask, visible, visible_tree
-from visar.layers.conditioning import (
-    CaptionPrefix,
-    LabelPrefix,
-    check_condition,
-    example_condition,
-    null_condition,
-    prefix,
-)
-from visar.layers.llama import Block, RMSNorm
-from visar.layers.packable import Packable
-from visar.layers.rope import PrefixRotation, RopeKind, rope_table
+from visar.layers.cache import causal_mask
+from visar.layers.rope import PrefixRotation, RopeKind
 
 # Released sizes, arXiv 2406.06525 table 1 (parameters of the class-conditional model: 111 M, 343 M, 775 M, 1.41 B,
 # 3.10 B).
@@ -46,7 +37,7 @@ RASTER_PRESETS: dict[str, dict] = {
 }
 
 
-class RasterGPT(Packable, ModelMixin, ConfigMixin):
+class RasterGPT(CausalTransformer):
     """Llama decoder over image tokens in raster order; the prefix says what to draw. arXiv 2406.06525.
 
     Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The
@@ -75,14 +66,8 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
         ValueError: no condition at all, or settings that exclude each other.
     """
 
-    fused: Literal["auto", "off"] = "auto"
-    """"auto" decodes by the kernels of visar/kernels where they can run, "off" by plain PyTorch, the reference."""
-
     quantized_parts = ("layers", "output")
     read_once_per_block = ("codebook_proj", "layers", "output")
-    _supports_gradient_checkpointing = False
-    _no_split_modules = ["Block"]
-    _repeated_blocks = ["Block"]
 
     @register_to_config
     def __init__(
@@ -109,50 +94,27 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
         ffn_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if caption_width and (num_classes or attributes or word_vocab_size):
-            raise ValueError("captions of a text encoder exclude classes, attributes and words")
-        if not (caption_width or num_classes or word_vocab_size):
-            raise ValueError("a class (num_classes), words (word_vocab_size) or captions (caption_width) are needed")
+        sizes: dict[str, Any] = dict(width=width, num_heads=num_heads, num_classes=num_classes, attributes=attributes)
+        sizes |= dict(word_vocab_size=word_vocab_size, num_words=num_words, words=words, caption_width=caption_width)
+        self._check_sizes(**sizes)
         if token_input not in ("table", "codebook"):
             raise ValueError(f"token_input {token_input!r}; choose table or codebook")
-        if words not in ("sum", "prefix"):
-            raise ValueError(f"words {words!r}; choose sum or prefix")
-        if width % num_heads or (width // num_heads) % 4:
-            raise ValueError(f"width {width} / num_heads {num_heads} must be a multiple of 4")
-        rows, columns = grid
-        self.num_tokens = rows * columns
-        self.words_as_prefix = bool(word_vocab_size) and words == "prefix"
-        self.prefix_length = caption_length if caption_width else 1 + (num_words if self.words_as_prefix else 0)
         if token_input == "table":
             self.tok_embeddings = nn.Embedding(vocab_size, width)
         else:
             self.register_buffer("codebook", torch.zeros(vocab_size, codebook_width))
             self.codebook_proj = nn.Linear(codebook_width, width)
-        if caption_width:
-            self.cls_embedding: nn.Module = CaptionPrefix(caption_width, caption_length, width)
-        elif num_classes:
-            self.cls_embedding = LabelPrefix(num_classes, width)
-        else:
-            self.begin_embedding = nn.Parameter(torch.randn(width) * 0.02)
-        self.attribute_embeddings = nn.ModuleList(LabelPrefix(size, width) for size in attributes)
-        if word_vocab_size:
-            self.word_embedding = nn.Embedding(word_vocab_size, width)
-        if self.words_as_prefix:
-            self.word_position = nn.Parameter(torch.randn(num_words, width) * 0.02)
-        self.input_dropout = nn.Dropout(token_dropout)
-        self.layers = nn.ModuleList(
-            Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout) for _ in range(num_layers)
-        )
-        self.norm = RMSNorm(width)
-        self.output = nn.Linear(width, vocab_size, bias=False)
-        # Not a buffer: it stays float32 when the weights are cast, and has values when they are on the meta device.
-        self._rope = rope_table(
-            rope,
-            prefix_length=self.prefix_length,
-            grid=(rows, columns),
-            head_width=width // num_heads,
+        self._build_body(
+            **sizes,
+            grid=grid,
+            num_layers=num_layers,
+            hidden_width=hidden_width,
+            caption_length=caption_length,
+            rope=rope,
             prefix_rotation=prefix_rotation,
+            dropouts=(token_dropout, residual_dropout, ffn_dropout),
         )
+        self.output = nn.Linear(width, vocab_size, bias=False)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Weights to train from: N(0, 0.02) for linear and embedding layers, zero output head (LlamaGen)."""
@@ -168,12 +130,6 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
             nn.init.normal_(self.get_buffer("cls_embedding.uncond_embedding"), std=width**-0.5, generator=generator)
         nn.init.zeros_(self.output.weight)
 
-    def rope(self, device: torch.device) -> Tensor:
-        """Rotary table [P + N, E / 2, 2] on the device; float32."""
-        if self._rope.device != device:
-            self._rope = self._rope.to(device)
-        return self._rope
-
     def set_codebook(self, codebook_VC: Tensor) -> None:
         """Takes over the tokenizer's code vectors as looked up (token_input="codebook").
 
@@ -185,42 +141,6 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
         if codebook_VC.shape != self.codebook.shape:
             raise ValueError(f"codebook {tuple(codebook_VC.shape)}; this model needs {tuple(self.codebook.shape)}")
         self.codebook.copy_(codebook_VC)
-
-    # ------------------------------------------------------------------------------------------------ conditions
-    @property
-    def block_sizes(self) -> tuple[int, ...]:
-        """Tokens of every block: one each."""
-        return (1,) * self.num_tokens
-
-    @property
-    def block_kinds(self) -> tuple[str, ...]:
-        """Blocks of one kind do the same work (see visar/core/runtime.py): all of them do."""
-        return ("token",) * self.num_tokens
-
-    def cache_bytes(self, rows: int, positions: int | None = None) -> int:
-        """Bytes of keys and values of some rows and positions; None is all positions, the prefix included."""
-        positions = self.prefix_length + self.num_tokens if positions is None else positions
-        return 2 * len(self.layers) * self.config["width"] * self.output.weight.dtype.itemsize * rows * positions
-
-    def check_condition(self, condition: Condition) -> None:
-        """Checks that the condition has what this model reads, in the right shape.
-
-        Raises:
-            ValueError: a field is missing, has the wrong number of columns, or a label is outside its table.
-        """
-        check_condition(self.config, condition)
-
-    def null_condition(self, condition: Condition) -> Condition:
-        """The condition that gives nothing, in the same shapes; captions keep their mask (LlamaGen)."""
-        return null_condition(self, condition)
-
-    def example_condition(self, batch: int) -> Condition:
-        """Some condition that this model takes, for `batch` images, on its device: to time or measure it."""
-        return example_condition(self.config, batch).to(self.device)
-
-    def prefix(self, condition: Condition) -> tuple[Tensor, Tensor | None]:
-        """Prefix embeddings [B, P, D] and bool [B, P] of the valid ones (None if all are)."""
-        return prefix(self, condition)
 
     def embed(self, tokens_BL: Tensor) -> Tensor:
         """Input embedding [B, L, D] of ids int64 [B, L] or (token_input="codebook") code vectors [B, L, C]."""
@@ -241,17 +161,6 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
         """
         return self.output(self.hidden(tokens_BN, condition))
 
-    def hidden(self, tokens_BN: Tensor, condition: Condition) -> Tensor:
-        """Teacher-forced last hidden vectors [B, N, D] (normed): what `output` makes the logits from."""
-        prefix_BPD, valid_BP = self.prefix(condition)
-        x = self.input_dropout(torch.cat([prefix_BPD, self.embed(tokens_BN[:, : self.num_tokens - 1])], dim=1))
-        length = x.shape[1]
-        mask = None if valid_BP is None else causal_mask(valid_BP, length, x.device)
-        rope = self.rope(x.device)[None, :length]
-        for layer in self.layers:
-            x = layer(x, rope, mask)
-        return self.norm(x[:, self.prefix_length - 1 :])
-
     def history(self, vectors_BNC: Tensor) -> Tensor:
         """What `hidden` reads where tokens are vectors [B, N, C], codes or not (token_input="codebook")."""
         return vectors_BNC
@@ -269,9 +178,7 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
         x = torch.cat([prefix_BPD, self.embed(vectors_BNC) + extra_BND], dim=1)
         mask = None if valid_BP is None else causal_mask(valid_BP, x.shape[1], x.device)
         rope = self.rope(x.device)[None, : x.shape[1]]
-        for layer in self.layers:
-            x = layer(x, rope, mask)
-        return self.norm(x[:, self.prefix_length :])
+        return self.norm(self._run_layers(x, rope, mask)[:, self.prefix_length :])
 
     def logits_of(self, hidden_BND: Tensor) -> Tensor:
         """Logits [B, N, V] of last hidden vectors."""
@@ -285,97 +192,6 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
     def latents_of(self, vectors_BNC: Tensor) -> Tensor:
         """The tokenizer's latents [B, C, rows, columns] of code vectors."""
         return vectors_BNC.transpose(1, 2).unflatten(2, tuple(self.config["grid"]))
-
-    # --------------------------------------------------------------------------------------------------- decoding
-    def start(
-        self,
-        condition: Condition,
-        guidance: Guidance = OFF,
-        *,
-        ragged: bool = False,
-        window: int = 0,
-        state: RasterState | None = None,
-    ) -> RasterState:
-        """Decoding state with the prefix read and no token committed.
-
-        Args:
-            condition: of the B images.
-            guidance: blocks are tokens; when no token is guided the batch is not doubled.
-            ragged: rows commit numbers of tokens of their own.
-            window: most drafted tokens of a `verify` call.
-            state: a state of the same batch, guidance and settings, whose buffers are used again.
-
-        Raises:
-            ValueError: see `check_condition`.
-        """
-        self.check_condition(condition)
-        if raster_kernels.usable(self):
-            raster_kernels.prepare(self)
-        guided = guidance.active(self.num_tokens)
-        rows = double(condition, self.null_condition(condition)) if guided else condition
-        prefix_RPD, valid_RP = self.prefix(rows)
-        if state is None:
-            padded = valid_RP is not None or bool(self.config["caption_width"])
-            state = RasterState.allocate(self, prefix_RPD, guided=guided, padded=padded, ragged=ragged, window=window)
-        state.length.zero_()
-        state.tokens.zero_()
-        state.prefix_last_RD.copy_(prefix_RPD[:, -1])
-        if state.scale_N is not None:
-            state.scale_N[: self.num_tokens].copy_(torch.tensor(guidance.scales(self.num_tokens)))
-        if state.key_valid_RS is not None:
-            prefix_valid_RS = state.key_valid_RS[:, : self.prefix_length]
-            prefix_valid_RS.fill_(True) if valid_RP is None else prefix_valid_RS.copy_(valid_RP)
-        if self.prefix_length > 1:
-            self._read_prefix(state, prefix_RPD[:, :-1], valid_RP)
-        state.block = 0
-        return state
-
-    def _read_prefix(self, state: RasterState, x: Tensor, valid_RP: Tensor | None) -> None:
-        """Writes keys and values of all prefix positions but the last (which every first step reads anew)."""
-        length = x.shape[1]
-        position = torch.arange(length, device=x.device).expand(x.shape[0] if state.cache.ragged else 1, -1)
-        mask = causal_mask(valid_RP, length, x.device)
-        rope = self.rope(x.device)[None, :length]
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, LayerCache(state.cache, i, position, length))
-
-    def features(self, state: RasterState, window: Window | None = None) -> Tensor:
-        """Last hidden vectors [R, L, D] (normed) that predict what comes after every slot of a window.
-
-        Commits nothing. window: drafted tokens, a chain or a tree; None is slot 0 alone, which predicts the next
-            token.
-        """
-        if raster_kernels.usable(self):
-            return raster_kernels.features(self, state, window)
-        x = self._inputs(state, None if window is None else window.tokens_BM)
-        seen_BLL, place_BL = (None, None) if window is None else (window.seen_BLL, window.place_BL)
-        root = state.length[:, None] + self.prefix_length - 1
-        position = root + torch.arange(x.shape[1], device=x.device)
-        place = position if place_BL is None else root + place_BL
-        if state.cache.ragged:
-            root, position, place = (repeat(value, state.parts) for value in (root, position, place))
-        table = self.rope(x.device)
-        rope = table[place.clamp(max=table.shape[0] - 1)]
-        slots = state.cache.num_slots
-        if x.device.type == "cpu" and not state.cache.ragged:
-            slots = self.prefix_length + state.block + x.shape[1] - 1
-        if seen_BLL is None:
-            mask = visible(position, slots, state.key_valid_RS)
-        else:
-            mask = visible_tree(root, repeat(seen_BLL, state.parts), slots, state.key_valid_RS)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rope, mask, LayerCache(state.cache, i, position, slots))
-        return self.norm(x)
-
-    def _inputs(self, state: RasterState, draft_BK: Tensor | None) -> Tensor:
-        """Input embeddings [R, K + 1, D] of the last committed position and of the drafted tokens."""
-        length = state.length[:, None]
-        previous = state.tokens.gather(1, (length - 1).clamp(min=0).expand(state.batch, 1))
-        tokens_BL = previous if draft_BK is None else torch.cat([previous, draft_BK], dim=1)
-        x = repeat(self.embed(tokens_BL), state.parts)
-        at_start = repeat((length == 0).expand(state.batch, 1), state.parts)
-        first = torch.where(at_start, state.prefix_last_RD, x[:, 0])
-        return torch.cat([first[:, None], x[:, 1:]], dim=1)
 
     def raw_logits(self, state: RasterState, draft_BK: Tensor | None = None) -> Tensor:
         """Unguided logits [R, K + 1, V] of the next token and of those after each drafted token; commits nothing."""
@@ -410,46 +226,6 @@ class RasterGPT(Packable, ModelMixin, ConfigMixin):
     def predict(self, state: RasterState) -> Tensor:
         """Guided float32 logits [B, 1, V] of the next token."""
         return self.guided_logits(state, self.features(state))
-
-    def positions(self, state: RasterState) -> Tensor:
-        """Where the next token stands in the tokenizer's order, int64 [1 or B, 1]."""
-        return state.length[:, None].clone()
-
-    def result(self, state: RasterState) -> Tensor:
-        """The image's tokens int64 [B, N] in the tokenizer's order, 0 where none is committed yet; a view."""
-        return state.tokens[:, : self.num_tokens]
-
-    def append(self, state: RasterState, tokens_BK: Tensor) -> None:
-        """Commits K tokens to every row."""
-        offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
-        position = (state.length[:, None] + offset).expand(state.batch, -1)
-        state.tokens.scatter_(1, position, tokens_BK)
-        state.length += tokens_BK.shape[1]
-
-    def commit(self, state: RasterState, tokens_BK: Tensor, count_B: Tensor) -> None:
-        """Commits the first count_B tokens (0 ... K) of every row of a ragged state, none beyond the last position."""
-        if raster_kernels.usable(self):
-            return raster_kernels.commit(self, state, tokens_BK, count_B)
-        offset = torch.arange(tokens_BK.shape[1], device=tokens_BK.device)
-        position = state.length[:, None] + offset
-        state.tokens.scatter_(1, position.clamp(max=state.tokens.shape[1] - 1), tokens_BK)
-        state.length.copy_((state.length + count_B).clamp(max=self.num_tokens))
-
-    def commit_path(self, state: RasterState, slots_BK: Tensor, tokens_BL: Tensor, count_B: Tensor) -> None:
-        """Commits nodes of the tree read last, and the token after them.
-
-        Args:
-            slots_BK: int64 slots of the committed nodes, from the root down; any value behind the last.
-            tokens_BL: the nodes' tokens and the one drawn after them, as in `commit`, L = K + 1.
-            count_B: how many of them are committed, 0 ... L.
-        """
-        if raster_kernels.usable(self):
-            raster_kernels.move_path(self, state, slots_BK)
-        else:
-            root = state.length[:, None] + self.prefix_length - 1
-            target = root + 1 + torch.arange(slots_BK.shape[1], device=slots_BK.device)
-            state.cache.move(repeat(root + slots_BK, state.parts), repeat(target, state.parts))
-        self.commit(state, tokens_BL, count_B)
 
 
 # -------------------------------------------------------------------------------------------- training and benchmark

@@ -16,7 +16,7 @@ from visar.layers.llama import Block
 
 def usable(model: Any) -> bool:
     """Whether the model decodes by kernels: not in training, where dropout and gradients are needed."""
-    weight = model.output.weight
+    weight = model.layers[0].attention.wqkv.weight
     inference = not (model.training or (weight.requires_grad and torch.is_grad_enabled()))
     mixed = torch.is_autocast_enabled(weight.device.type) or weight.dtype != model.norm.weight.dtype
     return model.fused == "auto" and inference and not mixed and kernels.usable(weight)
@@ -45,7 +45,7 @@ def features(model: Any, state: RasterState, window: Window | None) -> Tensor:
         return cached_attention(qkv_RLX, cache.keys[i], cache.values[i], rope, state.length, **place, overlap=overlap)
 
     with kernels.on(state.tokens.device):
-        if model.config["token_input"] == "table":
+        if model.config.get("token_input") == "table":
             table = model.tok_embeddings.weight
             early = overlaps(table.device)
             x_RLD = first_inputs(state.tokens, draft_BK, state.length, table, state.prefix_last_RD, early)

@@ -8,6 +8,7 @@ width, h w the finest grid, M transformer blocks.
 """
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,12 +75,19 @@ class ScaleState:
 class ScaleGenerator(Packable, ModelMixin, ConfigMixin):
     """Base of the generators over scales; see the module's text. Subclasses define the blocks and `read`."""
 
-    _supports_gradient_checkpointing = False
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., Tensor]
+    _supports_gradient_checkpointing = True
     _no_split_modules = ["AdaLNBlock"]
     _repeated_blocks = ["AdaLNBlock"]
     _keep_in_fp32_modules = ["pyramid"]
 
     pyramid: ScalePyramid
+
+    @property
+    def _checkpoint(self) -> Callable[..., Tensor] | None:
+        """What blocks are called by where their activations are not to be kept."""
+        return self._gradient_checkpointing_func if self.gradient_checkpointing and torch.is_grad_enabled() else None
 
     def _build_inputs(
         self,

@@ -103,6 +103,26 @@ class Objective:
         """Changes weights that are about to be saved where the phase asks for it."""
 
 
+class HeadObjective(Objective):
+    """What a run minimises: the head's loss of tokens that are vectors. Models return it."""
+
+    takes_distributions = False
+
+    def loss(
+        self, call: Any, tokens_BL: Tensor, target: Tensor, condition: Condition, random: torch.Generator
+    ) -> Tensor:
+        return call(tokens_BL, condition, random).mean()
+
+    def measure(
+        self, model: Any, tokens_BL: Tensor, conditions: Sequence[Condition], random: torch.Generator
+    ) -> list[Tensor]:
+        state, losses = random.get_state(), []
+        for condition in conditions:
+            random.set_state(state)
+            losses.append(model(tokens_BL, condition, random).mean())
+        return losses
+
+
 # -------------------------------------------------------------------------------------------------------- families
 def shared_arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any) -> Arguments:
     """The constructor arguments that all families of transformers over ids have; see `GeneratorFamily.arguments`."""

@@ -6,8 +6,9 @@ B images, R rows (2B when guided), L positions, D hidden size, N heads, E head w
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -227,6 +228,7 @@ def run_blocks(
     *,
     caches: Sequence[LayerCache] | None = None,
     method: Method = "auto",
+    checkpoint: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Blocks one after the other and the norm before the head, [R, L, D].
 
@@ -240,11 +242,14 @@ def run_blocks(
         norm, norm_modulation_R2D: what follows the last block.
         sizes, pattern, method: see `scale_attention`.
         caches: of every block; None for models that see these positions only.
+        checkpoint: calls a block so that its activations are computed again in the backward pass; None keeps them.
     """
     views: Sequence[LayerCache | None] = [None] * len(blocks) if caches is None else caches
     if not blocks or norm.training or not fusible(x_RLD, blocks[0].attn.q_bias):
         for block, modulation, view in zip(blocks, modulations_MR6D, views, strict=True):
-            x_RLD = block(x_RLD, modulation, sizes, pattern, cache=view, method=method)
+            call = partial(block, cache=view, method=method)
+            arguments = (x_RLD, modulation, sizes, pattern)
+            x_RLD = call(*arguments) if checkpoint is None else checkpoint(call, *arguments)
         return norm(x_RLD, norm_modulation_R2D)
     from visar.kernels.scales import modulated_norm
 

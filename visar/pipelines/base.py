@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
-from visar.core.interface import Callback, GeneratorModel, TokenizerModel
+from visar.core.interface import Callback, GeneratorModel, TokenizerModel, TokenLayout
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
@@ -521,17 +521,21 @@ class TokenPipeline(DiffusionPipeline):
 
 def summary(pipeline: Any) -> str:
     """Generator, tokenizer, conditions and default settings of an `ImagePipeline`, one per line."""
-    generator, config = pipeline.generator, pipeline.generator.config
+    generator = pipeline.generator
     dtype = str(generator.dtype).removeprefix("torch.")
     settings = [f"{name} {value}" for name, value in pipeline.config["defaults"].items()]
     lines = {
         "generator": f"{type(generator).__name__}, {generator.num_parameters() / 1e6:,.1f} M parameters, "
-        f"{generator.num_tokens} tokens of {config['vocab_size']:,} codes, {generator.device}, {dtype}",
+        f"{generator.num_tokens} tokens of {_kind_of_tokens(pipeline.tokenizer.layout)}, {generator.device}, {dtype}",
         "tokenizer": type(pipeline.tokenizer).__name__,
         "conditions": ", ".join(_conditions(pipeline)) or "none",
         "defaults": ", ".join(settings) or "none",
     }
     return "\n".join([type(pipeline).__name__, *(f"  {name:<12}{text}" for name, text in lines.items())])
+
+
+def _kind_of_tokens(layout: TokenLayout) -> str:
+    return f"{layout.vocab_size:,} codes" if layout.vocab_size else f"{layout.channels} numbers"
 
 
 def _conditions(pipeline: Any) -> list[str]:

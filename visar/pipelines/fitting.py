@@ -23,7 +23,9 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
         ValueError: another grid or other scales, or another number, width or upsampling of codes; all are named.
     """
     layout, config = tokenizer.layout, generator.config
-    found: dict[str, tuple[Any, Any]] = {"codes": (config.get("vocab_size"), layout.vocab_size)}
+    found: dict[str, tuple[Any, Any]] = {"codes": (config.get("vocab_size", 0), layout.vocab_size)}
+    if "channels" in config:
+        found["numbers of a token"] = config["channels"], layout.channels
     if "scales" in config:
         found["scales"] = _shown(scale_pairs(config["scales"])), _shown(layout.shapes)
     elif "grid" in config:
@@ -54,11 +56,12 @@ def check_copy(tokenizer: Any, generator: Any) -> None:
 
 
 def codes_of(model: Any) -> list[float] | None:
-    """Some entries of a tokenizer's codebook, or of the copy in its generator, to know it again in any dtype.
+    """Some entries of a tokenizer's codebook, or of the copy in its generator, to know it again in any dtype; of a
+    continuous tokenizer, entries of what stands in its place.
 
     None for a model whose weights are not there (on the device meta).
     """
-    codebook = model.codebook.detach()
+    codebook = (model.codebook if hasattr(model, "codebook") else model.known_by).detach()
     if codebook.is_meta:
         return None
     step = max(1, codebook.numel() // _KNOWN_BY)

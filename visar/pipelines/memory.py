@@ -76,7 +76,7 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     config, rows = generator.config, batch * (2 if guided else 1)
     entry = element_bytes(generator)
     hidden = config.get("hidden_width") or round(config.get("width", 0) * config.get("mlp_ratio", 4.0))
-    logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config["vocab_size"]
+    logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config.get("vocab_size", 0)
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config.get("width", 0)))
     own = tokenizer.config
     levels = own["channel_multipliers"]

@@ -1,0 +1,308 @@
+"""Masked generator of continuous tokens: parity with MAR, seeds and batches, training, files of others, bad input."""
+
+import json
+import math
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import visar
+from visar.bench.subjects import load_subject
+from visar.checkpoints.common import empty
+from visar.checkpoints.mar import convert_generator, export_generator, export_kl
+from visar.checkpoints.options import Convert
+from visar.cli.convert import convert
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.interface import Continuous, Masked
+from visar.core.noise import Noise
+from visar.core.runtime import Session
+from visar.generators.masked import MASKED_PRESETS, MaskedGenerator
+from visar.layers.bidirectional import truncated_normal
+from visar.pipelines.image import ImagePipeline
+from visar.pipelines.loading import load
+from visar.samplers.index import SAMPLERS
+from visar.samplers.masked import head_steps_of, masked_after, run_steps, sample_masked, strengths
+from visar.tokenizers.kl import KLTokenizer
+from visar.train.generator import train_generator
+from visar.train.tokenizer import train_tokenizer
+
+TRAINING = runpy.run_path(str(Path(__file__).parent / "fixtures" / "training.py"))
+CLOSE: dict[str, Any] = dict(atol=1e-5, rtol=1e-5)
+
+
+def tiny(seed: int = 0, **changes) -> MaskedGenerator:
+    sizes: dict[str, Any] = dict(
+        channels=2, grid=(2, 3), width=16, encoder_layers=1, decoder_layers=1, num_heads=2, buffer_size=2,
+        head_arguments=dict(width=8, depth=1, prediction="velocity", steps=4), num_classes=3,
+    )  # fmt: skip
+    model = MaskedGenerator(**{**sizes, **changes})
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return model.eval().requires_grad_(False)
+
+
+def classes(count: int) -> Condition:
+    return Condition(labels_BA=torch.arange(count)[:, None] % 3)
+
+
+def released(parity) -> tuple[dict, dict, MaskedGenerator]:
+    folder = parity("mar")
+    sizes = folder.config["constructor"]
+    nested = {"model_ema": {key.removeprefix("model_ema."): value for key, value in folder.checkpoint().items()}}
+    config, state = convert_generator(nested, num_heads=sizes["encoder_num_heads"])
+    spacing = sizes["num_sampling_steps"]
+    config["head_arguments"] |= dict(steps=int(spacing.removeprefix("ddim")), strided=spacing.startswith("ddim"))
+    model = MaskedGenerator(**config).eval()
+    model.load_state_dict(state)
+    return folder.config, folder.io, model
+
+
+# ------------------------------------------------------------------------------------------------------------ parity
+@torch.no_grad()
+def test_parity_of_passes(parity):
+    _, io, model = released(parity)
+    masked, count = io["fwd.mask"].bool(), int(io["fwd.num_masked"])
+    visible = (~masked).nonzero()[:, 1].view(len(masked), -1)
+    assert visible.shape[1] == model.num_tokens - count
+    condition = Condition(labels_BA=io["labels"][:, None])
+    vector = model.condition_vector(condition)
+    torch.testing.assert_close(vector, io["fwd.class_embedding"], **CLOSE)
+    encoded = model.encode(io["fwd.tokens"], visible, vector)
+    torch.testing.assert_close(encoded, io["fwd.encoder_out"], **CLOSE)
+    torch.testing.assert_close(model.decode(encoded, visible), io["fwd.z"], **CLOSE)
+    null = model.condition_vector(model.null_condition(condition))
+    torch.testing.assert_close(model.hidden(io["fwd.tokens"], visible, null), io["fwd_uncond.z"], **CLOSE)
+    nothing = torch.zeros(len(masked), 0, dtype=torch.int64)
+    torch.testing.assert_close(model.hidden(io["fwd.tokens"], nothing, vector), io["fwd_allmasked.z"], **CLOSE)
+
+
+def test_parity_of_the_training_loss_and_gradients(parity):
+    config, io, model = released(parity)
+    tokens = io["train.latents"].flatten(2).transpose(1, 2)
+    batch, count, _ = tokens.shape
+    mask, repeats = io["train.mask"], config["constructor"]["diffusion_batch_mul"]
+    masked = int(mask[0].sum())
+    assert masked == math.ceil(count * float(io["train.mask_rate"]))
+    visible = io["train.orders"][:, masked:].sort(dim=1).values
+    hidden = model.hidden(tokens, visible, model.condition_vector(Condition(labels_BA=io["labels"][:, None])))
+    rows = hidden.flatten(0, 1).repeat(repeats, 1), tokens.flatten(0, 1).repeat(repeats, 1)
+    total, square, bits = model.token_head.loss_at(*rows, io["train.t"], io["train.noise"])
+    for found, name in ((total, "loss_per_row"), (square, "mse"), (bits, "vb")):
+        torch.testing.assert_close(found, io[f"train.{name}"], atol=1e-5, rtol=1e-4)
+    weight = mask.flatten().repeat(repeats)
+    loss = (total * weight).sum() / weight.sum()
+    torch.testing.assert_close(loss, io["train.loss"], **CLOSE)
+    loss.backward()
+    names = {"diffloss.net.": "token_head.net."}
+    parameters = dict(model.named_parameters())
+    for key in (key for key in io if key.startswith("train.grad.")):
+        name = key.removeprefix("train.grad.")
+        if name == "class_emb.weight":
+            found = parameters["condition_vector.class_emb.weight"].grad[:-1]
+        else:
+            found = parameters[name.replace(*next(iter(names.items())))].grad
+        error = (found - io[key]).abs().max() / io[key].abs().max().clamp(min=1.0)
+        assert float(error) < 1e-4, name
+
+
+@torch.no_grad()
+def test_parity_of_the_schedules(parity):
+    _, io, _ = released(parity)
+    for name in ("L256_T64", "L256_T256"):
+        count, steps = (int(part[1:]) for part in name.split("_"))
+        left = io[f"sched.{name}.mask_len_next"].tolist()
+        assert masked_after(count, steps) == [*left[:-1], 0]
+        sizes = [before - after for before, after in zip([count, *left], [*left[:-1], 0], strict=False)]
+        assert sizes == io[f"sched.{name}.num_pred"].tolist()
+        guidance = Guidance(float(io[f"sched.{name}.cfg"]), schedule="linear")
+        torch.testing.assert_close(
+            torch.tensor(strengths(guidance, count, steps), dtype=torch.float64), io[f"sched.{name}.cfg_iter"],
+            rtol=1e-6, atol=1e-6,
+        )  # fmt: skip
+
+
+@torch.no_grad()
+def test_parity_of_whole_loops(parity):
+    config, io, model = released(parity)
+    for name, loop in config["loops"].items():
+        steps, orders = loop["num_iter"], io[f"{name}.orders"]
+        labels = io["labels"] if "labels" not in loop else torch.full((len(orders),), model.config["num_classes"])
+        guided = loop["cfg"] != 1.0
+        guidance = Guidance(loop["cfg"], schedule=loop.get("cfg_schedule", "constant"))
+        session = Session(capture=False)
+        session.state = model.start(Condition(labels_BA=labels[:, None]), Guidance(2.0 if guided else 1.0))
+
+        def noise_of(step, places, number, name=name, channels=model.config["channels"]):
+            index = io[f"{name}.s{step:02d}.index"]
+            recorded = io[f"{name}.s{step:02d}.noise_{'init' if number == 0 else 'steps'}"]
+            values = recorded if number == 0 else recorded[number - 1]
+            assert torch.equal(index[:, 1].view(places.shape), places)
+            return values.view(*places.shape, channels)
+
+        scales = strengths(guidance, model.num_tokens, steps)
+        torch.testing.assert_close(
+            torch.tensor(scales, dtype=torch.float64), io[f"{name}.cfg_iter"], rtol=1e-6, atol=1e-6
+        )
+        chain = [model.token_head.steps] * steps
+        assert run_steps(model, session, orders, noise_of, scales, chain, loop["temperature"], None) == steps
+        rows, columns = model.config["grid"]
+        final = session.state.tokens.transpose(1, 2).unflatten(2, (rows, columns))
+        expected = io[f"{name}.final_latent"]
+        assert float((final - expected).abs().max() / expected.abs().max().clamp(min=1.0)) < 1e-4, name
+
+
+def test_parity_of_manifests(parity):
+    seen = 0
+    for path in parity("mar").manifests():
+        manifest = json.loads(path.read_text())
+        tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in manifest["tensors"].items()}
+        config, _ = convert_generator(tensors)
+        preset = MASKED_PRESETS[path.stem.removeprefix("manifest-").replace("_", "-")]
+        assert all(config[key] == value for key, value in preset.items() if key != "head_arguments")
+        assert preset["head_arguments"].items() <= config["head_arguments"].items()
+        model = empty(MaskedGenerator, config)
+        assert sum(value.numel() for value in model.parameters()) == manifest["num_params"]
+        seen += 1
+    assert seen or not parity("mar").manifests()
+
+
+def test_files_of_other_sizes_come_back(tmp_path):
+    """A second size, through the command, with its tokenizer."""
+    model = tiny(channels=4, grid=(3, 3), width=24, encoder_layers=2, num_heads=4, buffer_size=3,
+                 head_arguments=dict(width=8, depth=2), num_classes=5)  # fmt: skip
+    kl = KLTokenizer(image_size=6, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=4)
+    torch.save(export_generator(model), tmp_path / "mar.pth")
+    torch.save(export_kl(kl), tmp_path / "kl.ckpt")
+    said = convert(
+        Convert(file=tmp_path / "mar.pth", tokenizer=tmp_path / "kl.ckpt", num_heads=4, out=tmp_path / "m",
+                dtype="float32")
+    )  # fmt: skip
+    assert "ema weights of mar.pth, which has both" in said
+    pipe = load(tmp_path / "m", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    noise = Noise([3, 4])
+    mine = sample_masked(model, classes(2), noise=noise, steps=3)
+    torch.testing.assert_close(sample_masked(pipe.generator, classes(2), noise=noise, steps=3).tokens, mine.tokens)
+    out = pipe(num_images=2, seed=3, output_type="pt")
+    assert out.images.shape == (2, 3, 6, 6) and out.statistics.forward_passes == {"generator": 9}
+    with pytest.raises(ValueError, match="width 24 is of no released size; give num_heads"):
+        convert_generator(export_generator(model))
+
+
+# ---------------------------------------------------------------------------------------------------------- sampling
+def test_seeds_orders_and_counts():
+    model = tiny()
+    assert isinstance(model, Masked) and not isinstance(model, Continuous)
+    assert {name for name, entry in SAMPLERS.items() if entry.fits(model)} == {"masked", "masked_speculation"}
+    guidance = Guidance(1.8, schedule="linear")
+    out = sample_masked(model, classes(8), noise=Noise(list(range(8))), guidance=guidance, steps=4)
+    assert out.statistics.counts == {"head_passes": 16} and out.statistics.forward_passes == {"generator": 4}
+    assert sum(size * often for size, often in out.statistics.tokens_per_pass.items()) == 8 * 6
+    for row in (0, 5):
+        condition = Condition(labels_BA=torch.tensor([[row % 3]]))
+        alone = sample_masked(model, condition, noise=Noise([row]), guidance=guidance, steps=4)
+        torch.testing.assert_close(alone.tokens[0], out.tokens[row], **CLOSE)
+    seen: list[int] = []
+    ended = sample_masked(
+        model, classes(8), noise=Noise(list(range(8))), guidance=guidance, steps=4,
+        callback=lambda done, tokens: seen.append(done) or done >= 3,
+    )  # fmt: skip
+    known = (ended.tokens != 0).all(-1)
+    assert known.sum(1).tolist() == [seen[-1]] * 8 and len({tuple(row.tolist()) for row in known}) > 1
+    falling = sample_masked(model, classes(2), noise=Noise([0, 1]), steps=6, head_steps=4, last_head_steps=2)
+    assert falling.statistics.counts["head_passes"] == sum(head_steps_of(step, 6, 4, 2) for step in range(6)) < 24
+
+
+def test_tokens_see_the_visible_ones_only():
+    model, random = tiny(), torch.Generator().manual_seed(0)
+    tokens, visible = torch.randn(1, 6, 2, generator=random), torch.tensor([[1, 4]])
+    vector = model.condition_vector(classes(1))
+    before = model.hidden(tokens, visible, vector)
+    for place in range(6):
+        moved = tokens.clone()
+        moved[:, place] += 1.0
+        same = torch.equal(model.hidden(moved, visible, vector), before)
+        assert same == (place not in (1, 4))
+
+
+def test_the_share_of_masked_tokens_has_its_distribution():
+    random = torch.Generator().manual_seed(0)
+    draws = torch.stack([truncated_normal(1.0, 0.25, 0.7, 1.0, random, torch.device("cpu")) for _ in range(4000)])
+    assert float(draws.min()) >= 0.7 and float(draws.max()) <= 1.0
+    inside = torch.special.ndtr(torch.tensor([(0.85 - 1) / 0.25, (0.7 - 1) / 0.25, 0.0], dtype=torch.float64))
+    expected = float((inside[0] - inside[1]) / (inside[2] - inside[1]))
+    assert float((draws < 0.85).double().mean()) == pytest.approx(expected, abs=0.03)
+
+
+# ---------------------------------------------------------------------------------------------------------- training
+def test_it_is_trained_with_its_tokenizer_and_makes_images(tmp_path):
+    data = TRAINING["write_images"](tmp_path / "data.npz")
+    sizes = dict(base_channels=32, channel_multipliers=[1, 1], num_res_blocks=1, latent_channels=3)
+    train_tokenizer(
+        TRAINING["tokenizer_options"](
+            data, tmp_path / "kl", kind="kl", preset="kl-4-64", codebook_size=None, model_options=json.dumps(sizes),
+            steps=6, validate_every=6, save_every=0,
+        )
+    )  # fmt: skip
+    more = dict(head_arguments=dict(width=16, depth=1, prediction="velocity", steps=4), buffer_size=2, head_draws=2)
+    result = train_generator(
+        TRAINING["generator_options"](
+            data, tmp_path / "kl" / "model", tmp_path / "run", family="masked", steps=20, validate_every=10,
+            save_every=0, num_layers=2, sample_guidance=1.5, model_options=json.dumps(more),
+        )
+    )  # fmt: skip
+    assert result.finished
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [row["train/loss"] for row in rows if "train/loss" in row]
+    assert sum(losses[-5:]) < sum(losses[:5])
+    pipe = visar.load(tmp_path / "run" / "model", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    out = pipe(num_images=2, seed=1, output_type="pt")
+    assert out.images.shape == (2, 3, 8, 8) and out.statistics.forward_passes == {"generator": 16}
+
+
+def test_bad_input():
+    model, two = tiny(), classes(2)
+    run = SimpleNamespace(noise=Noise([0, 1]))
+    for call, says in (
+        (lambda: sample_masked(model, two, noise=run.noise, steps=7), r"steps 7; needed: 1 \.\.\. 6"),
+        (lambda: sample_masked(model, two, noise=run.noise, steps=0), "steps 0"),
+        (lambda: sample_masked(model, two, noise=run.noise, head_steps=0), r"head_steps 0; needed: 2 \.\.\. 1000"),
+        (lambda: sample_masked(model, two, noise=run.noise, head_steps=2, last_head_steps=3), "last_head_steps 3"),
+        (lambda: sample_masked(model, two, noise=run.noise, temperature=-1.0), "temperature -1"),
+        (
+            lambda: sample_masked(
+                tiny(head_arguments=dict(width=8, depth=1, steps=50, strided=True)),
+                two,
+                noise=run.noise,
+                steps=6,
+                last_head_steps=5,
+            ),
+            "no whole stride over 1000 levels",
+        ),
+        (lambda: export_generator(tiny(attributes=(2,))), "no place for attributes"),
+        (
+            lambda: sample_masked(model, Condition(labels_BA=torch.zeros(2, 3, dtype=torch.int64)), noise=run.noise),
+            "this model is conditioned on labels",
+        ),
+        (lambda: tiny(width=15), "width 15"),
+        (lambda: tiny(mask_floor=1.0), "mask_floor 1.0"),
+        (lambda: tiny(head="x"), "head 'x'; choose one of diffusion, flow, mixture, energy"),
+        (lambda: tiny(head_arguments={"colour": 1}), "head diffusion does not take these head_arguments"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
+
+
+def test_the_benchmark_says_what_it_takes(tmp_path):
+    kl = KLTokenizer(image_size=4, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=2)
+    ImagePipeline(kl, tiny(grid=(2, 2))).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="is a MaskedGenerator; the benchmark takes generators that predict ids"):
+        load_subject(str(tmp_path / "model"), torch.device("cpu"), torch.float32)
