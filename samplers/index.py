@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visar.core.interface import Categorical, OneStep, Refining, Scales, Trees, Windowed
+from visar.core.interface import Categorical, Continuous, Masked, OneStep, Refining, Scales, Trees, Windowed
 
 ARGUMENTS = ("model", "condition", "noise", "guidance", "callback", "runtime")
 """Arguments that the caller makes for every sampler; a sampler's other arguments are its settings."""
@@ -82,6 +82,10 @@ _ROWS = (
     SamplerEntry("collaborative", "collaborative", False, "arXiv 2411.17787", Scales),
     SamplerEntry("flow", "flow", False, "arXiv 2412.17153", Categorical),
     SamplerEntry("one_step", "one_step", False, "arXiv 2412.17153", OneStep),
+    SamplerEntry("continuous", "continuous", True, "arXiv 2406.11838", Continuous),
+    SamplerEntry("continuous_speculation", "continuous_speculation", True, "arXiv 2501.05370", Continuous),
+    SamplerEntry("masked", "masked", False, "arXiv 2406.11838, 2505.20297", Masked),
+    SamplerEntry("masked_speculation", "masked_speculation", False, "arXiv 2411.11925", Masked),
     SamplerEntry("editing", "edit", False, "arXiv 2404.02905", Scales),
 )
 SAMPLERS = {row.name: row for row in _ROWS}

@@ -9,11 +9,13 @@ B images, N tokens, V codes, C code width.
 import dataclasses
 import functools
 import time
+import weakref
 from collections import Counter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
@@ -67,6 +69,22 @@ def plan(model: OneStep, steps: int, teacher_range: tuple[int, int] | None) -> l
     return [Stage(first, last, by_teacher) for (first, by_teacher), last in zip(begins, ends, strict=True)]
 
 
+# The fingerprint of a teacher's weights as they were: taking it copies numbers from the device.
+_FINGERPRINTS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+
+
+def _fingerprint(teacher: Any) -> str:
+    """`fingerprint` of the weights, taken anew when one of them was moved or changed."""
+    weights = list(teacher.state_dict(keep_vars=True).values())
+    if any(type(weight) not in (Tensor, Parameter) or weight.is_inference() for weight in weights):
+        # Quantised weights, and those that do not count their changes.
+        return fingerprint(teacher)
+    version = [(weight.data_ptr(), weight._version) for weight in weights]
+    if _FINGERPRINTS.get(teacher, (None, ""))[0] != version:
+        _FINGERPRINTS[teacher] = version, fingerprint(teacher)
+    return _FINGERPRINTS[teacher][1]
+
+
 def check_teacher(model: OneStep, teacher: Categorical | None, teacher_range: tuple[int, ...] | None) -> None:
     """Checks that a student can be mixed with a teacher over a range of its blocks.
 
@@ -84,7 +102,7 @@ def check_teacher(model: OneStep, teacher: Categorical | None, teacher_range: tu
         raise ValueError(
             f"teacher_range {teacher_range} needs teacher, what this student was made from: {known['name']}"
         )
-    if (given := fingerprint(teacher)) != known["fingerprint"]:
+    if (given := _fingerprint(teacher)) != known["fingerprint"]:
         raise ValueError(
             f"the teacher's weights ({given}) are not those that this student was distilled from "
             f"({known['name']}, {known['fingerprint']})"

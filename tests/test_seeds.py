@@ -20,7 +20,15 @@ def test_every_embedded_generator_and_sampler_has_a_row():
     generators = {name for name in hub.embedded_names() if hub.about(name)["kind"] not in ("tokenizer", "drafter")}
     assert set(SAMPLERS) == generators
     named = {parse_sampler(text)[0] for texts in SAMPLERS.values() for text in texts}
-    assert named == set(INDEX) - {"edit", "one_step"}  # no embedded model is a one-step student
+    # No embedded model is a one-step student, or makes continuous tokens.
+    assert named == set(INDEX) - {
+        "edit",
+        "one_step",
+        "continuous",
+        "continuous_speculation",
+        "masked",
+        "masked_speculation",
+    }
     assert {text for texts in SAMPLERS.values() for text in texts} >= set(PLAIN)
 
 
@@ -81,6 +89,10 @@ def test_wrong_settings(tmp_path, wrong, says):
 def test_wrong_values_of_deterministic():
     with pytest.raises(ValueError, match="deterministic 'yes'; choose one of auto, batch, off"):
         visar.load("emoji-var-small", deterministic="yes")
+
+
+def test_the_mode_needs_weights_that_are_not_quantised():
+    pytest.importorskip("torchao")
     with pytest.raises(ValueError, match="not quantised; quantize is 'int8'"):
         visar.load("emoji-var-small", deterministic="batch", quantize="int8")
     pipe = visar.load("emoji-var-small", device="cpu", deterministic="batch")

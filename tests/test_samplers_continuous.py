@@ -1,0 +1,251 @@
+"""Causal models over continuous tokens: plain draws and exact speculation, its law, its bounds, bad input."""
+
+import math
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from visar.core.condition import Condition
+from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Categorical, Continuous, Windowed
+from visar.core.noise import Noise
+from visar.generators.causal_continuous import CausalContinuous
+from visar.generators.raster import RasterGPT
+from visar.layers.heads.diffusion import schedule
+from visar.samplers import continuous_speculation as speculation
+from visar.samplers.continuous import sample_continuous
+from visar.samplers.continuous_speculation import coupled, sample_continuous_speculation
+from visar.samplers.index import SAMPLERS
+
+DRAWS = int(os.environ.get("VISAR_EXACTNESS_DRAWS", "4000"))
+HEADS = {
+    "diffusion": dict(width=8, depth=1, prediction="velocity", variance="large", steps=6),
+    "flow": dict(width=8, depth=1, solver="sde", steps=6, power=2.0),
+    "mixture": dict(components=3),
+}
+
+
+def model(seed: int, head: str = "diffusion", channels: int = 2, spread: float = 0.4, **changes) -> CausalContinuous:
+    arguments = {**HEADS[head], **changes.pop("head_arguments", {})}
+    sizes: dict = dict(grid=(1, 3), width=16, num_layers=1, num_heads=2, hidden_width=24, num_classes=2)
+    made = CausalContinuous(channels=channels, head=head, head_arguments=arguments, **{**sizes, **changes})
+    torch.manual_seed(seed)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=spread)
+    return made.eval().requires_grad_(False)
+
+
+def near(target: CausalContinuous, distance: float) -> CausalContinuous:
+    """A drafter: the target with its weights moved."""
+    made = CausalContinuous.from_config(dict(target.config))
+    state = {name: value + distance * torch.randn_like(value) for name, value in target.state_dict().items()}
+    made.load_state_dict(state)
+    return made.eval().requires_grad_(False)
+
+
+def classes(count: int) -> Condition:
+    return Condition(labels_BA=torch.arange(count)[:, None] % 2)
+
+
+def energy_statistic(first: torch.Tensor, second: torch.Tensor) -> float:
+    """Largest Kolmogorov-Smirnov statistic of two samples over 24 fixed projections, in units of its 0.1 % point for
+    one of them."""
+    directions = torch.randn(24, first.shape[1], generator=torch.Generator().manual_seed(7))
+    worst = 0.0
+    for direction in directions:
+        one, two = (first @ direction).sort().values, (second @ direction).sort().values
+        both = torch.cat([one, two])
+        gap = torch.searchsorted(one, both, right=True) / len(one) - torch.searchsorted(two, both, right=True) / len(
+            two
+        )
+        worst = max(worst, float(gap.abs().max()))
+    return worst / (1.95 * math.sqrt(1 / len(first) + 1 / len(second)))
+
+
+# ------------------------------------------------------------------------------------------------- one transition
+@pytest.mark.parametrize("distance", [0.3, 3.0])
+def test_the_coupled_point_has_the_target_s_distribution_and_the_best_acceptance(distance):
+    random = torch.Generator().manual_seed(0)
+    noise, uniform = torch.randn(100_000, 2, generator=random), torch.rand(100_000, generator=random)
+    draft, target, deviation = torch.tensor([0.1, -0.2]), torch.tensor([0.1 + 0.5 * distance, -0.2]), 0.5
+    point, meets = coupled(draft, target, deviation, noise, uniform, draft + deviation * noise)
+    for axis in range(2):
+        law = torch.distributions.Normal(target[axis], deviation).cdf(point[:, axis].sort().values)
+        assert float((law - torch.linspace(0, 1, 100_000)).abs().max()) < 1.95 / math.sqrt(100_000)
+    assert abs(float((point[:, 0] * point[:, 1]).mean() - target[0] * target[1])) < 0.01
+    bound = 1 + math.erf(-distance / 2 / math.sqrt(2))  # 1 - total variation
+    assert float(meets.float().mean()) == pytest.approx(bound, abs=0.005)
+    assert torch.equal(point[meets], (draft + deviation * noise)[meets])
+
+
+@pytest.mark.parametrize(
+    ("shift", "bound", "meeting", "stopping"), [(0.05, 0.841, 0.742, 0.477), (0.1, 0.689, 0.557, 0.228)]
+)
+def test_chains_that_meet_again_accept_far_more_than_those_that_stop(shift, bound, meeting, stopping):
+    """Exact scores of one Gaussian in 16 dimensions, 25 transitions of the larger variance."""
+    random = torch.Generator().manual_seed(0)
+    chain, count = schedule(25), 8_000
+    x = y = torch.randn(count, 16, generator=random)
+    always = torch.ones(count, dtype=torch.bool)
+
+    def mean(point: torch.Tensor, center: float, level: int) -> torch.Tensor:
+        bar = float(chain.alphas_bar[level])
+        variance = bar * 0.25 + 1 - bar
+        clean = center + bar**0.5 * 0.25 / variance * (point - bar**0.5 * center)
+        return float(chain.of_x0[level]) * clean + float(chain.of_xt[level]) * point
+
+    for level in reversed(range(25)):
+        deviation = float(chain.betas[level] if level else math.exp(chain.posterior_log_variance[0])) ** 0.5
+        noise, uniform = torch.randn(count, 16, generator=random), torch.rand(count, generator=random)
+        draft = mean(x, shift, level)
+        x_next = draft + deviation * noise
+        y, meets = coupled(draft, mean(y, 0.0, level), deviation, noise, uniform, x_next)
+        x, always = x_next, always & meets
+    accepted = float((x == y).all(-1).float().mean())
+    assert accepted == pytest.approx(meeting, abs=0.02) and accepted <= bound + 0.02
+    assert float(always.float().mean()) == pytest.approx(stopping, abs=0.02)
+    assert float(y.mean()) == pytest.approx(0.0, abs=0.01)
+
+
+# ------------------------------------------------------------------------------------------------- whole sampler
+def draws_of(target, count, *, drafter=None, guidance=OFF, first=0, **settings) -> torch.Tensor:
+    noise = Noise(list(range(first, first + count)))
+    if drafter is None:
+        return sample_continuous(target, classes(count), noise=noise, guidance=guidance, **settings).tokens.flatten(1)
+    made = sample_continuous_speculation(
+        target, classes(count), noise=noise, guidance=guidance, drafter=drafter, **settings
+    )
+    return made.tokens.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("head", "distance", "scale"), [("diffusion", 0.01, 1.0), ("diffusion", 0.1, 1.0), ("flow", 0.02, 2.0)]
+)
+def test_speculation_has_the_target_s_distribution(head, distance, scale):
+    """Against as many plain draws of other seeds; drafters near and far, guidance, windows that end in the middle."""
+    target = model(0, head)
+    drafter, guidance = near(target, distance), Guidance(scale)
+    plain = draws_of(target, DRAWS, guidance=guidance, first=10**6)
+    seeds, settings = Noise(list(range(DRAWS))), dict(guidance=guidance, drafter=drafter, num_drafts=2)
+    out = sample_continuous_speculation(target, classes(DRAWS), noise=seeds, **settings)
+    assert energy_statistic(plain, out.tokens.flatten(1)) < 1.2
+    if distance < 0.05:
+        assert 0.1 < out.statistics.acceptance_rate < 0.95
+    else:  # so that the test can tell the two apart
+        assert energy_statistic(plain, draws_of(drafter, DRAWS, guidance=guidance)) > 3
+
+
+def test_planted_bugs_are_found(monkeypatch):
+    target, draws = model(0), max(DRAWS, 8000)
+    drafter = near(target, 0.03)
+    plain = draws_of(target, draws, first=10**6)
+
+    def unreflected(draft, mean, deviation, noise, uniform, drafted):
+        point, meets = coupled(draft, mean, deviation, noise, uniform, drafted)
+        return torch.where(meets[..., None], point, mean + deviation * noise), meets
+
+    def inverted(draft, mean, deviation, noise, uniform, drafted):
+        meets = uniform.log() <= ((noise + (draft - mean) / deviation).square() - noise.square()).sum(-1) / 2
+        return torch.where(
+            meets[..., None], drafted, coupled(draft, mean, deviation, noise, uniform * 0 + 2, drafted)[0]
+        ), meets
+
+    def stale(draft, mean, deviation, noise, uniform, drafted):
+        return coupled(draft.roll(1, 0), mean, deviation, noise, uniform, drafted)
+
+    for bug in (unreflected, inverted, stale):
+        monkeypatch.setattr(speculation, "coupled", bug)
+        assert energy_statistic(plain, draws_of(target, draws, drafter=drafter, num_drafts=3)) > 1.5
+
+
+@pytest.mark.parametrize("head", ["diffusion", "flow"])
+def test_a_drafter_that_is_the_target_is_always_accepted(head):
+    target = model(0, head)
+    settings: dict = dict(noise=Noise(list(range(5))), guidance=Guidance(1.5))
+    out = sample_continuous_speculation(target, classes(5), drafter=near(target, 0.0), num_drafts=3, **settings)
+    assert out.statistics.accepted == out.statistics.proposed == 15
+    assert out.statistics.forward_passes == {"generator": 1, "drafter": 3}
+    counts = out.statistics.counts
+    assert counts["met"] == counts["transitions"] == 15 * 6 and counts["head_passes"] == 6
+    plain = sample_continuous(target, classes(5), **settings)
+    torch.testing.assert_close(out.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("speculative", [False, True])
+def test_an_image_of_a_seed_is_the_same_alone_and_in_a_batch(speculative):
+    target = model(0)
+    drafter = near(target, 0.2) if speculative else None
+    together = draws_of(target, 8, drafter=drafter, guidance=Guidance(1.7), **({"num_drafts": 2} if drafter else {}))
+    sampler = sample_continuous_speculation if drafter else sample_continuous
+    more = dict(drafter=drafter, num_drafts=2) if drafter else {}
+    for row in (0, 5):
+        condition = Condition(labels_BA=torch.tensor([[row % 2]]))
+        alone = sampler(target, condition, noise=Noise([row]), guidance=Guidance(1.7), **more).tokens
+        torch.testing.assert_close(alone.flatten(1)[0], together[row], atol=1e-5, rtol=1e-5)
+
+
+def test_cached_decoding_is_teacher_forcing_and_chains_are_those_of_the_head():
+    target = model(3, "mixture")
+    out = sample_continuous(target, classes(4), noise=Noise(list(range(4))))
+    hidden = target.hidden(out.tokens, classes(4))
+    state = target.start(classes(4))
+    for place in range(3):
+        state.block = place
+        torch.testing.assert_close(target.features(state)[:, 0], hidden[:, place], atol=1e-5, rtol=1e-5)
+        target.append(state, out.tokens[:, place : place + 1])
+    assert out.statistics.counts == {"head_passes": 3} and out.statistics.forward_passes == {"generator": 3}
+    log_prob = target.log_prob(out.tokens, classes(4))
+    assert log_prob.shape == (4, 3) and bool(log_prob.isfinite().all())
+    with pytest.raises(ValueError, match="head 'diffusion' has no density"):
+        model(0).log_prob(out.tokens, classes(4))
+
+
+def test_capabilities_and_the_end_by_a_callback():
+    target, discrete = (
+        model(0),
+        RasterGPT(vocab_size=8, grid=(1, 3), width=16, num_layers=1, num_heads=2, hidden_width=24),
+    )
+    assert isinstance(target, Continuous) and not isinstance(target, Categorical | Windowed)
+    assert not isinstance(discrete, Continuous)
+    fitting = {name for name, entry in SAMPLERS.items() if entry.fits(target)}
+    assert fitting == {"continuous", "continuous_speculation"}
+    out = sample_continuous(target, classes(2), noise=Noise([0, 1]), callback=lambda done, tokens: done == 2)
+    assert out.tokens.shape == (2, 2, 2)
+    drafted = sample_continuous_speculation(
+        target, classes(2), noise=Noise([0, 1]), drafter=near(target, 0.0), num_drafts=1,
+        callback=lambda done, tokens: done == 2,
+    )  # fmt: skip
+    assert drafted.tokens.shape == (2, 2, 2)
+
+
+def test_bad_input():
+    target = model(0)
+    noise, two = Noise([0, 1]), classes(2)
+    for call, says in (
+        (lambda: sample_continuous(target, two, noise=noise, head_steps=0), r"head_steps 0; needed: 2 \.\.\. 1000"),
+        (lambda: sample_continuous(target, two, noise=noise, temperature=-1.0), "temperature -1"),
+        (
+            lambda: sample_continuous(model(0, "mixture"), two, noise=noise, guidance=Guidance(2.0)),
+            "this model's head takes no guidance",
+        ),
+        (lambda: sample_continuous_speculation(target, two, noise=noise), "needs drafter"),
+        (lambda: draws_of(target, 2, drafter=near(target, 0.1), num_drafts=0), "num_drafts 0"),
+        (lambda: draws_of(target, 2, drafter=near(target, 0.1), temperature=0.0), "needs noise in every transition"),
+        (lambda: draws_of(target, 2, drafter=model(1, channels=3)), "made for different tokenizers"),
+        (lambda: draws_of(target, 2, drafter=model(1, "flow")), "has other transitions than the model's"),
+        (
+            lambda: draws_of(model(0, head_arguments={"variance": "learned"}), 2, drafter=target),
+            "a GaussianDiffusionHead with these settings cannot be verified",
+        ),
+        (
+            lambda: draws_of(model(0, "flow", head_arguments={"solver": "euler"}), 2, drafter=target),
+            "cannot be verified",
+        ),
+        (lambda: draws_of(model(0, "mixture"), 2, drafter=model(1, "mixture")), "cannot be verified"),
+        (lambda: model(0, head_draws=0), "head_draws 0"),
+        (lambda: CausalContinuous(head="x"), "head 'x'; choose one of diffusion, flow, mixture, energy"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
