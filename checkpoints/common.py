@@ -198,6 +198,58 @@ def rename(state: State, rules: Sequence[tuple[str, str]], source: str = "the ch
     return renamed
 
 
+def autoencoder_rules(levels: int) -> list[tuple[str, str]]:
+    """Latent diffusion's names of an autoencoder of so many levels (arXiv 2112.10752), as ours; for `rename`."""
+    return [
+        (r"\.mid\.block_1\.", ".mid.0."),
+        (r"\.mid\.attn_1\.", ".mid.1."),
+        (r"\.mid\.block_2\.", ".mid.2."),
+        (r"^encoder\.down\.", "encoder.conv_blocks."),
+        # Decoder levels are numbered from fine to coarse there, from coarse to fine here.
+        *((rf"^decoder\.up\.{level}\.", f"decoder.conv_blocks.{levels - 1 - level}.") for level in range(levels)),
+        (r"(conv_blocks\.\d+)\.block\.", r"\1.res."),
+    ]
+
+
+def autoencoder_export_rules(levels: int) -> list[tuple[str, str]]:
+    """The way back of `autoencoder_rules`."""
+    return [
+        (r"(conv_blocks\.\d+)\.res\.", r"\1.block."),
+        (r"\.mid\.0\.", ".mid.block_1."),
+        (r"\.mid\.1\.", ".mid.attn_1."),
+        (r"\.mid\.2\.", ".mid.block_2."),
+        (r"^encoder\.conv_blocks\.", "encoder.down."),
+        *((rf"^decoder\.conv_blocks\.{level}\.", f"decoder.up.{levels - 1 - level}.") for level in range(levels)),
+    ]
+
+
+def autoencoder_sizes(state: State, marks: Mapping[str, int], source: str, what: str) -> dict[str, Any]:
+    """Sizes of an autoencoder in latent diffusion's names, as its tokenizer's constructor takes them.
+
+    Args:
+        state: weights.
+        marks: further keys that must be there, and the number of axes of each.
+        source, what: for error messages, see `require`.
+
+    Raises:
+        ValueError: keys that sizes are read from are missing, or widths that are no multiples of the first.
+    """
+    levels = max(count_modules(state, "encoder.down"), 1)
+    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
+    convolutions = ["encoder.conv_in.weight", "quant_conv.weight", *firsts]
+    require(state, dict.fromkeys(convolutions, 4) | dict(marks), source, what)
+    base, image_channels = state["encoder.conv_in.weight"].shape[:2]
+    widths = [state[key].shape[0] for key in firsts]
+    if any(width % base for width in widths):
+        raise ValueError(f"{source}: widths {widths} are not multiples of the base width {base}")
+    return dict(
+        image_channels=image_channels,
+        base_channels=base,
+        channel_multipliers=tuple(width // base for width in widths),
+        num_res_blocks=count_modules(state, "encoder.down.0.block"),
+    )
+
+
 def check_keys(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str) -> None:
     """Checks that a file has exactly the keys and shapes of a model.
 

@@ -16,7 +16,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, rename, require
+from visar.checkpoints.common import (
+    State,
+    autoencoder_export_rules,
+    autoencoder_rules,
+    autoencoder_sizes,
+    build,
+    count_modules,
+    find_weights,
+    fitted,
+    read,
+    rename,
+    require,
+)
 from visar.checkpoints.hub import Official
 from visar.checkpoints.options import Convert
 from visar.checkpoints.rows import Content, Models, Row, check_codes, choose_weights, expect
@@ -37,13 +49,7 @@ _CLASS = "class_emb.weight"
 # ------------------------------------------------------------------------------------------------------- tokenizer
 def _vq_rules(levels: int) -> list[tuple[str, str]]:
     return [
-        (r"\.mid\.block_1\.", ".mid.0."),
-        (r"\.mid\.attn_1\.", ".mid.1."),
-        (r"\.mid\.block_2\.", ".mid.2."),
-        (r"^encoder\.down\.", "encoder.conv_blocks."),
-        # Decoder levels are numbered from fine to coarse there, from coarse to fine here.
-        *((rf"^decoder\.up\.{level}\.", f"decoder.conv_blocks.{levels - 1 - level}.") for level in range(levels)),
-        (r"(conv_blocks\.\d+)\.block\.", r"\1.res."),
+        *autoencoder_rules(levels),
         (r"^quantize\.embedding\.", "quantizer.embedding."),
         (r"^quantize\.quant_resi\.qresi\.", "quantizer.phi.0."),
         (r"^quantize\.quant_resi\.(?:qresi_ls\.)?(\d+)\.", r"quantizer.phi.\1."),
@@ -83,23 +89,13 @@ def convert_vq(
         ValueError: another kind of file, or keys and shapes that do not fit together; all are named.
     """
     state = find_weights(content, VQ_MARK, source)
-    levels = max(count_modules(state, "encoder.down"), 1)
-    firsts = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(levels)]
-    sized = dict.fromkeys(["encoder.conv_in.weight", "quant_conv.weight", *firsts], 4) | {VQ_MARK: 2}
-    require(state, sized, source, "VAR tokenizer")
-    base, image_channels = state["encoder.conv_in.weight"].shape[:2]
-    widths = [state[key].shape[0] for key in firsts]
-    if any(width % base for width in widths):
-        raise ValueError(f"{source}: widths {widths} are not multiples of the base width {base}")
+    sizes = autoencoder_sizes(state, {VQ_MARK: 2}, source, "VAR tokenizer")
+    levels = len(sizes["channel_multipliers"])
     phis = {match[1] for key in state if (match := re.match(r"quantize\.quant_resi\.(.+)\.weight$", key))}
-    config = dict(
+    config = sizes | dict(
         codebook_size=state[VQ_MARK].shape[0],
         codebook_dim=state[VQ_MARK].shape[1],
         scales=tuple(scales),
-        image_channels=image_channels,
-        base_channels=base,
-        channel_multipliers=tuple(width // base for width in widths),
-        num_res_blocks=count_modules(state, "encoder.down.0.block"),
         attention=f"encoder.down.{levels - 1}.attn.0.norm.weight" in state,
         quant_conv_size=state["quant_conv.weight"].shape[-1],
         num_phi=0 if any(name.isdigit() for name in phis) else len(phis),
@@ -132,12 +128,7 @@ def export_vq(model: MultiScaleVQTokenizer) -> State:
     levels, num_phi = len(model.config["channel_multipliers"]), model.config["num_phi"]
     phi = {0: "", 1: "qresi."}.get(num_phi, "qresi_ls.")
     rules = [
-        (r"(conv_blocks\.\d+)\.res\.", r"\1.block."),
-        (r"\.mid\.0\.", ".mid.block_1."),
-        (r"\.mid\.1\.", ".mid.attn_1."),
-        (r"\.mid\.2\.", ".mid.block_2."),
-        (r"^encoder\.conv_blocks\.", "encoder.down."),
-        *((rf"^decoder\.conv_blocks\.{level}\.", f"decoder.up.{levels - 1 - level}.") for level in range(levels)),
+        *autoencoder_export_rules(levels),
         (r"^quantizer\.embedding\.", "quantize.embedding."),
         (
             r"^quantizer\.phi\.(\d+)\.",
