@@ -25,15 +25,15 @@ CPU = torch.device("cpu")
 
 # A name here is part of commands that people have written down: add, do not rename.
 RUN_OPTIONS = """
-    out skip_unreadable initial steps batch_size gradient_accumulation learning_rate schedule warmup_steps decay_steps
-    final_fraction clip_norm ema_decay seed mixed_precision compile tf32 device log_every validate_every sample_every
-    save_every keep_checkpoints resume max_minutes tracker
+    out skip_unreadable initial steps batch_size gradient_accumulation gradient_checkpointing learning_rate schedule
+    warmup_steps decay_steps final_fraction clip_norm ema_decay seed mixed_precision compile tf32 device log_every
+    validate_every sample_every save_every keep_checkpoints resume max_minutes tracker
 """.split()
 TOKENIZER_OPTIONS = """
     data image_size kind preset model_options codebook_size codebook_update codebook_decay commitment_weight
-    codebook_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight perceptual_weight
-    perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_layers adversarial_spectral
-    adversarial_adaptive adversarial_maximum decoder_only weight_decay augment save_dtype
+    codebook_weight kl_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight
+    perceptual_weight perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_layers
+    adversarial_spectral adversarial_adaptive adversarial_maximum decoder_only weight_decay augment save_dtype
 """.split()
 GENERATOR_OPTIONS = """
     data tokenizer tokens variants augment family phase width num_layers num_heads hidden_width model_options

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from visar.data.images import as_float
+from visar.tokenizers.codebook_training import usage_scalars
 from visar.train.adversarial import PatchDiscriminator, adaptive_weight, discriminator_loss, generator_loss
 from visar.train.perceptual import Lite0Perceptual, LpipsPerceptual, feature_distance, gradient_l1, load_perceptual
-from visar.train.tokenizer import usage_scalars
 
 
 @pytest.fixture(scope="module")

@@ -93,6 +93,14 @@ def select_layers(content: dict[str, Tensor], layers: tuple[int, ...]) -> dict[s
     return selected
 
 
+def initial_folder(folder: Path) -> Path:
+    """Where the model lies that training starts from: itself, an embedded model of that name, or a pipeline's
+    generator."""
+    if str(folder) in hub.embedded_names():
+        folder = hub.EMBEDDED_FOLDER / folder
+    return folder / "generator" if (folder / "generator").is_dir() else folder
+
+
 def load_initial(model: nn.Module, folder: Path, layers: tuple[int, ...] = ()) -> None:
     """Fills a model with the weights of a saved one.
 
@@ -105,9 +113,7 @@ def load_initial(model: nn.Module, folder: Path, layers: tuple[int, ...] = ()) -
         ValueError: no weights there, or of another architecture (keys and shapes are named), or layers that it does
             not have.
     """
-    if str(folder) in hub.embedded_names():
-        folder = hub.EMBEDDED_FOLDER / folder
-    inner = folder / "generator" if (folder / "generator").is_dir() else folder
+    inner = initial_folder(folder)
     content = tensors_only(load_weights(inner / "diffusion_pytorch_model.safetensors"), inner)
     try:
         model.load_state_dict(select_layers(content, layers) if layers else content)

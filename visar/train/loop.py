@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from visar.io.files import check_folder_output, locked, replaced_folder, restore_folder, writing
 from visar.train.checkpoint import CheckpointStore, check_same_options, options_to_json
 from visar.train.log import RunLog, Sheet
+from visar.train.memory import activation_bytes, checkpoint_blocks, sentence, state_bytes
 from visar.train.options import FREE_OPTIONS
 from visar.train.run import Averages, Part, Run, fast_math
 
@@ -115,6 +116,11 @@ class Task(ABC):
     def save_model(self, model: nn.Module, folder: Path) -> None:
         """Writes averaged weights in the form that `visar.load` reads."""
 
+    def rehearse(self, rows: int) -> list[Callable[[], Tensor]]:
+        """Losses of so many made-up rows, those whose backward passes a step runs one after the other; none where a
+        run does not say how much memory it takes."""
+        return []
+
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
         """State beyond weights and optimisers."""
@@ -170,6 +176,10 @@ class Loop:
         # Of the bare module: a compiled or distributed one would give other names.
         self.ema = deepcopy(task.parts["model"].module).requires_grad_(False).eval()
         self.begin = self._resume()
+        if run.options.gradient_checkpointing:
+            checkpoint_blocks(part.module for part in task.parts.values())
+        if run.is_main:
+            self._say_how_much_memory()
         if run.options.compile:
             task.parts["model"].module.compile()
         for part in task.parts.values():
@@ -332,6 +342,18 @@ class Loop:
                 options.steps,
             )
         return TrainResult(self.folder, step, finished, self.best, None if finished else self.stop.number)
+
+    def _say_how_much_memory(self) -> None:
+        """Says how much memory the run takes, of tasks that can tell; before anything is compiled."""
+        rows, parts = self.run.part_size, self.task.parts.values()
+        if not self.task.rehearse(1):
+            return
+        outside = [tensor for part in parts for tensor in part.module.state_dict().values()]
+        with self.run.autocast():
+            activations = activation_bytes(self.task.rehearse, rows, outside)
+        optimizers = [optimizer for part in parts for optimizer in part.optimizers]
+        state = state_bytes([part.module for part in parts], optimizers, self.ema)
+        logger.warning(sentence(state, activations, rows))
 
     def _say_how_long(self, step: int, begun: list[float]) -> list[float]:
         """Says on a CPU, once the second and third step have shown it, how long the rest takes if that is long.

@@ -51,6 +51,7 @@ RANGES = {
     "codebook_decay": BELOW_ONE,
     "commitment_weight": WEIGHT,
     "codebook_weight": WEIGHT,
+    "kl_weight": WEIGHT,
     "revive_every": COUNT_OR_OFF,
     "revive_below": WEIGHT,
     "revive_until": SHARE,
@@ -105,6 +106,9 @@ class RunOptions:
     """Images per step, over all processes."""
     gradient_accumulation: int = 1
     """Number of parts that each process cuts its share of a batch into, to need less memory."""
+    gradient_checkpointing: bool = False
+    """Compute the activations of the model's blocks again in the backward pass instead of keeping them: much less
+    memory, and steps a third slower."""
     learning_rate: float = 4e-4
     """Peak learning rate, the same for AdamW and Muon."""
     schedule: Schedule = "cosine"
@@ -174,6 +178,9 @@ class TrainTokenizer(RunOptions):
     """Weight of the loss that keeps latents near their codes."""
     codebook_weight: float = 1.0
     """Weight of the loss that moves codes; codes that follow a moving average have no gradient from it."""
+    kl_weight: float = 1e-6
+    """Weight of the KL term of continuous latents, nats of an image over the number of its pixel values (latent
+    diffusion's unit)."""
     revive_every: int = 20
     """Steps between revivals of unused codes; 0 = never."""
     revive_below: float = 0.2
