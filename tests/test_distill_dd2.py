@@ -226,6 +226,22 @@ def test_gradients_reach_a_token_s_own_vector_alone_and_no_score(teachers, tmp_p
     assert all(parameter.grad is None for parameter in task.score.parameters())
 
 
+def test_a_generator_of_codes_moves_by_the_gradient_of_mean_codes(teachers, tmp_path):
+    teachers["raster"].save_pretrained(tmp_path / "teacher")
+    save_student(student(teachers["raster"], None), teachers["raster"], "float32", tmp_path / "student")
+    made, gradients = {}, {}
+    for output in ("soft", "codes"):
+        options = settings(tmp_path, initial=tmp_path / "student", output=output)
+        task = DD2Task(Run(options), options, teachers["raster"])
+        made[output], logits = task._made(task.student, task.student, conditions(3), Noise([1, 2, 3]))
+        probe = torch.randn(made[output].shape, generator=torch.Generator().manual_seed(0))
+        (made[output] * probe).sum().backward()
+        gradients[output] = task.student.network.output.weight.grad
+    assert torch.allclose(made["codes"], task.codes[logits.argmax(-1)], atol=1e-5)
+    assert not torch.allclose(made["codes"], made["soft"], atol=1e-2)
+    assert torch.equal(gradients["codes"], gradients["soft"])
+
+
 def test_two_tokens_that_depend_on_each_other_are_learned():
     """The second token is a permutation of the first nine times out of ten: what independent draws cannot do. The
     generator starts at mean codes, beyond independent draws."""
@@ -314,13 +330,12 @@ def test_a_generator_is_distilled_resumed_saved_and_sampled(teachers, tmp_path, 
     teachers[kind].save_pretrained(tmp_path / "teacher")
     changed: dict = {
         "raster": {"noise_draws": 2},
-        "scales": {"form": "sid", "score_optimizer": "muon", "save_dtype": "int8"},
-        "table": {"history": "codes"},
+        "scales": {"form": "sid", "score_optimizer": "muon", "save_dtype": "int8", "output": "codes"},
+        "table": {"history": "codes", "output": "vectors", "pair_weight": 0.5},
     }[kind]
     if combined:
         save_student(student(teachers[kind], None), teachers[kind], "bfloat16", tmp_path / "student")
         changed["initial"] = tmp_path / "student"
-        changed["output"] = "vectors" if kind == "table" else None
     whole = distill_dd2(settings(tmp_path, **changed))
     assert whole.finished and whole.steps == 6 and whole.best == 3
     step = DD2Task.step
@@ -339,6 +354,7 @@ def test_a_generator_is_distilled_resumed_saved_and_sampled(teachers, tmp_path, 
     values = lines(tmp_path / "run")
     assert "validation/tuning_loss" in values[3] and "validation/score_gap" in values[-1]
     assert {"train/loss", "train/fake_loss", "train/teacher_gap"} <= set(values[-2])
+    assert ("train/pair_loss" in values[-2]) == (kind == "table")
     names = ("model/generator/diffusion_pytorch_model.safetensors", "guidance.safetensors", "tuned.safetensors")
     for name in names:
         first, second = (load_file(tmp_path / run / name) for run in ("run", "again"))
@@ -386,7 +402,7 @@ def test_bad_options_and_students_are_refused(teachers, tmp_path):
     with pytest.raises(ValueError, match="is no student of this teacher, it has another grid, scales"):
         load_student(tmp_path / "other", teachers["raster"], None)
     save_student(student(teachers["raster"]), teachers["raster"], "float32", tmp_path / "velocity")
-    with pytest.raises(ValueError, match="makes images of 'soft'; give output='vectors'"):
+    with pytest.raises(ValueError, match="makes images of vectors, not of 'soft': give a student of dd1"):
         load_student(tmp_path / "velocity", teachers["raster"], "soft")
     with pytest.raises(ValueError, match="a OneStepGenerator cannot be distilled"):
         distill_dd2(settings(tmp_path, "bad", teacher=str(tmp_path / "velocity")))

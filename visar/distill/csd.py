@@ -9,7 +9,8 @@ Source: arXiv 2510.21003 sections 3 and 4; its code was never released. Two stag
 The generator starts as a copy of the tuned network, fed with noise (the paper), or as a student of Distilled Decoding
 1 (this project's, published nowhere). Differs from the paper: the form of the loss may be chosen, all weights are
 tuned at once, and performance alignment is a run that starts from an earlier one's average and score network
-(--initial, --score).
+(--initial, --score). A loss of pairs of noise and tokens may be added (--pair-weight), as in distribution matching
+distillation, arXiv 2311.18828 section 3.3: it keeps the generator from giving up a part of the distribution.
 
 B images, N tokens, K noisy vectors of a token, V codes, C code width. Vectors are in the scale of the noise.
 """
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from visar.core.checks import COUNT, COUNT_OR_OFF, Range, check_ranges
 from visar.core.condition import Condition
 from visar.core.noise import Noise, Use
-from visar.distill.dd1 import load_teacher, save_student
+from visar.distill.dd1 import load_teacher, made_up_rows, save_student
 from visar.distill.options import DistillDD2
 from visar.distill.pairs import Pairs, PairTable, pairs_folder
 from visar.distill.score import FORMS, ScoreNetwork, TeacherScore, between, fake_loss, tuning_loss
@@ -56,6 +58,7 @@ _RANGES = {
     "first_fake": COUNT,
     "fake_updates": COUNT,
     "noise_draws": Range(1, 1024),
+    "pair_weight": Range(0, 1000),
     "times": Range(0, 1, open_low=True),
     "head_width": Range(1, 65_536),
     "head_depth": Range(1, 1024),
@@ -88,8 +91,8 @@ def load_student(name: Path, pipeline: ImagePipeline, output: str | None) -> One
     if "token_input" in network.config:
         network.set_codebook(codebook_VC)  # saved in bfloat16
     output = student.config["output"] if output is None else output
-    if output == "codes" or (output == "soft" and student.config["velocity_head"] is not None):
-        raise ValueError(f"initial {name} makes images of {output!r}; give output='vectors' or a student of dd1")
+    if output != "vectors" and student.config["velocity_head"] is not None:
+        raise ValueError(f"initial {name} makes images of vectors, not of {output!r}: give a student of dd1")
     student.register_to_config(output=output, late=0)
     return student
 
@@ -162,8 +165,8 @@ class DD2Task(Task):
         student = self.student
         student.requires_grad_(True)
         name = _VOCABULARY_HEADS[student.config["network_class"]]
-        soft = student.config["output"] == "soft"
-        _freeze(student.network, student.vector_head if soft else getattr(student.network, name))
+        vectors = student.config["output"] == "vectors"
+        _freeze(student.network, getattr(student.network, name) if vectors else student.vector_head)
         _freeze(self.score.network, getattr(self.score.network, name))
 
     def _read_pairs(self) -> None:
@@ -174,15 +177,14 @@ class DD2Task(Task):
             self.table.read(self.blocks)
 
     # -------------------------------------------------------------------------------------------------------- draws
-    def _rows(self, step: int, update: int, part: int) -> tuple[Tensor, Condition, Noise]:
-        """This process's rows of a micro-batch: ids and conditions of pairs, and noise that no pair has."""
+    def _rows(self, step: int, update: int, part: int) -> tuple[Tensor, Condition, Noise, Noise]:
+        """This process's rows of a micro-batch: ids, conditions and noise of pairs, and noise that no pair has."""
         options, device = self.options, self.run.device
         generator = self.run.random.generator(step, Draw.DATA, part=update, shared=True)
         size, most = (options.batch_size,), self.table.count * self.pairs.block
         index_B = torch.randint(options.held_out, most, size, generator=generator, device=device)
         seed_B = torch.randint(_FIRST_SEED, 2**62, size, generator=generator, device=device)
-        ids_BN, condition, _ = self.table.rows(self.run.share(index_B, part))
-        return ids_BN, condition, Noise(self.run.share(seed_B, part), device)
+        return *self.table.rows(self.run.share(index_B, part)), Noise(self.run.share(seed_B, part), device)
 
     def _noisy(
         self, vectors_BNC: Tensor, noise: Noise, times: tuple[float, ...], draws: int, shared: bool = False
@@ -215,14 +217,25 @@ class DD2Task(Task):
         time_KBN = low + (high - low) * time_KBN
         return between(vectors_BNC, noise_KBNC, time_KBN), noise_KBNC, time_KBN
 
-    def _made(self, call: Any, student: OneStepGenerator, condition: Condition, noise: Noise) -> Tensor:
-        """q, what the generator makes, float32 [B, N, C]."""
+    def _made(self, call: Any, student: OneStepGenerator, condition: Condition, noise: Noise) -> tuple[Tensor, Tensor]:
+        """q, what the generator makes, float32 [B, N, C]; and its logits [B, N, V]."""
         noise_BNC = initial_noise(noise, self.position_1N, self.codes.shape[1])
         logits_BNV, vectors_BNC = call(noise_BNC, self.unknown_N, condition)
-        if student.config["output"] == "vectors":
-            return vectors_BNC
+        output = student.config["output"]
+        if output == "vectors":
+            return vectors_BNC, logits_BNV
         with torch.autocast(noise_BNC.device.type, enabled=False):
-            return made_of(student, logits_BNV, vectors_BNC, "soft", 0)
+            soft_BNC = made_of(student, logits_BNV, vectors_BNC, "soft", 0)
+            if output == "codes":  # the codes themselves, with the gradient of mean codes
+                return made_of(student, logits_BNV, vectors_BNC, "codes", 0) + soft_BNC - soft_BNC.detach(), logits_BNV
+            return soft_BNC, logits_BNV
+
+    def _pair_loss(self, made_BNC: Tensor, logits_BNV: Tensor, ids_BN: Tensor) -> Tensor:
+        """How far the generator is from the teacher's flow map: the squared error of its vectors, else the
+        cross-entropy of its codes."""
+        if self.student.config["output"] == "vectors":
+            return (made_BNC - self.codes[ids_BN]).square().mean()
+        return functional.cross_entropy(logits_BNV.float().transpose(1, 2), ids_BN)
 
     def _histories(self, vectors_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """What the score network and the teacher read of the tokens before."""
@@ -257,7 +270,7 @@ class DD2Task(Task):
 
     def _tuning(self, step: int) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
-            ids_BN, condition, noise = self._rows(step, 0, part)
+            ids_BN, condition, _, noise = self._rows(step, 0, part)
             loss = self._tuning_loss(self.parts["guidance"].call, ids_BN, condition, noise)
             return loss, {"loss": loss}
 
@@ -274,9 +287,9 @@ class DD2Task(Task):
         """Losses of the score network on what the generator makes."""
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
-            _, condition, noise = self._rows(step, update, part)
+            _, condition, _, noise = self._rows(step, update, part)
             with torch.no_grad():
-                made_BNC = self._made(self.student, self.student, condition, noise)
+                made_BNC, _ = self._made(self.student, self.student, condition, noise)
             noisy, drawn, time = self._noisy(made_BNC, noise, _FAKE_TIMES, self.options.noise_draws)
             velocity = self.parts["guidance"].call(noisy, time, self.score.history(made_BNC), condition)
             loss = fake_loss(velocity, made_BNC, drawn, time)
@@ -286,10 +299,12 @@ class DD2Task(Task):
 
     def _moving(self, step: int) -> Callable[[int], tuple[Tensor, dict[str, Tensor]]]:
         """Losses of the generator. Tokens before are given as they are: no gradient passes through them."""
+        weight = self.options.pair_weight
 
         def losses(part: int) -> tuple[Tensor, dict[str, Tensor]]:
-            _, condition, noise = self._rows(step, 0, part)
-            made_BNC = self._made(self.parts["model"].call, self.student, condition, noise)
+            ids_BN, condition, of_pairs, noise = self._rows(step, 0, part)
+            begin = of_pairs if weight else noise
+            made_BNC, logits_BNV = self._made(self.parts["model"].call, self.student, condition, begin)
             through = self.options.form == "sid"
             noisy, _, time = self._noisy(
                 made_BNC if through else made_BNC.detach(), noise, self.options.times, 1, self.options.shared_times
@@ -300,7 +315,11 @@ class DD2Task(Task):
             loss = FORMS[self.options.form](made_BNC, teacher_BNC, fake_BNC)
             with torch.no_grad():
                 gap, difference = (made_BNC - teacher_BNC).abs().mean(), (teacher_BNC - fake_BNC).abs().mean()
-            return loss, {"loss": loss, "teacher_gap": gap, "score_gap": difference}
+            scalars = {"loss": loss, "teacher_gap": gap, "score_gap": difference}
+            if weight:
+                scalars["pair_loss"] = self._pair_loss(made_BNC, logits_BNV, ids_BN)
+                loss = loss + weight * scalars["pair_loss"]
+            return loss, scalars
 
         return losses
 
@@ -318,14 +337,25 @@ class DD2Task(Task):
         fake_1BNC = noisy_1BNC - time_1BN[..., None] * call(noisy_1BNC, time_1BN, history, condition)
         return teacher_1BNC[0], fake_1BNC[0]
 
+    def rehearse(self, rows: int) -> list[Callable[[], Tensor]]:
+        _, condition, noise = made_up_rows(self.student, rows, self.run.device)
+        vectors_BNC = initial_noise(noise, self.position_1N, self.codes.shape[1])
+        history = self.score.history(vectors_BNC)
+        noisy, _, time = self._noisy(vectors_BNC, noise, _FAKE_TIMES, self.options.noise_draws)
+        return [
+            lambda: self.score(noisy, time, history, condition),
+            lambda: self._made(self.student, self.student, condition, noise)[0],
+        ]
+
     # ------------------------------------------------------------------------------------------------- measurements
     def validate(self, model: Any) -> dict[str, float]:
         """On held-out conditions.
 
-        energy: energy score of the generator's latents against the teacher's, E|x - y| - E|x - x'| / 2 by root mean
-        squares; the least of all generators has the teacher's distribution. diversity: E|x - x'| in it. code_distance:
-        from vectors to the nearest codes. While tuning, tuning_loss; then how far vectors are from what the teacher
-        denoises (teacher_gap), both scores from each other (score_gap), and fake_loss.
+        energy: energy score of the generator's latents against the teacher's of other noise, E|x - y| - E|x - x'| / 2
+        by root mean squares; the least of all generators has the teacher's distribution. diversity: E|x - x'| in it.
+        map_distance: to the teacher's latents of the same noise. code_distance: from vectors to the nearest codes.
+        While tuning, tuning_loss; then how far vectors are from what the teacher denoises (teacher_gap), both scores
+        from each other (score_gap), and fake_loss.
         """
         totals: dict[str, Tensor] = {}
         held = torch.arange(self.options.held_out, device=self.run.device)
@@ -339,16 +369,18 @@ class DD2Task(Task):
     def _measured(self, model: Any, index_B: Tensor) -> dict[str, Tensor]:
         ids_BN, condition, noise = self.table.rows(index_B)
         made_BNC, other_BNC = (
-            self._made(model, model, condition, each)
+            self._made(model, model, condition, each)[0]
             for each in (noise, Noise(noise.seeds_B + _FIRST_SEED, self.run.device))
         )
-        first, second, real = (
-            model.latents(vectors).flatten(1) for vectors in (made_BNC, other_BNC, self.codes[ids_BN])
+        own, other, real = (model.latents(vectors).flatten(1) for vectors in (made_BNC, other_BNC, self.codes[ids_BN]))
+        apart, error, diversity = (
+            torch.sqrt((first - second).square().mean(1)).mean()
+            for first, second in ((own, real), (other, real), (own, other))
         )
-        error, diversity = (torch.sqrt((first - each).square().mean(1)).mean() for each in (real, second))
         nearest_M = nearest_codes(made_BNC.flatten(0, 1), self.codes)
         distance = (made_BNC.flatten(0, 1) - self.codes[nearest_M]).norm(dim=-1).mean()
-        values = {"energy": error - diversity / 2, "diversity": diversity, "code_distance": distance}
+        values = {"energy": error - diversity / 2, "diversity": diversity, "map_distance": apart}
+        values["code_distance"] = distance
         if not self.updates:
             return values | {"tuning_loss": self._tuning_loss(self.score, ids_BN, condition, noise)}
         noisy, drawn, time = self._noisy(made_BNC, noise, self.options.times, 1)

@@ -9,6 +9,7 @@ B images, N tokens, V codes, C code width.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from visar.core.condition import Condition
 from visar.core.noise import Noise
 from visar.core.output import SampleOutput
 from visar.distill.options import DistillDD1, DistillPairs
@@ -54,6 +56,12 @@ def save_student(student: OneStepGenerator, teacher: ImagePipeline, dtype: str, 
     tokenizer, generator = (in_dtype(part, "bfloat16" if packed else dtype) for part in (teacher.tokenizer, student))
     pipeline = ImagePipeline(tokenizer, generator, vocabulary=vocabulary, defaults=defaults)
     pipeline.save_pretrained(folder, storage="int8" if packed else "plain")
+
+
+def made_up_rows(student: OneStepGenerator, rows: int, device: torch.device) -> tuple[Tensor, Condition, Noise]:
+    """Ids, conditions and noise of images that nobody asked for, to measure what a pass keeps."""
+    ids_BN = torch.zeros(rows, student.num_tokens, dtype=torch.int64, device=device)
+    return ids_BN, student.example_condition(rows).to(device), Noise(list(range(rows)), device)
 
 
 class DD1Task(Task):
@@ -139,7 +147,11 @@ class DD1Task(Task):
         self, call: Any, student: OneStepGenerator, index_B: Tensor, start_B: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss of some pairs, and its parts."""
-        ids_BN, condition, noise = self.table.rows(index_B)
+        return self._losses_of(call, student, *self.table.rows(index_B), start_B)
+
+    def _losses_of(
+        self, call: Any, student: OneStepGenerator, ids_BN: Tensor, condition: Condition, noise: Noise, start_B: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         codes_BNC = student.codes[ids_BN]
         known_BN = self.position_N < self.first_N[start_B][:, None]
         noise_BNC = initial_noise(noise, self.position_N[None], codes_BNC.shape[-1])
@@ -152,6 +164,12 @@ class DD1Task(Task):
         error = ((vectors_BNC.float() - codes_BNC).square().mean(-1) * weight_BN).sum()
         loss = entropy + self.options.vector_weight * error
         return loss, {"loss": loss, "cross_entropy": entropy, "vector_error": error}
+
+    def rehearse(self, rows: int) -> list[Callable[[], Tensor]]:
+        student, device = self.parts["model"].module, self.run.device
+        made_up = made_up_rows(student, rows, device)
+        start_B = torch.zeros(rows, dtype=torch.int64, device=device)
+        return [lambda: self._losses_of(student, student, *made_up, start_B)[0]]
 
     # ------------------------------------------------------------------------------------------------- measurements
     def validate(self, model: Any) -> dict[str, float]:

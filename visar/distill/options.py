@@ -94,6 +94,10 @@ class DistillDD2(RunOptions):
     form: Literal["dmd", "sid"] = "dmd"
     """Of the generator's loss: dmd, along the difference of the denoised vectors; sid, their product with the error,
     through the gradients of both."""
+    pair_weight: float = 0.0
+    """Weight of a loss of pairs in the generator's updates, which keeps the noise of an image tied to the tokens that
+    the teacher makes of it: the cross-entropy of `visar distill dd1`, or the squared error of a student that makes
+    vectors; the distillation loss has 1."""
     times: tuple[float, ...] = (0.05, 0.98)
     """Range of the times at which scores are compared, 1 being pure noise."""
     shared_times: bool = False
@@ -101,9 +105,9 @@ class DistillDD2(RunOptions):
     history: Literal["vectors", "codes"] = "vectors"
     """What the teacher is told of the tokens before: the generator's vectors, or the codes nearest to them. Teachers
     that embed ids are told codes in any case."""
-    output: Literal["soft", "vectors"] | None = None
-    """What the images of an --initial student are made of: mean codes, or the vectors of its second head; when not
-    given, as the student has it."""
+    output: Literal["soft", "codes", "vectors"] | None = None
+    """What the images of an --initial student are made of: mean codes; the likeliest codes, moved by the gradient of
+    the mean ones; or the vectors of its second head. When not given, as the student has it."""
     head_width: int = 384
     """Width of the score network's head."""
     head_depth: int = 3

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from visar.core.condition import Condition
 from visar.core.noise import Noise
-from visar.generators.one_step import check_teacher
+from visar.generators.one_step import check_distillable
 from visar.io.files import atomic_write, json_object
 from visar.layers.quantize import weights_digest
 from visar.pipelines.image import ImagePipeline
@@ -57,7 +57,7 @@ class Pairs:
         )
         if pipeline.generator.config.get("caption_width"):
             raise ValueError("teachers of captions are not distilled: give one of classes, attributes or words")
-        check_teacher(pipeline.generator)
+        check_distillable(pipeline.generator)
         self.settings = pipeline.sampling_settings()
         facts = {
             "teacher": weights_digest(pipeline.generator),
