@@ -126,7 +126,7 @@ def convert_generator(
         num_classes=state[_CLASSES].shape[0],
     )
     kept = {key: value for key, value in state.items() if key not in (_NULL, _CLASSES)}
-    ours = rename(kept, [(r"^diffloss\.net\.", "token_head.net.")], source)
+    ours = rename(kept, [(r"^diffloss\.net\.", "head_module.net.")], source)
     # The condition that gives nothing is the last class here, a vector of its own there.
     ours["condition_vector.class_emb.weight"] = torch.cat([state[_CLASSES], state[_NULL]])
     return fitted(MaskedGenerator, config, ours, source)
@@ -144,7 +144,7 @@ def export_generator(model: MaskedGenerator) -> dict[str, State]:
         raise ValueError(
             f"MAR has classes and a diffusion head only, and no place for {', '.join(foreign) or 'this model'}"
         )
-    state = rename(model.state_dict(), [(r"^token_head\.net\.", "diffloss.net.")])
+    state = rename(model.state_dict(), [(r"^head_module\.net\.", "diffloss.net.")])
     table = state.pop("condition_vector.class_emb.weight")
     state |= {_CLASSES: table[:-1], _NULL: table[-1:]}
     return {"model": state, "model_ema": dict(state)}

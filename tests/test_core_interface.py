@@ -67,6 +67,12 @@ def test_every_protocol_is_asked_for_here():
     assert {entry.needs for entry in SAMPLERS.values()} <= {*GENERATORS, OneStep}
 
 
+def typing_members(protocol: type) -> set[str]:
+    """Names that a protocol asks for."""
+    known = {name for each in protocol.__mro__ for name in vars(each) if getattr(each, "_is_protocol", False)}
+    return {name for name in known if not name.startswith("_")}
+
+
 def arguments(function) -> tuple[int, set[str]]:
     """Number of arguments by place, and the names of those by keyword alone."""
     kinds = {name: parameter.kind for name, parameter in inspect.signature(function).parameters.items()}
@@ -80,6 +86,8 @@ def test_capabilities_of_generators(name):
     assert {protocol for protocol in GENERATORS if isinstance(model, protocol)} == CAPABILITIES[name]
     assert not isinstance(model, Tokenizer) and not isinstance(model, Drafter)
     for protocol in CAPABILITIES[name]:
+        for member in typing_members(protocol):
+            inspect.getattr_static(model, member)  # what isinstance does from Python 3.12 on: no __getattr__
         for call, wanted in inspect.getmembers(protocol, inspect.isfunction):
             if not call.startswith("_"):
                 wanted_places, wanted_keywords = arguments(wanted)

@@ -100,7 +100,7 @@ def test_parity_of_the_training_loss_and_gradients(parity):
     loss = (total * weight).sum() / weight.sum()
     torch.testing.assert_close(loss, io["train.loss"], **CLOSE)
     loss.backward()
-    names = {"diffloss.net.": "token_head.net."}
+    names = {"diffloss.net.": "head_module.net."}
     parameters = dict(model.named_parameters())
     for key in (key for key in io if key.startswith("train.grad.")):
         name = key.removeprefix("train.grad.")

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 
 def nearest_codes(latent_MC: Tensor, codebook_VC: Tensor) -> Tensor:
-    """Index of the code at the least Euclidean distance; the first of equal ones.
+    """Index of the code at the least Euclidean distance; the first where several products are equal.
 
     |z|^2 is the same for all codes and left out: argmax of z.e - |e|^2 / 2.
 

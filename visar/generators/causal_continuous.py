@@ -19,6 +19,7 @@ from visar.data.vocabulary import Vocabulary
 from visar.generators.causal import CausalTransformer
 from visar.generators.causal_state import RasterState
 from visar.generators.training import GeneratorFamily, HeadObjective, shared_arguments
+from visar.layers.heads.chain import Head
 from visar.layers.heads.families import build_head
 from visar.layers.heads.mixture import MixtureHead
 from visar.layers.rope import PrefixRotation, RopeKind
@@ -42,7 +43,7 @@ class CausalContinuous(CausalTransformer):
     """
 
     quantized_parts = ("layers",)
-    read_once_per_block = ("token_proj", "layers", "token_head")
+    read_once_per_block = ("token_proj", "layers", "head_module")
 
     @register_to_config
     def __init__(
@@ -86,11 +87,11 @@ class CausalContinuous(CausalTransformer):
             prefix_rotation=prefix_rotation,
             dropouts=(token_dropout, residual_dropout, ffn_dropout),
         )
-        self.token_head = build_head(head, channels, width, head_arguments)
+        self.head_module = build_head(head, channels, width, head_arguments)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Weights to train from: N(0, 0.02) for linear and embedding layers; the head's as its paper has them."""
-        inside = set(self.token_head.modules())
+        inside = set(self.head_module.modules())
         for module in self.modules():
             if module in inside:
                 continue
@@ -101,7 +102,12 @@ class CausalContinuous(CausalTransformer):
         nn.init.normal_(self.token_proj.weight, std=0.2, generator=generator)
         if width := self.config["caption_width"]:
             nn.init.normal_(self.get_buffer("cls_embedding.uncond_embedding"), std=width**-0.5, generator=generator)
-        self.token_head.reset_parameters(generator)
+        self.head_module.reset_parameters(generator)
+
+    @property
+    def token_head(self) -> Head:
+        """Draws a token given its hidden vector; a property, because Python's protocols do not see submodules."""
+        return self.head_module
 
     @property
     def token_shape(self) -> tuple[int, ...]:
@@ -123,7 +129,7 @@ class CausalContinuous(CausalTransformer):
         hidden_BND = self.hidden(tokens_BNC, condition)
         draws = self.config["head_draws"]
         shape = (draws, *tokens_BNC.shape)
-        return self.token_head.loss(hidden_BND.expand(draws, -1, -1, -1), tokens_BNC.expand(shape), random).mean(0)
+        return self.head_module.loss(hidden_BND.expand(draws, -1, -1, -1), tokens_BNC.expand(shape), random).mean(0)
 
     def log_prob(self, tokens_BNC: Tensor, condition: Condition) -> Tensor:
         """Log-density of every token given those before it, nats, float32 [B, N]; of models with a mixture head.
@@ -131,9 +137,9 @@ class CausalContinuous(CausalTransformer):
         Raises:
             ValueError: the head's density is not known.
         """
-        if not isinstance(self.token_head, MixtureHead):
+        if not isinstance(self.head_module, MixtureHead):
             raise ValueError(f"head {self.config['head']!r} has no density in closed form; a mixture has")
-        return self.token_head.log_prob(self.hidden(tokens_BNC, condition), tokens_BNC)
+        return self.head_module.log_prob(self.hidden(tokens_BNC, condition), tokens_BNC)
 
     def scales(self, state: RasterState, count: int) -> Tensor | None:
         """Guidance float32 [1 or B, L] of the next `count` places; None where nothing is guided."""

@@ -23,6 +23,7 @@ from visar.data.vocabulary import Vocabulary
 from visar.generators.training import GeneratorFamily, HeadObjective, shared_arguments
 from visar.layers.bidirectional import BidirectionalBlock, truncated_normal
 from visar.layers.conditioning import ConditionVector, example_condition
+from visar.layers.heads.chain import Head
 from visar.layers.heads.families import build_head
 from visar.layers.packable import Packable
 
@@ -76,7 +77,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
     """
 
     quantized_parts = ("encoder_blocks", "decoder_blocks")
-    read_once_per_block = ("z_proj", "encoder_blocks", "decoder_embed", "decoder_blocks", "token_head")
+    read_once_per_block = ("z_proj", "encoder_blocks", "decoder_embed", "decoder_blocks", "head_module")
     _supports_gradient_checkpointing = False
     _no_split_modules = ["BidirectionalBlock"]
     _repeated_blocks = ["BidirectionalBlock"]
@@ -124,7 +125,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         self.decoder_blocks = self._blocks(decoder_layers)
         self.decoder_norm = nn.LayerNorm(width, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.num_tokens, width))
-        self.token_head = build_head(head, channels, width, head_arguments)
+        self.head_module = build_head(head, channels, width, head_arguments)
 
     def _blocks(self, count: int) -> nn.ModuleList:
         config = self.config
@@ -135,7 +136,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Weights to train from (MAR): Xavier for linear layers, N(0, 0.02) for embeddings and positions."""
-        inside = set(self.token_head.modules())
+        inside = set(self.head_module.modules())
         for module in self.modules():
             if module in inside:
                 continue
@@ -146,7 +147,12 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02, generator=generator)
-        self.token_head.reset_parameters(generator)
+        self.head_module.reset_parameters(generator)
+
+    @property
+    def token_head(self) -> Head:
+        """Draws a token given its hidden vector; a property, because Python's protocols do not see submodules."""
+        return self.head_module
 
     # ------------------------------------------------------------------------------------------------- conditions
     def check_condition(self, condition: Condition) -> None:
@@ -236,7 +242,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         asked_BMD = hidden_BND.gather(1, index_BM.expand(-1, -1, hidden_BND.shape[-1]))
         target_BMC = tokens_BNC.gather(1, index_BM.expand(-1, -1, channels))
         shapes = (draws, *asked_BMD.shape), (draws, *target_BMC.shape)
-        return self.token_head.loss(asked_BMD.expand(shapes[0]), target_BMC.expand(shapes[1]), random).mean(0)
+        return self.head_module.loss(asked_BMD.expand(shapes[0]), target_BMC.expand(shapes[1]), random).mean(0)
 
     # --------------------------------------------------------------------------------------------------- decoding
     def start(

@@ -71,6 +71,36 @@ _HMAR = replace(
     model_options='{"shared_adaln": true, "num_refinement_layers": 2, "drop_path": 0.05}',
 )
 
+# 16 x 16 vectors of width 8
+_KL = replace(_VQ, out=Path("runs/emoji-kl"), kind="kl", preset="kl-4-64", kl_weight=1e-6)
+
+# Classes, attributes and words as emoji-raster has them. The head's variance is fixed, so that the causal pair can be
+# sampled by exact speculation.
+_CONTINUOUS = replace(
+    _RASTER,
+    tokenizer="emoji-kl",
+    optimizer="muon",
+    learning_rate=2e-3,
+    words="sum",
+    word_dropout=0.25,
+    word_omission=0.1,
+)
+_MAR = replace(
+    _CONTINUOUS,
+    out=Path("runs/emoji-mar"),
+    family="masked",
+    num_layers=8,
+    model_options='{"buffer_size": 16, "head_arguments": {"width": 384, "depth": 3, "steps": 50}}',
+)
+_CAUSAL = replace(
+    _CONTINUOUS,
+    out=Path("runs/emoji-causal"),
+    family="causal_continuous",
+    model_options=(
+        '{"head_arguments": {"width": 384, "depth": 3, "steps": 25, "prediction": "velocity", "variance": "large"}}'
+    ),
+)
+
 _EAGLE = TrainDrafter(
     out=Path("runs/emoji-raster-eagle"),
     data=_EMOJI,
@@ -117,6 +147,26 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
         word_omission=0.1,
         num_layers=8,
         model_options='{"token_input": "codebook", "prefix_rotation": "identity"}',
+    ),
+    "emoji-kl": _KL,
+    "emoji-mar": _MAR,
+    "emoji-mar-small": replace(
+        _MAR,
+        out=Path("runs/emoji-mar-small"),
+        width=128,
+        num_layers=4,
+        num_heads=2,
+        model_options=_MAR.model_options.replace('"width": 384, "depth": 3', '"width": 192, "depth": 2'),
+    ),
+    "emoji-causal": _CAUSAL,
+    "emoji-causal-small": replace(
+        _CAUSAL,
+        out=Path("runs/emoji-causal-small"),
+        width=128,
+        num_layers=3,
+        num_heads=2,
+        hidden_width=352,
+        model_options=_CAUSAL.model_options.replace('"width": 384, "depth": 3', '"width": 192, "depth": 2'),
     ),
     # 32 x 32 as 8 x 8 ids; not augmented: shoes look one way, and the ground is black
     "fashion-vq": replace(
