@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "io", "core", "data", "layers", "tokenizers", "generators", "samplers", "checkpoints", "pipelines",
-         "bench", "evaluate", "train", "distill", "cli")  # fmt: skip
+         "bench", "demo", "evaluate", "train", "distill", "cli")  # fmt: skip
 FILES = {
     f"visar.{room}.{'.'.join(file.relative_to((ROOT / 'visar' / room).resolve()).with_suffix('').parts)}": file
     for room in ROOMS

@@ -113,6 +113,12 @@ def _edit() -> Command:
     return Edit, run
 
 
+def _demo() -> Command:
+    from visar.cli.demo import Demo, demo
+
+    return Demo, lambda options: demo(options, print)
+
+
 def _models() -> Command:
     from visar.cli.lists import Models, models
 
@@ -312,6 +318,7 @@ def _data_fashion() -> Command:
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", _sample),
     "edit": ("redraw a part of an image with a model over scales", _edit),
+    "demo": ("serve a web page to sample, edit and compare", _demo),
     "models": ("list models, their classes and attributes", _models),
     "samplers": ("list samplers, exact and lossy, and their settings", _samplers),
     "eval": ("score a model's images, or images made elsewhere", _eval),
