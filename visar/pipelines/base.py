@@ -239,9 +239,7 @@ class TokenPipeline(DiffusionPipeline):
         for part in ("tokenizer", "generator"):
             finish_folder(folder / part)
 
-    def save_config(
-        self, save_directory: str | os.PathLike, push_to_hub: bool = False, **settings: Any
-    ) -> None:
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **settings: Any) -> None:
         """Writes model_index.json and what other loaders need, as a part of `save_pretrained`."""
         super().save_config(save_directory, push_to_hub, **settings)
         folder = Path(save_directory)

@@ -57,5 +57,3 @@ class VisarModel(ModelMixin):
         name = read_json(folder / "config.json").get("_class_name")
         tables = TOKENIZERS | GENERATORS | DRAFTERS
         return _place(load_component(tables, name, folder, variant=variant), device, dtype)
-
-
