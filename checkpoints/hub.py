@@ -134,3 +134,17 @@ def download(repository: str, file: str) -> Path:
             f"{file} of {repository} could not be fetched ({type(error).__name__}). With the file at hand, "
             f"`visar convert` turns it into a folder that loads without a network."
         ) from error
+
+
+def file_size(repository: str, file: str) -> tuple[int | None, bool]:
+    """Bytes of a hub file, and whether it is in the local cache; None where the hub cannot be asked."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    held = try_to_load_from_cache(repository, file)
+    if isinstance(held, str):
+        return Path(held).stat().st_size, True
+    try:
+        return get_hf_file_metadata(hf_hub_url(repository, file), timeout=10).size, False
+    except (HfHubHTTPError, OSError):
+        return None, False

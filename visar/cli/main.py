@@ -186,6 +186,17 @@ def _acceptance() -> Command:
     return Acceptance, run
 
 
+def _reproduce() -> Command:
+    from visar.evaluate.options import Reproduce
+
+    def run(options: Reproduce) -> None:
+        from visar.cli.reproduce import run_reproduce
+
+        run_reproduce(options, print, _table, _progress())
+
+    return Reproduce, run
+
+
 def _stats() -> Command:
     from visar.evaluate.options import Stats
 
@@ -324,6 +335,7 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "eval": ("score a model's images, or images made elsewhere", _eval),
     "eval --compare": ("the same seeds through several samplers or models, or finished evaluations", _compare),
     "eval --tokenizer": ("score a tokenizer's reconstructions", _eval_tokenizer),
+    "reproduce": ("a paper's figure from its authors' files (--dry-run: what that takes)", _reproduce),
     "acceptance": ("what speculative samplers accept, and how much faster than ancestral sampling", _acceptance),
     "stats": ("write a statistics file of real images, to evaluate against", _stats),
     "convert": ("convert another project's weights to a folder that loads without a network", _convert),

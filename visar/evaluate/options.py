@@ -157,6 +157,42 @@ class Eval(Placement, Filters, ScoreOptions, RunOptions):
 
 
 @dataclass(frozen=True)
+class Reproduce:
+    """Runs a paper's evaluation from the authors' files and prints its figure beside the paper's.
+
+    Without a name, lists the rows. With --dry-run, says what would be fetched and done. Under torchrun the images are
+    shared among the processes, and a run that was stopped resumes: torchrun --nproc-per-node 8 -m visar reproduce
+    llamagen-b-256 --reference VIRTUAL_imagenet256_labeled.npz
+    """
+
+    name: tyro.conf.Positional[str] = ""
+    """Row to reproduce, such as llamagen-b-256; when not given, the rows are listed."""
+    _: KW_ONLY
+    reference: Path | None = None
+    """File of the paper's reference batch, which --dry-run says where to get; or another reference for a trial."""
+    out: Path = Path("reproduction")
+    """Folder for reproduction.json, metrics.json, card.md and the state of the run."""
+    dry_run: bool = False
+    """Fetch and make nothing: print the files with their sizes, the settings, the protocol and the paper's figures."""
+    num_samples: int = 50_000
+    """Number of images; the papers' figures are of 50,000."""
+    batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = "auto"
+    """Images per batch; auto finds how many fit into memory."""
+    seed: int = 0
+    """Seed of the first image; image i has seed + i."""
+    device: str | None = None
+    """Device to run on: cpu, cuda, cuda:1, ...; when not given, a GPU if there is one."""
+    dtype: str | None = None
+    """Dtype of the generator's weights; when not given, the row's own, which is nearest to the paper's."""
+    extractor: str = "inception-v3"
+    """Network whose features are compared; only inception-v3 gives a FID."""
+    extractor_weights: Path | None = None
+    """Weights file of the extractor; needed for inception-v3 without a network connection."""
+    keep_images: KeepImages = "none"
+    """Images to write: png, one file per image; npz, one file that ADM's evaluator reads."""
+
+
+@dataclass(frozen=True)
 class Stats(FeatureOptions, ResizeOptions):
     """Writes a statistics file of real images, to evaluate against without the images."""
 

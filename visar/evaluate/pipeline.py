@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from visar.core.condition import Condition
@@ -64,15 +65,20 @@ class PipelineGenerator:
         pipeline: the model.
         sampling: how it samples.
         uint8_rule: key of UINT8_RULES.
+        scored_size: side in pixels that images are resized to (bicubic, not antialiased) before they are rounded, as
+            LlamaGen's figures need it; None leaves them.
 
     Raises:
         ValueError: an unknown rule.
     """
 
-    def __init__(self, pipeline: ImagePipeline, sampling: Sampling, uint8_rule: str = "round") -> None:
+    def __init__(
+        self, pipeline: ImagePipeline, sampling: Sampling, uint8_rule: str = "round", scored_size: int | None = None
+    ) -> None:
         if uint8_rule not in UINT8_RULES:
             raise ValueError(f"uint8_rule {uint8_rule!r}; choose {', '.join(UINT8_RULES)}")
         self.pipeline, self.sampling, self.uint8_rule = pipeline, sampling, uint8_rule
+        self.scored_size = scored_size
         self.asked: dict[str, str] = {}
         self.texts = () if pipeline.vocabulary is None else pipeline.vocabulary.texts
 
@@ -85,7 +91,11 @@ class PipelineGenerator:
             seeds=seeds,
             output_type="pt",
         )
-        return UINT8_RULES[self.uint8_rule](result.images), result.statistics
+        images_BCHW = result.images
+        if self.scored_size is not None:
+            size = (self.scored_size, self.scored_size)
+            images_BCHW = F.interpolate(images_BCHW.float(), size, mode="bicubic").clamp(0.0, 1.0)
+        return UINT8_RULES[self.uint8_rule](images_BCHW), result.statistics
 
     def _conditions(self, labels: list[Label]) -> dict[str, Any]:
         if all(label is None for label in labels):
@@ -188,5 +198,6 @@ class PipelineGenerator:
             "torch": torch.__version__,
             "device_type": self.pipeline.device.type,
             **({} if self.image_of == "codes" else {"image_of": self.image_of}),
+            **({} if self.scored_size is None else {"scored_size": self.scored_size}),
             **self.asked,
         }

@@ -196,17 +196,21 @@ def load_report(folder: str | Path) -> Report:
     """
     path = Path(folder) / "metrics.json"
     try:
-        content = json_object(path.read_bytes())
-        speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none, nor a second score
-        read = {"metrics": _metrics(content["metrics"]), "notes": tuple(content["notes"]), "speed": speed}
-        second = content.get("second")
-        report = Report(**{**content, **read, "second": None if second is None else _metrics(second)})
+        report = report_of(json_object(path.read_bytes()))
         card(report)  # which reads all of it
         return report
     except FileNotFoundError as error:
         raise ValueError(f"no metrics.json in {folder}: run visar eval with --out {folder} first") from error
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a report of visar eval ({error})") from error
+
+
+def report_of(content: dict[str, Any]) -> Report:
+    """A report from what metrics.json, or a row of compare.json, says."""
+    speed = tuple(Speed(**row) for row in content.get("speed", ()))  # older reports have none, nor a second score
+    read = {"metrics": _metrics(content["metrics"]), "notes": tuple(content["notes"]), "speed": speed}
+    second = content.get("second")
+    return Report(**{**content, **read, "second": None if second is None else _metrics(second)})
 
 
 def _metrics(content: dict[str, Any]) -> Metrics:

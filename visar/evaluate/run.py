@@ -180,6 +180,7 @@ def evaluate_pipeline(
     *,
     name: str,
     uint8_rule: str = "round",
+    scored_size: int | None = None,
     prompts: tuple[str, ...] = (),
     speed_batches: tuple[int, ...] = (),
     scoring: Callable[[], Scoring] | None = None,
@@ -195,6 +196,7 @@ def evaluate_pipeline(
         options: options of the run.
         name: the model's name in tables and cards.
         uint8_rule: key of UINT8_RULES.
+        scored_size: side in pixels that images are resized to before they are scored; None leaves them.
         prompts: for models conditioned on words; image i has prompt i mod their number.
         speed_batches: batch sizes at which the first process times whole calls, see `measure_speed`; what the folder's
             report of the same device says already stays.
@@ -212,7 +214,7 @@ def evaluate_pipeline(
         raise ValueError(f"give prompts or captions {options.captions!r}, not both")
     sampling.check(pipeline)
     joined = world or join_world(pipeline.device.type)
-    generate = PipelineGenerator(pipeline, sampling, uint8_rule)
+    generate = PipelineGenerator(pipeline, sampling, uint8_rule, scored_size)
     if joined.device != pipeline.device:
         pipeline.to(joined.device)
     pipeline.set_progress_bar_config(disable=True)

@@ -10,11 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from diffusers import ModelMixin
+from diffusers import ConfigMixin, ModelMixin
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from visar.io.files import atomic_write
+from visar.io.formats import mark_model, settings_of
 from visar.io.packed import MARK, is_packed, pack, unpack
 
 Storage = Literal["plain", "int8"]
@@ -51,8 +52,18 @@ def save_model(model: Any, folder: Path, storage: Storage = "plain") -> None:
         pack_folder(model, folder)
 
 
-class Packable(ModelMixin):
-    """A model whose folder may hold 8-bit weights."""
+class Packable(ModelMixin, ConfigMixin):
+    """A model whose folder may hold 8-bit weights, and that other loaders read; see visar/io/formats.py."""
+
+    def save_config(self, save_directory: str | PathLike, push_to_hub: bool = False, **settings: Any) -> None:
+        """Writes config.json and what other loaders need, as a part of `save_pretrained`."""
+        super().save_config(save_directory, push_to_hub, **settings)
+        mark_model(Path(save_directory))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
+        """Constructor arguments among what config.json says; see diffusers."""
+        return super().extract_init_dict(settings_of(config_dict), **settings)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike, **settings: Any) -> Self:

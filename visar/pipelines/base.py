@@ -22,6 +22,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.io.files import check_folder_output, finish_folder
+from visar.io.formats import mark_pipeline, settings_of
 from visar.kernels.invariance import batch_invariant, check_deterministic, wanted
 from visar.layers.packable import Storage, check_storage, pack_folder
 from visar.layers.quantize import quantized_layers, scaled
@@ -102,6 +103,7 @@ class TokenPipeline(DiffusionPipeline):
         self.offload = False
         self._onload_device: torch.device | None = None
         self.deterministic = "auto"
+        self._interrupt = False
         self._text_encoder: TextEncoder | None = None
         self._helpers = Helpers()
 
@@ -236,6 +238,18 @@ class TokenPipeline(DiffusionPipeline):
             pack_folder(self.generator, folder / "generator")
         for part in ("tokenizer", "generator"):
             finish_folder(folder / part)
+
+    def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **settings: Any) -> None:
+        """Writes model_index.json and what other loaders need, as a part of `save_pretrained`."""
+        super().save_config(save_directory, push_to_hub, **settings)
+        folder = Path(save_directory)
+        parts = tuple(part for part in ("tokenizer", "generator") if (folder / part / "config.json").is_file())
+        mark_pipeline(folder, type(self).__name__, parts)
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
+        """Constructor arguments among what model_index.json says; see diffusers."""
+        return super().extract_init_dict(settings_of(config_dict), **settings)
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
@@ -508,6 +522,24 @@ class TokenPipeline(DiffusionPipeline):
             return entry.load()(
                 self.generator, condition, noise=noise, runtime=runtime, callback=callback, **arguments
             )
+
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width of an image in pixels; None where the tokens have no places in it."""
+        shape, factor = self.tokenizer.layout.shapes[-1], self.tokenizer.downsampling
+        return None if len(shape) < 2 else (shape[-2] * factor, shape[-1] * factor)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether a callback has ended the call by setting `_interrupt`, as in other pipelines of diffusers."""
+        return self._interrupt
+
+    def _latents(self, tokens: Tensor) -> Tensor:
+        """What `decode` makes images of, float [B, C, h, w], of tokens or of what `SampleOutput.latent` is."""
+        if tokens.ndim == 4:
+            return tokens
+        with self._fetched(self.tokenizer):
+            return self.tokenizer.latents(tokens)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""

@@ -20,6 +20,7 @@ from visar.checkpoints.rows import Models
 from visar.core.interface import TokenizerModel
 from visar.generators import families as generators
 from visar.io.files import load_weights, tensors_only
+from visar.io.formats import MODEL_CLASS, MODEL_MODULE, PIPELINE_MODULE, check_format
 from visar.tokenizers import families as tokenizers
 
 _MODEL_FILES = ("model_index.json", "config.json")
@@ -180,8 +181,9 @@ def read_pipeline(
         )
         raise ValueError(f"{folder} has no model_index.json: it was not made by ImagePipeline.save_pretrained.{alone}")
     index, parts = read_json(folder / "model_index.json"), {}
-    if index.get("_class_name") != pipeline.__name__:
+    if index.get("_class_name") not in (pipeline.__name__, [PIPELINE_MODULE, pipeline.__name__]):
         raise ValueError(f"{folder} holds a {index.get('_class_name')!s:.80}; an {pipeline.__name__} is needed")
+    check_format(index, folder)
     for name, allowed in (("tokenizer", TOKENIZERS), ("generator", GENERATORS)):
         parts[name] = given.get(name)
         if parts[name] is None:
@@ -230,6 +232,10 @@ def load_part(
         ValueError: the index does not name it as it should, or see `load_component`.
     """
     match index.get(name):
+        case [module, class_name] if [module, class_name] == [MODEL_MODULE, MODEL_CLASS]:
+            # Its config.json says which class it is.
+            class_name = read_json(folder / name / "config.json").get("_class_name")
+            return load_component(allowed, class_name, folder / name, None, variant)
         case [str(module), str(class_name)]:
             return load_component(allowed, class_name, folder / name, module, variant)
         case other:
@@ -257,7 +263,9 @@ def load_component(
         found = model_class(allowed, name, module)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
-    config = {key: value for key, value in read_json(folder / "config.json").items() if not key.startswith("_")}
+    content = read_json(folder / "config.json")
+    check_format(content, folder)
+    config = {key: value for key, value in content.items() if not key.startswith("_") and key != "auto_map"}
     try:
         model = empty(found, config)
     except TypeError as error:

@@ -8,6 +8,7 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 import numpy as np
 import PIL.Image
 import torch
+import torch.nn.functional as F
 from diffusers.utils import BaseOutput
 from einops import rearrange
 from torch import Tensor
@@ -19,9 +20,9 @@ from visar.core.output import SampleStatistics
 from visar.io.pictures import check_decoded, to_pictures
 from visar.pipelines import memory as batching
 from visar.pipelines.base import TokenPipeline
-from visar.pipelines.requests import each_image
+from visar.pipelines.requests import check_others, check_returned, each_image, without_empty
 
-OUTPUT_TYPES = ("pil", "pt", "np")
+OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 Images = TypeVar("Images")
 
 
@@ -30,7 +31,8 @@ class ImageOutput(BaseOutput, Generic[Images]):
     """Result of a call, typed by its images.
 
     Attributes:
-        images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], or float array [B, H, W, 3] in [0, 1].
+        images: list of PIL images, float tensor [B, 3, H, W] in [0, 1], float array [B, H, W, 3] in [0, 1], or
+            latents: float tensor [B, C, h, w], which `decode` makes images of.
         statistics: statistics of the sampler.
         tokens: int64 [B, N].
         seeds: one per image; an image can be made again alone with its seed and condition.
@@ -59,7 +61,9 @@ class CallSettings(TypedDict, total=False):
     seeds: Sequence[int] | None
     generator: torch.Generator | list[torch.Generator] | None
     batch_size: int | Literal["auto"] | None
-    callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None
+    callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict | None] | None
+    callback_on_step_end_tensor_inputs: Sequence[str] | None
+    num_images_per_prompt: int | None
 
 
 Labels = int | str | Sequence[int | str] | None
@@ -78,6 +82,7 @@ class ImagePipeline(TokenPipeline):
         num_images: int = 1,
         *,
         output_type: Literal["pil"] = "pil",
+        return_dict: Literal[True] = True,
         **settings: Unpack[CallSettings],
     ) -> ImageOutput[list[PIL.Image.Image]]: ...
 
@@ -88,7 +93,8 @@ class ImagePipeline(TokenPipeline):
         prompt: Prompts = None,
         num_images: int = 1,
         *,
-        output_type: Literal["pt"],
+        output_type: Literal["pt", "latent"],
+        return_dict: Literal[True] = True,
         **settings: Unpack[CallSettings],
     ) -> ImageOutput[Tensor]: ...
 
@@ -100,8 +106,21 @@ class ImagePipeline(TokenPipeline):
         num_images: int = 1,
         *,
         output_type: Literal["np"],
+        return_dict: Literal[True] = True,
         **settings: Unpack[CallSettings],
     ) -> ImageOutput[np.ndarray]: ...
+
+    @overload
+    def __call__(
+        self,
+        class_labels: Labels = None,
+        prompt: Prompts = None,
+        num_images: int = 1,
+        *,
+        output_type: Literal["pil", "pt", "np", "latent"] = "pil",
+        return_dict: Literal[False],
+        **settings: Unpack[CallSettings],
+    ) -> tuple[Any]: ...
 
     @torch.no_grad()
     def __call__(
@@ -122,14 +141,18 @@ class ImagePipeline(TokenPipeline):
         seeds: Sequence[int] | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         batch_size: int | Literal["auto"] | None = None,
-        output_type: Literal["pil", "pt", "np"] = "pil",
-        callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None = None,
-    ) -> ImageOutput[Any]:
+        output_type: Literal["pil", "pt", "np", "latent"] = "pil",
+        callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
+        num_images_per_prompt: int | None = None,
+        return_dict: bool = True,
+        **others: Any,
+    ) -> ImageOutput[Any] | tuple[Any]:
         """Makes images.
 
         Args:
             class_labels: a class, or one per image, by name or number; None draws from the training distribution.
-            prompt: words, or one prompt per image, for models conditioned on words or captions.
+            prompt: words, or one prompt per image, for models conditioned on words or captions; "" is none.
             num_images: images of every class or prompt.
             attributes: further labels by name, such as {"style": "noto"}.
             condition: the tensors themselves, instead of class_labels, prompt and attributes (for text encoders'
@@ -144,9 +167,15 @@ class ImagePipeline(TokenPipeline):
             seeds: one per image, instead of seed.
             generator: torch generator(s) to draw the seeds from, instead of seed.
             batch_size: most images at a time; None is all; "auto" finds the most that fit, see `find_batch_size`.
-            output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
+            output_type: "pil", "pt" (tensor in [0, 1]), "np" (array in [0, 1]) or "latent" (see `ImageOutput`).
             callback_on_step_end: called as f(pipeline, n, n, {"tokens": ids so far}) after every block (every few
-                passes of speculative samplers); n + 1 tokens are there.
+                passes of speculative samplers); n + 1 tokens are there. `pipeline._interrupt = True` in it ends the
+                call: images of what is there are returned (other tokens are 0), and no further batch is begun.
+            callback_on_step_end_tensor_inputs: None or ["tokens"]: what the callback is given.
+            num_images_per_prompt: num_images, by the name that other pipelines of diffusers have for it.
+            return_dict: False returns the tuple (images,) instead.
+            others: further arguments of pipelines of diffusers; only those that ask for nothing are taken (see
+                visar/pipelines/requests.py).
 
         Raises:
             ValueError: bad values; the message names the value and the allowed ones.
@@ -154,6 +183,11 @@ class ImagePipeline(TokenPipeline):
         """
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}; choose one of {', '.join(OUTPUT_TYPES)}")
+        check_others(others, callback_on_step_end_tensor_inputs, self.image_size)
+        if num_images_per_prompt is not None:
+            if num_images not in (1, num_images_per_prompt):
+                raise ValueError(f"num_images {num_images!r} and num_images_per_prompt {num_images_per_prompt!r}: one")
+            num_images = num_images_per_prompt
         if not isinstance(num_images, Integral):
             raise ValueError(f"num_images {num_images!r}; it must be a whole number >= 1")
         check_range("num_images", int(num_images), IMAGES)
@@ -165,6 +199,7 @@ class ImagePipeline(TokenPipeline):
             check_range("batch_size", int(batch_size), BATCH)
         if not isinstance(attributes, Mapping | None):
             raise ValueError(f"attributes {attributes!r}; give a dictionary, such as {{'style': 'noto'}}")
+        prompt, num_images = without_empty(prompt, num_images)
         if class_labels is not None and prompt is not None:
             raise ValueError("give a class (class_labels, --class) or a prompt, not both")
         if not isinstance(condition, Condition | None):
@@ -191,6 +226,7 @@ class ImagePipeline(TokenPipeline):
             size = self.find_batch_size(count, guidance_scale=guidance, **others)
         tokens: list[Tensor] = []
         images: list[Tensor] = []
+        self._interrupt = False
         statistics = SampleStatistics()
 
         def finished() -> ImageOutput[Any]:
@@ -210,16 +246,20 @@ class ImagePipeline(TokenPipeline):
             for first in range(0, count, size):
                 part = slice(first, first + size)
 
-                def callback(done: int, ids: Tensor, before: int = first // size * num_tokens) -> None:
+                def callback(done: int, ids: Tensor, before: int = first // size * num_tokens) -> bool:
                     bar.update(before + done - bar.n)
                     if callback_on_step_end is not None:
-                        callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
+                        check_returned(callback_on_step_end(self, done - 1, done - 1, {"tokens": ids}), ids)
+                    return self._interrupt
 
                 try:
                     out = self.sample_tokens(
                         condition.rows(part), image_seed_list[part], callback=callback, **settings
                     )
-                    pictures = self.decode(out.tokens if out.latent is None else out.latent)
+                    if (missing := num_tokens - out.tokens.shape[1]) and self._interrupt:
+                        out.tokens = F.pad(out.tokens, ((0, 0) * (out.tokens.ndim - 2)) + (0, missing))
+                    made = out.tokens if out.latent is None else out.latent
+                    pictures = self._latents(made) if output_type == "latent" else self.decode(made)
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive
@@ -228,10 +268,15 @@ class ImagePipeline(TokenPipeline):
                 tokens.append(out.tokens)
                 images.append(pictures)
                 statistics = statistics + out.statistics
-        return finished()
+                if self._interrupt:
+                    break
+        output = finished()
+        return output if return_dict else (output.images,)
 
 
 def _finish(image_BCHW: Tensor, output_type: str) -> Any:
+    if output_type == "latent":
+        return image_BCHW
     check_decoded(image_BCHW)
     if output_type == "pt":
         return (image_BCHW + 1.0) / 2.0

@@ -1,7 +1,7 @@
 """What a call asks for: seeds and numbered classes image by image, classes and labels as text."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -44,6 +44,72 @@ def each_image(name: str, values: Any, num_images: int) -> list[Any]:
         raise ValueError(f"{name} {wrong[0]!r}; {needed} is needed")
     check_range(f"{name}: images", len(listed) * num_images, IMAGES)
     return [value for value in listed for _ in range(num_images)]
+
+
+def without_empty(prompt: Any, num_images: int) -> tuple[Any, int]:
+    """A prompt, and images of it; empty texts are no prompt, and a list of them a number of images.
+
+    Raises:
+        ValueError: some texts of a list are empty, others are not.
+    """
+    if isinstance(prompt, str):
+        return (prompt if prompt.strip() else None), num_images
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return prompt, num_images
+    empty = [text for text in prompt if isinstance(text, str) and not text.strip()]
+    if not empty:
+        return prompt, num_images
+    if len(empty) < len(prompt):
+        raise ValueError(f"{len(empty)} of {len(prompt)} prompts are empty; give all of them, or none")
+    return None, len(prompt) * num_images
+
+
+# Arguments of other pipelines that this one does not have, and what to use instead.
+_FOREIGN = {
+    "negative_prompt": "guidance is away from no condition: leave it out",
+    "num_inference_steps": "steps are settings of samplers (sampler_options; `visar samplers` lists them)",
+    "eta": "noise is a setting of samplers (sampler_options; `visar samplers` lists them)",
+    "latents": "images are functions of seeds: give seed, seeds or generator",
+    "guidance_rescale": "give a visar.Guidance as guidance_scale",
+    "timesteps": "steps are settings of samplers (sampler_options; `visar samplers` lists them)",
+    "image": "use `visar edit`, or pipeline.sample_tokens with the sampler edit",
+}
+
+
+def check_others(others: dict[str, Any], tensors: Sequence[str] | None, size: tuple[int, int] | None) -> None:
+    """Checks the arguments of a call that only other pipelines have: those that ask for nothing pass.
+
+    Args:
+        others: arguments by name.
+        tensors: what a callback wants to be given.
+        size: (height, width) of the pipeline's images, where it is known; arguments of these names may say so.
+
+    Raises:
+        ValueError: an argument that cannot be honoured; says what to use instead.
+    """
+    if tensors is not None and (isinstance(tensors, str) or set(tensors) - {"tokens"}):
+        raise ValueError(f"callback_on_step_end_tensor_inputs {tensors!r}; allowed: ['tokens']")
+    for name, value in others.items():
+        if name in ("height", "width"):
+            if value is not None and (size is None or value != size[name == "width"]):
+                own = "of one size" if size is None else f"{size[0]} x {size[1]}"
+                raise ValueError(f"{name} {value!r}; this model's images are {own}")
+        elif name in _FOREIGN:
+            if value is not None and value != "" and value != [""] and not (name == "eta" and value == 0.0):
+                raise ValueError(f"{name}={value!r:.80} is nothing that this pipeline has: {_FOREIGN[name]}")
+        else:
+            # What Python itself raises for a name that nobody knows.
+            raise TypeError(f"ImagePipeline.__call__ has no argument {name!r}")
+
+
+def check_returned(returned: Any, tokens: torch.Tensor) -> None:
+    """Checks what a callback returned: other tokens would be no sample of the model.
+
+    Raises:
+        ValueError: it changed the tokens.
+    """
+    if isinstance(returned, Mapping) and returned.get("tokens", tokens) is not tokens:
+        raise ValueError("the callback returned other tokens; it may look at them and interrupt, not replace them")
 
 
 def _whole(seed: Any) -> int:
