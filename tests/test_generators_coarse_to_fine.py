@@ -160,8 +160,7 @@ def test_codes_of_one_cluster_look_alike(name):
             picks = torch.multinomial(fits.flatten(0, 1).float(), 1, generator=generator).view_as(tokens)
             assert (cluster_V[picks] == cluster_V[tokens]).all() == same
             errors.append(float((tokenizer.decode(picks) - shown).square().mean()))
-    assert errors[0] < 0.8 * errors[1], errors
-    print(name, errors)
+    assert errors[0] < 0.2 * errors[1], errors
 
 
 def test_clusters_that_do_not_fit_are_refused():
@@ -221,7 +220,7 @@ def test_ancestral_draws_follow_the_joint(settings):
 def test_samplers_of_the_first_stage_stay_exact(name):
     model = made()
     model.fine_sampling = FINE
-    out = draws(model, name, TINY.DRAWS, **FILTERS)
+    out = draws(model, name, TINY.DRAWS if name in ("jacobi", "static_tree") else TINY.DRAWS // 4, **FILTERS)
     check = check_distribution(out.tokens, joint(model, 1, **FILTERS), CODES)
     assert check.passed, check
     assert out.statistics.mean_tokens_per_pass > 1.0

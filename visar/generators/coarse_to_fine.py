@@ -30,7 +30,7 @@ from visar.layers.conditioning import ConditionVector
 from visar.layers.packable import Packable
 from visar.layers.rope import PrefixRotation, RopeKind
 
-_FINE = dict(clusters=512, fine_width=1024, fine_layers=24, fine_heads=16, fine_hidden_width=4096)
+_FINE: dict[str, Any] = dict(clusters=512, fine_width=1024, fine_layers=24, fine_heads=16, fine_hidden_width=4096)
 _FINE |= dict(fine_sampling=dict(temperature=1.1))
 
 # The paper's sizes: LlamaGen's over 512 labels (87 M, 310 M and 734 M parameters), and a stage 2 of 343 M, whose form
