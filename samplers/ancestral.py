@@ -12,6 +12,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime, Session
 from visar.samplers.filtering import check_filters, sample_logits
+from visar.samplers.stages import in_stages
 
 
 def check_ancestral(model: Categorical, guidance: Guidance, temperature: float, top_k: int, top_p: float) -> None:
@@ -20,6 +21,7 @@ def check_ancestral(model: Categorical, guidance: Guidance, temperature: float, 
     guidance.scales(len(model.block_sizes))
 
 
+@in_stages
 @torch.no_grad()
 def sample_ancestral(
     model: Categorical,

@@ -31,6 +31,7 @@ from visar.core.runtime import EAGER, Runtime, Session
 from visar.kernels import finite
 from visar.samplers.ancestral import check_ancestral, run_blocks
 from visar.samplers.filtering import filter_logits
+from visar.samplers.stages import in_stages
 
 STEPS = Range(2, 10_000)
 # Numbers float32 of one intermediate [rows, V] at a time: 256 MiB.
@@ -133,6 +134,7 @@ def check_flow(
         raise ValueError(f"codebook of {codebook.shape[0]} codes; the model has {model.config['vocab_size']}")
 
 
+@in_stages
 @torch.no_grad()
 def sample_flow(
     model: Categorical,

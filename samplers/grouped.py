@@ -23,6 +23,7 @@ from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.samplers.jacobi import check_jacobi, run_jacobi
 from visar.samplers.jacobi_drafts import Initial
+from visar.samplers.stages import in_stages
 
 
 def group_members(
@@ -149,6 +150,7 @@ def group_table(codebook: Tensor | None, groups: str, group: int, device: torch.
     return static_groups(vectors_VC, group) if groups == "static" else vectors_VC
 
 
+@in_stages
 @torch.no_grad()
 def sample_grouped(
     model: Windowed,

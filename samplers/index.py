@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from visar.core.interface import Categorical, Continuous, Masked, OneStep, Refining, Scales, Trees, Windowed
+from visar.core.interface import (
+    Categorical,
+    Continuous,
+    Masked,
+    OneStep,
+    Refining,
+    Scales,
+    Staged,
+    Trees,
+    Windowed,
+    first_stage,
+)
+from visar.samplers.stages import stage_arguments
 
 ARGUMENTS = ("model", "condition", "noise", "guidance", "callback", "runtime")
 """Arguments that the caller makes for every sampler; a sampler's other arguments are its settings."""
@@ -49,8 +61,8 @@ class SamplerEntry:
         return {name: parameter for name, parameter in self.parameters().items() if name not in GENERAL}
 
     def fits(self, generator: Any) -> bool:
-        """Whether a generator has the capabilities that the sampler needs."""
-        return isinstance(generator, self.needs)
+        """Whether a generator, or the first of its two stages, has the capabilities that the sampler needs."""
+        return isinstance(first_stage(generator), self.needs)
 
     def check(self, generator: Any, arguments: Mapping[str, Any]) -> None:
         """Runs the sampler's checks alone.
@@ -63,6 +75,8 @@ class SamplerEntry:
             ValueError: as the sampler itself raises for these arguments.
         """
         check = self.load("check")
+        if isinstance(generator, Staged):
+            generator, arguments = first_stage(generator), stage_arguments(generator, arguments)
         given = {name: parameter.default for name, parameter in self.parameters().items()} | dict(arguments)
         _, *names = inspect.signature(check).parameters
         check(generator, **{name: given[name] for name in names})

@@ -26,6 +26,7 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput
 from visar.core.runtime import EAGER, Runtime
 from visar.samplers.jacobi_drafts import COUPLINGS, INITIALS, Coupling, Drafts, Initial, carry, verify_drafts
+from visar.samplers.stages import in_stages
 from visar.samplers.verify import Counts, check_passes, run_passes, static_noise
 
 TableChance = Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor]
@@ -50,6 +51,7 @@ def check_jacobi(
         raise ValueError(f"coupling {coupling!r}; choose one of {', '.join(COUPLINGS)}")
 
 
+@in_stages
 @torch.no_grad()
 def sample_jacobi(
     model: Windowed,

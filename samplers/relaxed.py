@@ -33,6 +33,7 @@ from visar.core.runtime import EAGER, Runtime
 from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import fits_kernels
+from visar.samplers.stages import in_stages
 from visar.samplers.tree_speculation import Read, dynamic_size, grown_size, run_trees, static_shape
 from visar.samplers.trees import NodeRule, Walk, draft_dynamic, draft_static, finish, walk, walk_by_kernel, without
 from visar.samplers.verify import acceptance, check_passes, one_hot, residual
@@ -202,6 +203,7 @@ def check_lantern(
     return shape, depth, nodes
 
 
+@in_stages
 @torch.no_grad()
 def sample_lantern(
     model: Trees,

@@ -25,6 +25,7 @@ from visar.core.window import Window
 from visar.samplers.drafters.interface import Drafter, Drafting, Kept, Target
 from visar.samplers.drafters.ngram import NgramDrafter
 from visar.samplers.filtering import draw, filtered_probs
+from visar.samplers.stages import in_stages
 from visar.samplers.verify import DRAFTS, Counts, check_passes, run_passes, static_noise, verify
 
 
@@ -141,6 +142,7 @@ def check_speculative(
     check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
 
 
+@in_stages
 @torch.no_grad()
 def sample_speculative(
     model: Windowed,

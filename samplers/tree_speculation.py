@@ -24,6 +24,7 @@ from visar.core.window import DraftTree
 from visar.samplers.drafters.interface import Drafter, Drafting
 from visar.samplers.filtering import filtered_probs
 from visar.samplers.speculative import begin_speculation
+from visar.samplers.stages import in_stages
 from visar.samplers.trees import (
     Walk,
     check_paths,
@@ -135,6 +136,7 @@ def check_static_tree(
     return shape
 
 
+@in_stages
 @torch.no_grad()
 def sample_static_tree(
     model: Trees,
@@ -219,6 +221,7 @@ def check_dynamic_tree(
     return size
 
 
+@in_stages
 @torch.no_grad()
 def sample_dynamic_tree(
     model: Trees,
@@ -348,6 +351,7 @@ def check_k_seq(
     check_passes(model, guidance, (temperature, top_k, top_p), num_drafts + 1, check_every)
 
 
+@in_stages
 @torch.no_grad()
 def sample_k_seq(
     model: Trees,

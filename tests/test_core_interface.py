@@ -15,12 +15,14 @@ from visar.core.interface import (
     OneStep,
     Refining,
     Scales,
+    Staged,
     TokenHead,
     Tokenizer,
     Trees,
     Windowed,
 )
 from visar.generators.causal_continuous import CausalContinuous
+from visar.generators.coarse_to_fine import CoarseToFine
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.masked import MaskedGenerator
 from visar.generators.next_scale import NextScaleTransformer
@@ -37,10 +39,12 @@ from visar.tokenizers.vq import VQTokenizer
 RASTER = dict(vocab_size=16, grid=(2, 2), width=16, num_layers=1, num_heads=2, hidden_width=32)
 PYRAMID = dict(vocab_size=16, codebook_width=4, scales=(1, 2), width=16, num_layers=2, num_heads=2)
 VECTORS = dict(channels=2, grid=(2, 2), width=16, num_heads=2, num_classes=3, head_arguments=dict(width=8, depth=1))
+STAGES = dict(clusters=4, fine_width=16, fine_layers=1, fine_heads=2, fine_hidden_width=32)
 MODELS = {
     "raster": lambda: RasterGPT(**RASTER, num_classes=3, attributes=(2, 5)),
     "words": lambda: RasterGPT(**RASTER, num_classes=0, word_vocab_size=9, num_words=3),
     "captions": lambda: RasterGPT(**RASTER, num_classes=0, caption_width=8, caption_length=4),
+    "stages": lambda: CoarseToFine(**RASTER, **STAGES, num_classes=3, attributes=(2,)),
     "table": lambda: TabularGenerator(vocab_size=3),
     "scales": lambda: NextScaleTransformer(**PYRAMID, num_classes=3),
     "masked": lambda: HierarchicalMaskedTransformer(**PYRAMID, num_classes=3, num_refinement_layers=1),
@@ -51,6 +55,7 @@ CAPABILITIES = {
     "raster": {Generator, Categorical, Windowed, Trees, Features},
     "words": {Generator, Categorical, Windowed, Trees, Features},
     "captions": {Generator, Categorical, Windowed, Trees, Features},
+    "stages": {Generator, Staged},
     "table": {Generator, Categorical, Windowed, Trees},
     "scales": {Generator, Categorical, Scales},
     "masked": {Generator, Categorical, Scales, Refining},

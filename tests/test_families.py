@@ -13,7 +13,7 @@ from torch import nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import OFF
-from visar.core.interface import Continuous, Masked, TokenLayout
+from visar.core.interface import Continuous, Masked, TokenLayout, first_stage
 from visar.data.images import load_image_set
 from visar.data.vocabulary import Vocabulary
 from visar.generators import families as generators
@@ -132,7 +132,8 @@ def test_a_block_reads_no_linear_layers_but_those_that_the_family_names(trained)
     model.eval()
     named = linear_layers(model, model.read_once_per_block)
     used: set[str] = set()
-    state = model.start(Condition(labels_BA=torch.zeros(1, 1, dtype=torch.int64)), OFF)
+    stage = first_stage(model)
+    state = stage.start(Condition(labels_BA=torch.zeros(1, 1, dtype=torch.int64)), OFF)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             module.register_forward_hook(lambda *_, name=name: used.add(name))
@@ -146,8 +147,8 @@ def test_a_block_reads_no_linear_layers_but_those_that_the_family_names(trained)
             tokens = model.token_head.draw(model.features(state), lambda number: torch.zeros(1, 1, 4))
             model.append(state, tokens)
             continue
-        model.predict(state)
-        model.append(state, torch.zeros(1, size, dtype=torch.int64))
+        stage.predict(state)
+        stage.append(state, torch.zeros(1, size, dtype=torch.int64))
     assert used and used <= set(named)
     assert set(linear_layers(model, model.quantized_parts)) & used
     assert model.cache_bytes(6, 5) == 30 * model.cache_bytes(1, 1) and model.cache_bytes(2) == 2 * model.cache_bytes(1)

@@ -230,6 +230,55 @@ class OneStep(Protocol):
     def __call__(self, vectors_BNC: Tensor, known: Tensor, condition: Condition) -> tuple[Tensor, Tensor]: ...
 
 
+@dataclass(frozen=True)
+class FineSampling:
+    """How the second stage of a generator is sampled.
+
+    Attributes:
+        temperature: > 0; 1.0 = off.
+        top_k, top_p: of the codes of a label's cluster; 0 and 1.0 = off.
+        guidance_scale: strength of classifier-free guidance; 1.0 = off.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    guidance_scale: float = 1.0
+
+
+@runtime_checkable
+class Staged(Generator, Protocol):
+    """A generator of two stages: labels one by one, by a generator of their own, and then all codes in one pass.
+
+    Samplers run on the first stage as on any other generator, and draw the codes behind it; see
+    visar/samplers/stages.py. `start` begins the second stage. `fine_logits` are those of all codes given all labels of
+    some of the images; `preview` gives a code for every label, to show it by; `centres` a vector for every label.
+
+    Attributes:
+        fine_sampling: how the second stage is sampled.
+    """
+
+    @property
+    def fine_sampling(self) -> FineSampling: ...
+
+    def fine_logits(self, state: Any, labels_BN: Tensor, first: int = 0) -> Tensor: ...
+
+    def preview(self, labels: Tensor) -> Tensor: ...
+
+    def centres(self, codebook_VC: Tensor) -> Tensor: ...
+
+    if TYPE_CHECKING:
+
+        @property
+        def coarse(self) -> Any:
+            """The generator of the labels."""
+
+
+def first_stage(generator: Any) -> Any:
+    """What samplers run on: the generator of the labels of one of two stages, else the generator itself."""
+    return generator.coarse if isinstance(generator, Staged) else generator
+
+
 @runtime_checkable
 class Features(Generator, Protocol):
     """A generator that shows its last hidden vectors, for the drafters that are trained on them."""

@@ -33,6 +33,7 @@ class Use(enum.IntEnum):
     ORDER = 5  # decoding orders and masks
     LATENT = 6  # continuous tokens, diffusion noise
     CONDITION = 7  # unspecified conditions
+    FINE = 8  # the code of a position whose cluster was drawn before
 
 
 @functools.cache

@@ -17,6 +17,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "next_scale": ("visar.generators.next_scale", "NextScaleTransformer"),
     "hmar": ("visar.generators.hierarchical_masked", "HierarchicalMaskedTransformer"),
     "masked": ("visar.generators.masked", "MaskedGenerator"),
+    "coarse_to_fine": ("visar.generators.coarse_to_fine", "CoarseToFine"),
     "causal_continuous": ("visar.generators.causal_continuous", "CausalContinuous"),
 }
 

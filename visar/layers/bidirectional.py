@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from visar.kernels.invariance import attention
+
 
 class SelfAttention(nn.Module):
     """Self-attention of all positions with biases.
@@ -28,8 +30,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_RLD: Tensor) -> Tensor:
         query, key, value = self.qkv(x_RLD).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
-        out_RNLE = functional.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        if self.training and self.dropout:
+            out_RNLE = functional.scaled_dot_product_attention(query, key, value, dropout_p=self.dropout)
+        else:
+            out_RNLE = attention(query, key, value)
         return self.proj_drop(self.proj(out_RNLE.transpose(1, 2).flatten(2)))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from visar.checkpoints import hub
-from visar.core.interface import Features
+from visar.core.interface import Features, first_stage
 from visar.pipelines.components import DRAFTERS, find_folder, load_component, load_generator, read_json
 from visar.samplers.drafters.interface import Drafter, check_features, check_fit, target_digest
 from visar.samplers.drafters.model import ModelDrafter
@@ -36,7 +36,7 @@ def load_drafter(name: str | Path, target: Any) -> Drafter:
     elif text in hub.embedded_names() and hub.about(text)["kind"] == "drafter":
         folder = hub.EMBEDDED_FOLDER / text
     elif text in hub.embedded_names() or (folder / "model_index.json").is_file():
-        generator = load_generator(name, device=target.device, dtype=target.dtype)
+        generator = first_stage(load_generator(name, device=target.device, dtype=target.dtype))
         check_fit(generator, target)
         return ModelDrafter(generator)
     if not (folder / "config.json").is_file():

@@ -6,6 +6,7 @@ from numbers import Real
 from typing import Any
 
 from visar.core.guidance import Guidance
+from visar.core.interface import first_stage
 from visar.pipelines.components import load_generator
 from visar.pipelines.drafters import load_drafter
 from visar.samplers.drafters.interface import Drafter
@@ -139,5 +140,5 @@ def resolve_options(
     for name, annotation in annotations(sampler).items():
         kind = kind_of_model(annotation)
         if kind is not None and name in options:
-            options[name] = helpers.load(kind, options[name], generator)
+            options[name] = helpers.load(kind, options[name], first_stage(generator))
     return entry, options
