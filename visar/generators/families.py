@@ -18,6 +18,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "hmar": ("visar.generators.hierarchical_masked", "HierarchicalMaskedTransformer"),
     "masked": ("visar.generators.masked", "MaskedGenerator"),
     "causal_continuous": ("visar.generators.causal_continuous", "CausalContinuous"),
+    "next_neighbor": ("visar.generators.next_neighbor", "NextNeighborTransformer"),
+    "region_parallel": ("visar.generators.region_parallel", "RegionParallelTransformer"),
 }
 
 MODULES = {
