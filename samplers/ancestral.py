@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -51,7 +52,8 @@ def sample_ancestral(
         callback: called after every block, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs.
 
-    Returns: tokens int64 [B, N] and statistics.
+    Returns: tokens int64 [B, N] and statistics. Where a callback ends the sampling they are the leading tokens; if the
+        model draws them in another order than the tokenizer's, all, with 0 where none is drawn.
 
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
@@ -99,11 +101,23 @@ def run_blocks(
         done += size
         if callback is not None and callback(done, model.result(state)):
             break
-    tokens, made = model.result(state)[:, :done].clone(), sizes[: block + 1]
+    made = sizes[: block + 1]
     session.check_finite()  # waits for the device
+    tokens = model.result(state)[:, : _shown(model, state, done)].clone()
     statistics = SampleStatistics(
         forward_passes={"generator": len(made)},
         tokens_per_pass={size: batch * made.count(size) for size in sorted(set(made))},
         seconds=time.perf_counter() - begun,
     )
     return SampleOutput(tokens, statistics)
+
+
+def _shown(model: Categorical, state: Any, done: int) -> int:
+    """How many of the image's tokens to return when `done` are drawn: those, or all if they are not the leading ones.
+
+    They are where the next token that is drawn is the one behind them.
+    """
+    if done == model.num_tokens:
+        return done
+    state.block += 1
+    return done if int(model.positions(state).min()) == done else model.num_tokens

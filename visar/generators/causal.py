@@ -21,9 +21,9 @@ from visar.generators import raster_fused as raster_kernels
 from visar.generators.causal_state import RasterState
 from visar.layers.cache import LayerCache, causal_mask, visible, visible_tree
 from visar.layers.conditioning import (
-    CaptionPrefix,
-    LabelPrefix,
+    add_prefix,
     check_condition,
+    check_sizes,
     example_condition,
     null_condition,
     prefix,
@@ -42,37 +42,16 @@ class CausalTransformer(Packable, ModelMixin, ConfigMixin):
     fused: Literal["auto", "off"] = "auto"
     """"auto" decodes by the kernels of visar/kernels where they can run, "off" by plain PyTorch, the reference."""
 
+    prefix_length: int
+    words_as_prefix: bool
+
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
     _supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]
     _repeated_blocks = ["Block"]
 
-    @staticmethod
-    def _check_sizes(
-        *,
-        width: int,
-        num_heads: int,
-        num_classes: int,
-        attributes: tuple[int, ...],
-        word_vocab_size: int,
-        num_words: int,
-        words: str,
-        caption_width: int,
-    ) -> None:
-        """Checks sizes and conditions; arguments as of `RasterGPT`.
-
-        Raises:
-            ValueError: no condition at all, or settings that exclude each other.
-        """
-        if caption_width and (num_classes or attributes or word_vocab_size):
-            raise ValueError("captions of a text encoder exclude classes, attributes and words")
-        if not (caption_width or num_classes or word_vocab_size):
-            raise ValueError("a class (num_classes), words (word_vocab_size) or captions (caption_width) are needed")
-        if words not in ("sum", "prefix"):
-            raise ValueError(f"words {words!r}; choose sum or prefix")
-        if width % num_heads or (width // num_heads) % 4:
-            raise ValueError(f"width {width} / num_heads {num_heads} must be a multiple of 4")
+    _check_sizes = staticmethod(check_sizes)
 
     def _build_body(
         self,
@@ -97,19 +76,17 @@ class CausalTransformer(Packable, ModelMixin, ConfigMixin):
         rows, columns = grid
         token_dropout, residual_dropout, ffn_dropout = dropouts
         self.num_tokens = rows * columns
-        self.words_as_prefix = bool(word_vocab_size) and words == "prefix"
-        self.prefix_length = caption_length if caption_width else 1 + (num_words if self.words_as_prefix else 0)
-        if caption_width:
-            self.cls_embedding: nn.Module = CaptionPrefix(caption_width, caption_length, width)
-        elif num_classes:
-            self.cls_embedding = LabelPrefix(num_classes, width)
-        else:
-            self.begin_embedding = nn.Parameter(torch.randn(width) * 0.02)
-        self.attribute_embeddings = nn.ModuleList(LabelPrefix(size, width) for size in attributes)
-        if word_vocab_size:
-            self.word_embedding = nn.Embedding(word_vocab_size, width)
-        if self.words_as_prefix:
-            self.word_position = nn.Parameter(torch.randn(num_words, width) * 0.02)
+        add_prefix(
+            self,
+            width=width,
+            num_classes=num_classes,
+            attributes=attributes,
+            word_vocab_size=word_vocab_size,
+            num_words=num_words,
+            words=words,
+            caption_width=caption_width,
+            caption_length=caption_length,
+        )
         self.input_dropout = nn.Dropout(token_dropout)
         self.layers = nn.ModuleList(
             Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout) for _ in range(num_layers)

@@ -19,6 +19,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "masked": ("visar.generators.masked", "MaskedGenerator"),
     "coarse_to_fine": ("visar.generators.coarse_to_fine", "CoarseToFine"),
     "causal_continuous": ("visar.generators.causal_continuous", "CausalContinuous"),
+    "next_neighbor": ("visar.generators.next_neighbor", "NextNeighborTransformer"),
+    "region_parallel": ("visar.generators.region_parallel", "RegionParallelTransformer"),
 }
 
 MODULES = {

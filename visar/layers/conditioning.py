@@ -39,6 +39,60 @@ class CaptionPrefix(nn.Module):
         return self.cap_proj["fc2"](hidden)
 
 
+def check_sizes(
+    *,
+    width: int,
+    num_heads: int,
+    num_classes: int,
+    attributes: tuple[int, ...],
+    word_vocab_size: int,
+    num_words: int,
+    words: str,
+    caption_width: int,
+) -> None:
+    """Checks sizes and conditions; arguments as of `RasterGPT`.
+
+    Raises:
+        ValueError: no condition at all, or settings that exclude each other.
+    """
+    if caption_width and (num_classes or attributes or word_vocab_size):
+        raise ValueError("captions of a text encoder exclude classes, attributes and words")
+    if not (caption_width or num_classes or word_vocab_size):
+        raise ValueError("a class (num_classes), words (word_vocab_size) or captions (caption_width) are needed")
+    if words not in ("sum", "prefix"):
+        raise ValueError(f"words {words!r}; choose sum or prefix")
+    if width % num_heads or (width // num_heads) % 4:
+        raise ValueError(f"width {width} / num_heads {num_heads} must be a multiple of 4")
+
+
+def add_prefix(
+    model: Any,
+    *,
+    width: int,
+    num_classes: int,
+    attributes: tuple[int, ...],
+    word_vocab_size: int,
+    num_words: int,
+    words: str,
+    caption_width: int,
+    caption_length: int,
+) -> None:
+    """Makes the embeddings that `prefix` reads, and says how long the prefix is; arguments as of `RasterGPT`."""
+    model.words_as_prefix = bool(word_vocab_size) and words == "prefix"
+    model.prefix_length = caption_length if caption_width else 1 + (num_words if model.words_as_prefix else 0)
+    if caption_width:
+        model.cls_embedding = CaptionPrefix(caption_width, caption_length, width)
+    elif num_classes:
+        model.cls_embedding = LabelPrefix(num_classes, width)
+    else:
+        model.begin_embedding = nn.Parameter(torch.randn(width) * 0.02)
+    model.attribute_embeddings = nn.ModuleList(LabelPrefix(size, width) for size in attributes)
+    if word_vocab_size:
+        model.word_embedding = nn.Embedding(word_vocab_size, width)
+    if model.words_as_prefix:
+        model.word_position = nn.Parameter(torch.randn(num_words, width) * 0.02)
+
+
 def check_condition(config: Mapping[str, Any], condition: Condition) -> None:
     """See `RasterGPT.check_condition`; config is the model's."""
     if config["caption_width"]:
