@@ -33,6 +33,7 @@ class Use(enum.IntEnum):
     ORDER = 5  # decoding orders and masks
     LATENT = 6  # continuous tokens, diffusion noise
     CONDITION = 7  # unspecified conditions
+    PIXELS = 8  # what a decoder that draws begins with
 
 
 @functools.cache
