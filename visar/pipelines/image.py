@@ -1,7 +1,7 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -19,7 +19,8 @@ from visar.core.output import SampleStatistics
 from visar.io.pictures import check_decoded, to_pictures
 from visar.pipelines import memory as batching
 from visar.pipelines.base import TokenPipeline
-from visar.pipelines.requests import each_image
+from visar.pipelines.previews import Previews, check_previews
+from visar.pipelines.requests import each_begins, each_image
 
 OUTPUT_TYPES = ("pil", "pt", "np")
 Images = TypeVar("Images")
@@ -60,6 +61,8 @@ class CallSettings(TypedDict, total=False):
     generator: torch.Generator | list[torch.Generator] | None
     batch_size: int | Literal["auto"] | None
     callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None
+    callback_on_preview: Callable[["ImagePipeline", int, int, Any], object] | None
+    first_tokens: Tensor | None
 
 
 Labels = int | str | Sequence[int | str] | None
@@ -124,6 +127,8 @@ class ImagePipeline(TokenPipeline):
         batch_size: int | Literal["auto"] | None = None,
         output_type: Literal["pil", "pt", "np"] = "pil",
         callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict] | None = None,
+        callback_on_preview: Callable[["ImagePipeline", int, int, Any], object] | None = None,
+        first_tokens: Tensor | None = None,
     ) -> ImageOutput[Any]:
         """Makes images.
 
@@ -147,6 +152,13 @@ class ImagePipeline(TokenPipeline):
             output_type: "pil", "pt" (tensor in [0, 1]) or "np" (array in [0, 1]).
             callback_on_step_end: called as f(pipeline, n, n, {"tokens": ids so far}) after every block (every few
                 passes of speculative samplers); n + 1 tokens are there.
+            callback_on_preview: called as f(pipeline, first, n, images) when the first n tokens of a batch give images
+                of their own (`tokenizer.layout.previews`): after every scale, or after every group of tokens of a
+                diffusion tokenizer, for which these images cost nothing more. `first` is the number of the batch's
+                first image; images as output_type says.
+            first_tokens: int64 [K], or [B, K] with one row per image: tokens that the images begin with, such as
+                those of another image (`visar.pipelines.editing.first_tokens_of`, or `tokens` of another call). The
+                others are drawn given them, for raster models by exact samplers.
 
         Raises:
             ValueError: bad values; the message names the value and the allowed ones.
@@ -180,6 +192,10 @@ class ImagePipeline(TokenPipeline):
             condition, descriptions = self.prepare_condition(image_seed_list, labels, prompts, attributes)
         else:
             descriptions = [""] * count
+        if first_tokens is not None:
+            condition = replace(condition, first_BK=each_begins(first_tokens, count))
+        if callback_on_preview is not None:
+            check_previews(self)
         settings = self.sampling_settings(
             sampler=sampler, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
@@ -209,9 +225,19 @@ class ImagePipeline(TokenPipeline):
         with progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
             for first in range(0, count, size):
                 part = slice(first, first + size)
+                previews = None if callback_on_preview is None else Previews(self, image_seed_list[part])
 
-                def callback(done: int, ids: Tensor, before: int = first // size * num_tokens) -> None:
+                def callback(
+                    done: int,
+                    ids: Tensor,
+                    before: int = first // size * num_tokens,
+                    first: int = first,
+                    previews: Previews | None = previews,
+                ) -> None:
                     bar.update(before + done - bar.n)
+                    shown = None if previews is None else previews.update(done, ids)
+                    if callback_on_preview is not None and shown is not None:
+                        callback_on_preview(self, first, shown[0], _finish(shown[1], output_type))
                     if callback_on_step_end is not None:
                         callback_on_step_end(self, done - 1, done - 1, {"tokens": ids})
 
@@ -219,7 +245,10 @@ class ImagePipeline(TokenPipeline):
                     out = self.sample_tokens(
                         condition.rows(part), image_seed_list[part], callback=callback, **settings
                     )
-                    pictures = self.decode(out.tokens if out.latent is None else out.latent)
+                    pictures = None if previews is None or out.latent is not None else previews.whole(out.tokens)
+                    if pictures is None:
+                        decoded = out.tokens if out.latent is None else out.latent
+                        pictures = self.decode(decoded, image_seed_list[part])
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive
