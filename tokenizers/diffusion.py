@@ -83,7 +83,7 @@ class DiffusionOutput:
 
 
 def shifted(fraction: Any, shift: float) -> Any:
-    """Time of a flow at a fraction of its way, a number or a tensor in 0 ... 1; a shift > 1 has more steps in noise."""
+    """Time of a flow at a fraction of its steps, a number or a tensor in 0 ... 1; a shift > 1 makes early steps short."""
     return fraction / (fraction + shift * (1.0 - fraction))
 
 
@@ -179,12 +179,12 @@ class DiffusionTokenizer(Checkpointed, Packable, ModelMixin, ConfigMixin):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Weights to train from: the decoder begins with velocities of 0, and its blocks as the identity."""
+        """Weights to train from: the decoder begins with velocities of 0, and reads its condition from the first step
+        on. (Were its blocks the identity at first, the commitment loss alone would move the encoder until then, and
+        make all images one.)"""
         nn.init.normal_(self.decoder_embedding.weight, std=0.02)
-        layers = [self.decoder.conv_out, *(block.adaLN_modulation[1] for block in self.decoder.blocks)]  # type: ignore[index, union-attr]
-        for layer in layers:
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.decoder.conv_out.weight)
+        nn.init.zeros_(self.decoder.conv_out.bias)
 
     def _schedule(self, steps: int) -> tuple[tuple[float, ...], tuple[int, ...]]:
         """Times of all steps, with 1.0 behind the last, and the first token that conditions each of them."""
