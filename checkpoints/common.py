@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,14 +24,36 @@ _EMA = re.compile(r"(^|[._])ema($|[._])", re.IGNORECASE)
 _MOST_CALLS = 20_000
 
 
+class Settings(dict):
+    """Stands for settings of a class that a file's project has; what the file says of them is left out."""
+
+    def __init__(self, *_: object, **__: object) -> None:
+        super().__init__()
+
+    def __setstate__(self, _: object) -> None:
+        return None
+
+
+def _settings(path: str | Path) -> list[tuple[type, str]]:
+    """Names of classes called Config in a file, with what stands for them: nothing of theirs is imported or run."""
+    if not zipfile.is_zipfile(path):
+        return []
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # a damaged file: reading it says so
+        return []
+    return [(Settings, name) for name in names if name.rpartition(".")[2] == "Config"]
+
+
 def read(path: str | Path) -> dict[str, object]:
-    """Contents of a weights file as `load_weights` reads it; command-line settings saved along are let through.
+    """Contents of a weights file as `load_weights` reads it; settings saved along are let through: those of a command
+    line, and objects of a class Config, which stay empty.
 
     Raises:
         ValueError: the file is missing, damaged, or asks for code to be run.
     """
     # A Namespace is a plain container; trainers save one under "args".
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals([argparse.Namespace, *_settings(path)]):
         return load_weights(path)
 
 

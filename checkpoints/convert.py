@@ -28,7 +28,7 @@ def find_rows(content: Mapping[str, object], source: str | None, file: object) -
     rows: list[Row] = []
     for name, those in known.items():
         rows += [row for row in those if source in (None, name) and not any(row is other for other in rows)]
-    found = [row for row in rows if row.sniff(content)]
+    found = [row for row in rows if row.sniff(content) and (source is not None or not row.only_if_named)]
     if found:
         return found
     missed: dict[tuple[str, str], list[str]] = {}

@@ -53,6 +53,8 @@ class Row:
         takes: names of the options that it reads: tokenizer, grid, scales ...
         second: keys of the second file, for kinds of files that come in twos.
         weights: those that the project's own sampling takes from a file with averaged (ema) and plain ones.
+        only_if_named: its files have the keys of another project's, so that only their user can tell: it is taken
+            where the project is named.
     """
 
     source: str
@@ -62,6 +64,7 @@ class Row:
     takes: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     weights: Weights = "plain"
+    only_if_named: bool = False
 
     def sniff(self, content: Content) -> bool:
         """Whether a file is of this kind, by its marks."""
@@ -86,7 +89,8 @@ def expect(content: Content, row: Row, file: str | Path) -> None:
     """
     if row.sniff(content):
         return
-    is_instead = next((each for rows in all_rows().values() for each in rows if each.sniff(content)), None)
+    others = [each for rows in all_rows().values() for each in rows if not each.only_if_named]
+    is_instead = next((each for each in others if each.sniff(content)), None)
     what = "of no known kind" if is_instead is None else f"a {is_instead.role} of {sources_of(is_instead)}"
     raise ValueError(f"{file} is {what}; a {row.role} of {sources_of(row)} is needed")
 

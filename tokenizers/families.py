@@ -14,6 +14,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "vq": ("visar.tokenizers.vq", "VQTokenizer"),
     "multiscale": ("visar.tokenizers.multiscale_vq", "MultiScaleVQTokenizer"),
     "kl": ("visar.tokenizers.kl", "KLTokenizer"),
+    "diffusion": ("visar.tokenizers.diffusion", "DiffusionTokenizer"),
 }
 
 MODULES = {class_name: module for module, class_name in FAMILIES.values()}

@@ -203,9 +203,11 @@ def measure(
     for out in made:
         counts = counts + out.statistics
     tokens_BN = torch.cat([out.tokens for out in made])
-    flat_BN = torch.cat(
-        [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
-    )
+    flat_BN = torch.zeros_like(tokens_BN, dtype=torch.bool)
+    if pipeline.tokenizer.layout.arrangement != "sequence":  # whose tokens have no part of the image of their own
+        flat_BN = torch.cat(
+            [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
+        )
     temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
     probs = [
         probs_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))

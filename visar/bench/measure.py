@@ -16,7 +16,7 @@ from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
 from visar.pipelines.image import ImagePipeline
-from visar.tokenizers.decoding import decode_tokens
+from visar.tokenizers.decoding import decode_tokens, decoder_noise
 
 # Samplers whose loop never waits for the device: for them the host's own time can be told.
 WITHOUT_LOOK = ("ancestral", "next_scale")
@@ -81,7 +81,8 @@ class Caller:
         """One batch of images."""
         out = self.tokens()
         assert out is not None
-        return self.pipeline.decode(out.tokens if out.latent is None else out.latent)
+        tokens = out.tokens if out.latent is None else out.latent
+        return self.pipeline.decode(tokens, image_seeds(0, self.batch))
 
 
 def eager_stop(options: Bench, generator: Any, path: str) -> int:
@@ -94,7 +95,8 @@ def eager_stop(options: Bench, generator: Any, path: str) -> int:
 def decode_call(subject: Subject, batch: int, path: str, device: torch.device) -> Callable[[], Tensor]:
     """Decoding of a batch of ids, eagerly or captured; large batches run eagerly either way, see `decode_tokens`."""
     ids_BN, runtime = random_ids(subject, batch, device), Runtime() if path == "captured" else EAGER
-    return lambda: decode_tokens(subject.tokenizer, ids_BN, runtime=runtime)
+    noise = decoder_noise(subject.tokenizer, image_seeds(0, batch), device)
+    return lambda: decode_tokens(subject.tokenizer, ids_BN, noise=noise, runtime=runtime)
 
 
 def decode_row(subject: Subject, options: Bench, batch: int, path: str, device: torch.device) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def sampling_row(
     if options.sampler in WITHOUT_LOOK:
         row["host_us_per_step"] = Timing(tuple(host)).median / timed_steps * 1e6
     ids_BN = random_ids(subject, batch, device)
-    decoder = torch.no_grad()(lambda: caller.pipeline.decode(ids_BN))
+    decoder = torch.no_grad()(lambda: caller.pipeline.decode(ids_BN, image_seeds(0, batch)))
     for _ in range(3):  # as it is, captured, replayed
         decoder()
     row |= timed(decoder, device, options.runs).row("decode")

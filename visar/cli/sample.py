@@ -43,7 +43,13 @@ class Sample:
     top_p: float | None = None
     """Probability mass of the likeliest codes that may be drawn (top-p), in (0, 1]; 1.0 = off."""
     previews: bool = False
-    """Also write the images after every scale, one row per image, beside --out; for models over scales."""
+    """Also write the images after every scale, or every group of tokens, one row per image, beside --out; for models
+    over scales and for those of a diffusion tokenizer."""
+    first_tokens_of: Path | None = None
+    """Image whose first tokens all images begin with; of a diffusion tokenizer they say how it is laid out. For raster
+    models, with --num-first-tokens."""
+    num_first_tokens: int = 0
+    """Number of the tokens that --first-tokens-of gives; the more, the more alike."""
     batch_size: Annotated[int | Literal["auto"], tyro.conf.arg(aliases=("--batch",))] = 64
     """Largest number of images per batch; auto finds how many fit into memory."""
     device: str | None = None
@@ -69,21 +75,32 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
         ValueError: an option that does not fit, or `out` cannot be written to.
         OutOfMemory: a batch does not fit; the images made before it are written.
     """
+    import PIL.Image
+
     from visar import load
+    from visar.data.pictures import read_picture
     from visar.io.files import atomic_write, check_file_output, locked
     from visar.io.pictures import grid
-    from visar.pipelines.editing import check_previews, scale_previews
+    from visar.pipelines.editing import first_tokens_of, scale_previews
     from visar.pipelines.memory import OutOfMemory
+    from visar.pipelines.previews import check_previews
     from visar.pipelines.requests import named_values, number_or_name
 
     single = names_image(options.out)
     attributes = named_values(options.attribute)
+    if (options.first_tokens_of is None) != (options.num_first_tokens == 0):
+        raise ValueError("--first-tokens-of IMAGE and --num-first-tokens K go together; K is at least 1")
+    given = options.first_tokens_of
+    picture = None if given is None else PIL.Image.fromarray(read_picture(given, None, str(given)))
     if options.previews:
         check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
     if options.previews:
         check_previews(pipeline)
+    first_tokens = None
+    if picture is not None:
+        first_tokens = first_tokens_of(pipeline, picture, options.num_first_tokens)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
         result = pipeline(
@@ -101,6 +118,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
             top_p=options.top_p,
             seed=options.seed,
             batch_size=options.batch_size,
+            first_tokens=first_tokens,
         )
     except OutOfMemory as error:
         if error.done is not None:
@@ -109,7 +127,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     with contextlib.nullcontext() if single else locked(options.out):
         _write_images(result, options.out, single, report)
     if options.previews:
-        rows = scale_previews(pipeline, result.tokens)
+        rows = scale_previews(pipeline, result.tokens, result.seeds)
         with atomic_write(_beside(options.out)) as path:
             grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
     passes = describe_passes(result.statistics.forward_passes)

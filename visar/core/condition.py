@@ -1,6 +1,6 @@
 """What an image is generated from: labels, words or a text encoder's features, for a whole batch."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ class Condition:
         words_BT: int64 ids of a model's own word table, left-aligned; 0 is padding, 1 means "not given".
         text_BTC: float features of a text encoder, right-aligned (valid vectors at the end).
         text_mask_BT: bool, True where text_BTC is valid.
+        first_BK: int64 ids of the first K tokens, which the images begin with; for raster models.
     """
 
     labels_BA: Tensor | None = None
     words_BT: Tensor | None = None
     text_BTC: Tensor | None = None
     text_mask_BT: Tensor | None = None
+    first_BK: Tensor | None = None
 
     def __post_init__(self) -> None:
         wrong = [f.name for f in fields(self) if not _is_field(getattr(self, f.name))]
@@ -51,6 +53,19 @@ class Condition:
     def to(self, device: torch.device | str) -> "Condition":
         """The same condition on another device; dtypes stay."""
         return self._map(lambda value: value.to(device))
+
+    def without_first(self) -> "Condition":
+        """The same condition of images whose first tokens are not given."""
+        return replace(self, first_BK=None)
+
+    def check_without_first(self) -> None:
+        """Checks that no first tokens are given, for models that cannot take them.
+
+        Raises:
+            ValueError: some are.
+        """
+        if self.first_BK is not None:
+            raise ValueError("this model takes no first tokens: they are for raster models (RasterGPT)")
 
     def rows(self, index: Tensor | slice) -> "Condition":
         """The conditions of some of the images."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
+from visar.core.noise import Noise
 from visar.core.window import DraftTree, Window
 
 Callback = Callable[[int, Tensor], bool | None]
@@ -383,7 +384,7 @@ class Tokenizer(Protocol):
     Attributes:
         config: constructor arguments.
         layout: how tokens are arranged.
-        downsampling: pixels per side of a position of the finest grid.
+        downsampling: pixels per side of a position of the finest grid; of a sequence, the height of the image.
         dtype, training, parameters: as every module has them.
     """
 
@@ -417,6 +418,48 @@ class Tokenizer(Protocol):
         def codebook(self) -> Tensor:
             """Code vectors [V, C] as looked up, of tokenizers whose tokens are ids."""
             ...
+
+
+@runtime_checkable
+class Drawing(Tokenizer, Protocol):
+    """A tokenizer whose decoder draws: an image is a function of its tokens and of the noise that it begins with.
+
+    `decode_latents` and `decode` raise ValueError where they get no noise.
+    """
+
+    def starting_noise(self, noise: Noise, size: tuple[int, int] | None = None) -> Tensor: ...
+
+    def decoding_values(self, batch: int) -> int: ...
+
+    def decode_latents(self, latent_BChw: Tensor, noise_BCHW: Tensor | None = None) -> Tensor: ...
+
+    def decode(
+        self, tokens_BN: Tensor, grid: tuple[int, int] | None = None, *, noise: Tensor | None = None
+    ) -> Tensor: ...
+
+
+class Stream(Protocol):
+    """Decoding of images while their tokens still come.
+
+    `feed` takes the next tokens [B, L] and gives the images that they complete, see `TokenLayout.previews`; None where
+    they complete none.
+
+    Attributes:
+        steps: steps of the decoder so far.
+        num_tokens: tokens so far.
+    """
+
+    steps: int
+    num_tokens: int
+
+    def feed(self, tokens_BL: Tensor) -> Tensor | None: ...
+
+
+@runtime_checkable
+class Streaming(Drawing, Protocol):
+    """A tokenizer that decodes tokens as they come, at no more cost than all of them at once."""
+
+    def stream(self, noise_BCHW: Tensor) -> Stream: ...
 
 
 if TYPE_CHECKING:

@@ -34,6 +34,7 @@ class Use(enum.IntEnum):
     LATENT = 6  # continuous tokens, diffusion noise
     CONDITION = 7  # unspecified conditions
     FINE = 8  # the code of a position whose cluster was drawn before
+    PIXELS = 9  # what a decoder that draws begins with
 
 
 @functools.cache

@@ -397,7 +397,8 @@ class DD2Task(Task):
         condition, noise = self._sheet_rows()
         with self.run.autocast():
             out = sample_one_step(model, condition, noise=noise, output=output)
-        return to_uint8(self.pipeline.decode(out.tokens if out.latent is None else out.latent))
+        seeds = noise.seeds_B.tolist()
+        return to_uint8(self.pipeline.decode(out.tokens if out.latent is None else out.latent, seeds))
 
     def _sheet_rows(self) -> tuple[Condition, Noise]:
         seeds = list(range(12))
@@ -414,7 +415,7 @@ class DD2Task(Task):
             out = sample_flow(
                 self.pipeline.generator, condition, noise=noise, codebook=codebook, steps=steps, **settings
             )
-            self._teacher_images = to_uint8(self.pipeline.decode(out.tokens))
+            self._teacher_images = to_uint8(self.pipeline.decode(out.tokens, noise.seeds_B.tolist()))
         rows = [self._teacher_images, self.start_images, self._images(model), self._images(model, "codes")]
         known = [row.cpu() for row in rows if row is not None]
         return {"same_noise": Sheet(torch.cat(known), len(known[0]))}

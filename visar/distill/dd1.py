@@ -216,7 +216,7 @@ class DD1Task(Task):
         with self.run.autocast():
             for steps in range(len(self.first_N), 0, -1):
                 made.append(sample_one_step(model, condition, noise=noise, steps=steps))
-        images = [self.pipeline.decode(out.tokens if out.latent is None else out.latent) for out in made]
+        images = [self.pipeline.decode(out.tokens if out.latent is None else out.latent, seeds) for out in made]
         return {"same_noise": Sheet(to_uint8(torch.cat(images)), len(seeds))}
 
     def save_model(self, model: Any, folder: Path) -> None:

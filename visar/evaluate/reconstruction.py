@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from visar.core.interface import Tokenizer
+from visar.core.noise import image_seeds
 from visar.evaluate.extractors import Extractor
 from visar.evaluate.images import ImageSource
 from visar.evaluate.metrics import distance_name
 from visar.evaluate.references import Reference, checked
 from visar.evaluate.statistics import FeatureStatistics, RunningStatistics, frechet_distance, singular_note
 from visar.io.pictures import to_uint8
+from visar.tokenizers.decoding import decode_with, decoder_noise
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ def evaluate_reconstruction(
     reference: Reference | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ReconstructionMetrics:
-    """Encodes and decodes images and compares.
+    """Encodes and decodes images and compares. Where the tokenizer's decoder draws, image i has the noise of seed i.
 
     Args:
         tokenizer: in evaluation mode on `device`.
@@ -116,14 +118,18 @@ def evaluate_reconstruction(
     if reference is not None:
         reference = checked(reference, extractor, "reconstruction")
     layout = tokenizer.layout
-    grid = (images.size[0] // tokenizer.downsampling, images.size[1] // tokenizer.downsampling)
+    grid = None
+    if layout.arrangement != "sequence":
+        grid = (images.size[0] // tokenizer.downsampling, images.size[1] // tokenizer.downsampling)
     original, decoded = RunningStatistics(), RunningStatistics()
     counts_V = torch.zeros(max(layout.vocab_size, 1), dtype=torch.int64)
     ratios, similarities = [], []
     for image_BCHW in images.batches(batch_size):
         image = image_BCHW.to(device)
         tokens = tokenizer.encode(image.float() / 127.5 - 1.0)
-        result = to_uint8(tokenizer.decode_latents(tokenizer.latents(tokens, grid)))
+        seeds = image_seeds(decoded.count, len(image))
+        noise = decoder_noise(tokenizer, seeds, device, images.size)
+        result = to_uint8(decode_with(tokenizer, tokenizer.latents(tokens, grid), noise))
         if layout.vocab_size:
             counts_V += torch.bincount(tokens.flatten().cpu(), minlength=layout.vocab_size)
         ratios.append(psnr(image, result).cpu())

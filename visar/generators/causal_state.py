@@ -26,6 +26,8 @@ class RasterState:
         cache: keys and values.
         block: index of the block about to be predicted, set by the loop; on a CPU it says how much of the cache is in
             use. Nothing that a GPU runs depends on it, so a captured step serves every block.
+        first_BS: int64 [B, N + window + 1], the ids that the images begin with, -1 where none is given; None where
+            no image has any.
     """
 
     tokens: Tensor
@@ -35,6 +37,7 @@ class RasterState:
     scale_N: Tensor | None
     cache: KVCache
     block: int
+    first_BS: Tensor | None = None
 
     @classmethod
     def allocate(

@@ -84,8 +84,9 @@ class IndependentGenerator(ModelMixin, ConfigMixin):
         """Decoding state with no token drawn.
 
         Raises:
-            ValueError: guidance.
+            ValueError: guidance, or first tokens.
         """
+        condition.check_without_first()
         if guidance.active(1):
             raise ValueError(
                 f"guidance_scale {guidance.scale}; tokens that no condition changes take none, leave it at 1"

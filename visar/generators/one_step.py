@@ -162,7 +162,8 @@ class OneStepGenerator(Packable, ModelMixin, ConfigMixin):
         return self.network.null_condition(condition)
 
     def check_condition(self, condition: Condition) -> None:
-        """See the network's."""
+        """See the network's; first tokens are refused."""
+        condition.check_without_first()
         self.network.check_condition(condition)
 
     def forward(self, vectors_BNC: Tensor, known: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from visar.core.condition import Condition
-from visar.core.guidance import combine
+from visar.core.guidance import OFF, Guidance, combine
 from visar.core.interface import TokenLayout
 from visar.core.window import DraftTree, Window
 from visar.data.vocabulary import Vocabulary
@@ -149,6 +149,44 @@ class RasterGPT(CausalTransformer):
         vectors = self.codebook[tokens_BL] if tokens_BL.dtype == torch.int64 else tokens_BL
         return self.codebook_proj(vectors.to(self.codebook_proj.weight.dtype))
 
+    def check_condition(self, condition: Condition) -> None:
+        """Checks that the condition has what this model reads, in the right shape; it may have first tokens.
+
+        Raises:
+            ValueError: a field is missing, has the wrong number of columns, or a label or a first token is outside its
+                table.
+        """
+        if condition.first_BK is not None:
+            check_first(condition.first_BK, self.num_tokens, self.config["vocab_size"])
+        super().check_condition(condition.without_first())
+
+    def start(
+        self,
+        condition: Condition,
+        guidance: Guidance = OFF,
+        *,
+        ragged: bool = False,
+        window: int = 0,
+        state: RasterState | None = None,
+    ) -> RasterState:
+        """See `CausalTransformer.start`. Where first tokens are given, their places have no other code: samplers that
+        are exact draw them, and the others given them.
+
+        Raises:
+            ValueError: see `check_condition`, or a state of a batch without first tokens for one with some.
+        """
+        self.check_condition(condition)
+        first_BK = condition.first_BK
+        if state is not None and (state.first_BS is None) != (first_BK is None):
+            raise ValueError("a state of images with first tokens, and one without, do not serve each other")
+        begun = super().start(condition.without_first(), guidance, ragged=ragged, window=window, state=state)
+        if first_BK is not None:
+            if begun.first_BS is None:
+                begun.first_BS = torch.empty_like(begun.tokens)
+            begun.first_BS.fill_(-1)
+            begun.first_BS[:, : first_BK.shape[1]].copy_(first_BK)
+        return begun
+
     # -------------------------------------------------------------------------------------------- teacher forcing
     def forward(self, tokens_BN: Tensor, condition: Condition) -> Tensor:
         """Teacher-forced conditionals of every token given the prefix and the tokens before it.
@@ -203,6 +241,20 @@ class RasterGPT(CausalTransformer):
 
     def guided_logits(self, state: RasterState, features_RLD: Tensor, place_BL: Tensor | None = None) -> Tensor:
         """Guided float32 logits [B, L, V] from `features`; place_BL: see Window."""
+        logits_BLV = self._free_logits(state, features_RLD, place_BL)
+        if state.first_BS is None:
+            return logits_BLV
+        if place_BL is None:
+            place_BL = torch.arange(logits_BLV.shape[1], device=logits_BLV.device)
+        last = state.first_BS.shape[1] - 1
+        place_BL = (state.length[:, None] + place_BL).clamp(max=last).expand(state.batch, -1)
+        first_BL1 = state.first_BS.gather(1, place_BL)[..., None]
+        code_V = torch.arange(logits_BLV.shape[2], device=logits_BLV.device)
+        only_BLV = torch.where(code_V == first_BL1, 0.0, NEVER)
+        return torch.where(first_BL1 < 0, logits_BLV, only_BLV)
+
+    def _free_logits(self, state: RasterState, features_RLD: Tensor, place_BL: Tensor | None) -> Tensor:
+        """Guided float32 logits, as if no first token were given."""
         logits_RLV = self._head(features_RLD)
         if state.scale_N is None:
             return logits_RLV.float()
@@ -228,6 +280,25 @@ class RasterGPT(CausalTransformer):
         return self.guided_logits(state, self.features(state))
 
 
+NEVER = -1e9
+"""Logit of a code that is never drawn: its probability is 0 in float32 at any temperature that is used."""
+
+
+def check_first(first_BK: Tensor, num_tokens: int, vocab_size: int) -> None:
+    """Checks first tokens; values are not looked at on a GPU.
+
+    Raises:
+        ValueError: no integers [B, K] with K of 1 ... N, or one that is no code.
+    """
+    if first_BK.ndim != 2 or first_BK.dtype != torch.int64 or not 1 <= first_BK.shape[1] <= num_tokens:
+        raise ValueError(
+            f"first tokens of shape {tuple(first_BK.shape)}, {first_BK.dtype}; needed: int64 [B, 1 ... {num_tokens}]"
+        )
+    if not first_BK.is_cuda and not (0 <= int(first_BK.min()) and int(first_BK.max()) < vocab_size):
+        low, high = int(first_BK.min()), int(first_BK.max())
+        raise ValueError(f"first token {low if low < 0 else high}; allowed: 0 ... {vocab_size - 1}")
+
+
 # -------------------------------------------------------------------------------------------- training and benchmark
 CAPTION_LENGTH = 20
 """Vectors of a caption in models trained here: the longest of emoji64 has 19 for minilm."""
@@ -235,7 +306,11 @@ CAPTION_LENGTH = 20
 
 def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
     arguments = shared_arguments(tokenizer, vocabulary, options)
-    arguments |= dict(grid=tokenizer.layout.shapes[0], hidden_width=options.hidden_width)
+    layout = tokenizer.layout
+    arguments |= dict(hidden_width=options.hidden_width)
+    # A sequence's tokens have no rows: they are rotated by their place in it.
+    of_sequence = dict(grid=(1, layout.num_tokens), rope="1d")
+    arguments |= of_sequence if layout.arrangement == "sequence" else dict(grid=layout.shapes[0])
     arguments |= dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), options.dropout)
     if options.words != "none":
         arguments |= dict(words=options.words, num_words=vocabulary.num_words)
@@ -245,7 +320,7 @@ def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_wid
 
 
 def _fits(layout: TokenLayout) -> bool:
-    return layout.arrangement == "grid" and layout.vocab_size > 0
+    return layout.arrangement in ("grid", "sequence") and layout.vocab_size > 0
 
 
 def _connect(model: RasterGPT, tokenizer: Any) -> None:

@@ -95,6 +95,7 @@ class TabularGenerator(ModelMixin, ConfigMixin):
         return Condition(labels_BA=torch.zeros(batch, 1, dtype=torch.int64, device=self.table.device))
 
     def _labels(self, condition: Condition) -> Tensor:
+        condition.check_without_first()
         labels, most = condition.labels_BA, self.config["num_classes"]
         if labels is None or labels.shape[1] != 1:
             raise ValueError("this model is conditioned on labels [B, 1]")

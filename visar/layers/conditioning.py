@@ -94,7 +94,8 @@ def add_prefix(
 
 
 def check_condition(config: Mapping[str, Any], condition: Condition) -> None:
-    """See `RasterGPT.check_condition`; config is the model's."""
+    """See `RasterGPT.check_condition`; config is the model's. First tokens are refused."""
+    condition.check_without_first()
     if config["caption_width"]:
         shape = (config["caption_length"], config["caption_width"])
         if condition.text_BTC is None or tuple(condition.text_BTC.shape[1:]) != shape:
@@ -206,6 +207,7 @@ class ConditionVector(nn.Module):
             ValueError: labels are missing, have the wrong number of columns or a value outside the table; words are
                 missing.
         """
+        condition.check_without_first()
         sizes = self.label_sizes
         if sizes:
             labels = condition.labels_BA

@@ -42,8 +42,8 @@ from visar.pipelines.memory import borrowed
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampling import Helpers, chosen_settings, resolve_options
 from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
-from visar.samplers.index import SamplerEntry
-from visar.tokenizers.decoding import decode_tokens
+from visar.samplers.index import SAMPLERS, SamplerEntry, find_sampler
+from visar.tokenizers.decoding import decode_tokens, decoder_noise
 
 _INSTEAD = (
     "it moves layer after layer in forward, which decoding does not call. Use enable_model_cpu_offload(), which moves "
@@ -509,13 +509,18 @@ class TokenPipeline(DiffusionPipeline):
             settings: guidance, and those of temperature, top_k and top_p that the sampler has.
 
         Raises:
-            ValueError: unknown sampler or option, a generator that lacks what the sampler needs, or a part that was
-                replaced by one that does not fit.
+            ValueError: unknown sampler or option, a generator that lacks what the sampler needs, a part that was
+                replaced by one that does not fit, or first tokens for a lossy sampler.
         """
         self._check_parts()
+        if condition.first_BK is not None and not find_sampler(sampler).exact:
+            exact = ", ".join(name for name, entry in SAMPLERS.items() if entry.exact and entry.fits(self.generator))
+            raise ValueError(f"sampler {sampler} is lossy and would not keep the first tokens; those that do: {exact}")
         noise, condition = Noise(seeds, self._execution_device), condition.to(self._execution_device)
-        # A graph reads weights where they were: of no use to a generator that moves.
-        runtime = self.runtime if self._onload_device is None else Runtime()
+        # A graph reads weights where they were: of no use to a generator that moves. Steps with first tokens are
+        # others than those without.
+        plain = self._onload_device is None and condition.first_BK is None
+        runtime = self.runtime if plain else Runtime(self.runtime.capture)
         with self._fetched(self.generator), batch_invariant(self._invariant()):
             entry, options = self._options(self._helpers, sampler, sampler_options)
             arguments = settings | options
@@ -541,13 +546,22 @@ class TokenPipeline(DiffusionPipeline):
         with self._fetched(self.tokenizer):
             return self.tokenizer.latents(tokens)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is."""
+    def decode(self, tokens: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
+        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is.
+
+        Args:
+            tokens: of the images, or where `tokenizer.layout.previews` says so the first ones of each.
+            seeds: of the images; needed where the tokenizer's decoder draws, not read elsewhere.
+
+        Raises:
+            ValueError: no seeds where they are needed, or tokens that do not fit.
+        """
         self._check_parts()
+        noise = decoder_noise(self.tokenizer, seeds, self._execution_device)
         with self._fetched(self.tokenizer):
             # A graph reads weights where they were: of no use to a tokenizer that moves.
             runtime = EAGER if self.offload else self.runtime
-            decoded = decode_tokens(self.tokenizer, tokens, runtime=runtime, invariant=self._invariant())
+            decoded = decode_tokens(self.tokenizer, tokens, noise=noise, runtime=runtime, invariant=self._invariant())
         return decoded.float().clamp(-1.0, 1.0)
 
 

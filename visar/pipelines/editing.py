@@ -8,12 +8,15 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from visar.core.checks import Range, check_range
 from visar.data.crops import center_crop
 from visar.data.images import as_float
 from visar.data.pictures import rgb
 from visar.io.pictures import to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
+from visar.pipelines.previews import Previews, check_previews
 from visar.samplers.editing import Strategy, box_mask, grid_mask
+from visar.tokenizers.decoding import image_sides
 
 
 def check_over_scales(pipeline: ImagePipeline) -> None:
@@ -27,22 +30,33 @@ def check_over_scales(pipeline: ImagePipeline) -> None:
         raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {kind}")
 
 
-def check_previews(pipeline: ImagePipeline) -> None:
-    """Checks that some of the first tokens of a pipeline's images make images of their own.
-
-    Raises:
-        ValueError: only all tokens do.
-    """
-    if not pipeline.tokenizer.layout.previews:
-        raise ValueError(
-            "for previews a model over scales is needed (VAR, HMAR); the tokens of this one are a "
-            f"{pipeline.tokenizer.layout.arrangement}"
-        )
-
-
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
     """Images as float [B, 3, side, side] in [-1, 1]: read as for training, their centre squares."""
     return as_float(torch.from_numpy(np.stack([np.asarray(center_crop(rgb(each), side)) for each in pictures])))
+
+
+@torch.no_grad()
+def first_tokens_of(pipeline: ImagePipeline, picture: PIL.Image.Image, count: int) -> Tensor:
+    """The first tokens of an image, int64 [K], for `first_tokens` of the pipeline: of a diffusion tokenizer they say
+    how the image is laid out, of a grid its upper rows.
+
+    Args:
+        pipeline: of a raster model.
+        picture: of any size; its centre square is resized to the model's size, as in training.
+        count: K, 1 ... the number of tokens of an image.
+
+    Raises:
+        ValueError: another number, or a model that does not draw ids one by one.
+    """
+    layout = pipeline.tokenizer.layout
+    if layout.arrangement not in ("grid", "sequence") or not layout.vocab_size:
+        raise ValueError(f"first tokens are for raster models; the tokens of this one are in {layout.arrangement}")
+    check_range("num_first_tokens", count, Range(1, layout.num_tokens))
+    height, width = image_sides(pipeline.tokenizer)
+    if height != width:
+        raise ValueError(f"a model of images of {height} x {width}; first tokens are taken of square images")
+    with pipeline._fetched(pipeline.tokenizer):
+        return pipeline.tokenizer.encode(to_images([picture], height).to(pipeline.device))[0, :count]
 
 
 def paste_back(made_BCHW: Tensor, given_BCHW: Tensor, keep_BHW: Tensor) -> Tensor:
@@ -115,7 +129,7 @@ def edit_images(
     }
     chosen = {**pipeline.sampling_settings(**settings, sampler="edit"), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
-    made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens)
+    made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens, seeds)
     if paste:
         made_BCHW = paste_back(made_BCHW, images, kept_pixels.to(device))
     made = to_pictures(made_BCHW)
@@ -125,16 +139,28 @@ def edit_images(
 
 
 @torch.no_grad()
-def scale_previews(pipeline: ImagePipeline, tokens_BN: Tensor) -> list[list[PIL.Image.Image]]:
-    """Images after every scale: one list per row of ids int64 [B, N], coarse to fine.
+def scale_previews(
+    pipeline: ImagePipeline, tokens_BN: Tensor, seeds: Sequence[int] | None = None
+) -> list[list[PIL.Image.Image]]:
+    """Images after every scale, or every group of tokens of a diffusion tokenizer: one list per row of ids
+    int64 [B, N], coarse to fine.
+
+    Args:
+        pipeline: whose first tokens make images of their own.
+        tokens_BN: ids of the images, or of their first scales or groups.
+        seeds: of the images; needed where the tokenizer's decoder draws.
 
     Raises:
-        ValueError: a model without scales, or ids that are no whole number of scales.
+        ValueError: a model whose first tokens make no images, ids that are no whole number of scales or groups, or no
+            seeds where they are needed.
     """
     check_previews(pipeline)
     previews, num_tokens = pipeline.tokenizer.layout.previews, tokens_BN.shape[1]
     if num_tokens not in previews:
-        raise ValueError(f"{num_tokens} tokens are not a whole number of scales; allowed: {list(previews)}")
+        parts = "scales" if pipeline.tokenizer.layout.arrangement == "scales" else "groups"
+        raise ValueError(f"{num_tokens} tokens are not a whole number of {parts}; allowed: {list(previews)}")
+    shown = Previews(pipeline, seeds)
     ends = previews[: previews.index(num_tokens) + 1]
-    columns = [to_pictures(pipeline.decode(tokens_BN[:, :end].to(pipeline.device))) for end in ends]
+    found = [shown.update(end, tokens_BN.to(pipeline.device)) for end in ends]
+    columns = [to_pictures(each[1]) for each in found if each is not None]
     return [list(row) for row in zip(*columns, strict=True)]

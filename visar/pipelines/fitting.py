@@ -28,6 +28,10 @@ def check_parts(tokenizer: Any, generator: Any) -> None:
         found["numbers of a token"] = config["channels"], layout.channels
     if "scales" in config:
         found["scales"] = _shown(scale_pairs(config["scales"])), _shown(layout.shapes)
+    elif layout.arrangement == "sequence":
+        found["tokens"] = generator.num_tokens, layout.num_tokens
+        if "rope" in config:
+            found["rotary positions"] = config["rope"], "1d"
     elif "grid" in config:
         found["grid"] = _shown([config["grid"]]), _shown(layout.shapes)
     else:

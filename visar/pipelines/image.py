@@ -1,7 +1,7 @@
 """Images from labels or words: a tokenizer, a generator and a sampler behind the call that diffusers users know."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, overload
 
@@ -20,7 +20,8 @@ from visar.core.output import SampleStatistics
 from visar.io.pictures import check_decoded, to_pictures
 from visar.pipelines import memory as batching
 from visar.pipelines.base import TokenPipeline
-from visar.pipelines.requests import check_others, check_returned, each_image, without_empty
+from visar.pipelines.previews import Previews, check_previews
+from visar.pipelines.requests import check_others, check_returned, each_begins, each_image, without_empty
 
 OUTPUT_TYPES = ("pil", "pt", "np", "latent")
 Images = TypeVar("Images")
@@ -64,6 +65,8 @@ class CallSettings(TypedDict, total=False):
     callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict | None] | None
     callback_on_step_end_tensor_inputs: Sequence[str] | None
     num_images_per_prompt: int | None
+    callback_on_preview: Callable[["ImagePipeline", int, int, Any], object] | None
+    first_tokens: Tensor | None
 
 
 Labels = int | str | Sequence[int | str] | None
@@ -145,6 +148,8 @@ class ImagePipeline(TokenPipeline):
         callback_on_step_end: Callable[["ImagePipeline", int, int, dict], dict | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = None,
         num_images_per_prompt: int | None = None,
+        callback_on_preview: Callable[["ImagePipeline", int, int, Any], object] | None = None,
+        first_tokens: Tensor | None = None,
         return_dict: bool = True,
         **others: Any,
     ) -> ImageOutput[Any] | tuple[Any]:
@@ -171,6 +176,13 @@ class ImagePipeline(TokenPipeline):
             callback_on_step_end: called as f(pipeline, n, n, {"tokens": ids so far}) after every block (every few
                 passes of speculative samplers); n + 1 tokens are there. `pipeline._interrupt = True` in it ends the
                 call: images of what is there are returned (other tokens are 0), and no further batch is begun.
+            callback_on_preview: called as f(pipeline, first, n, images) when the first n tokens of a batch give images
+                of their own (`tokenizer.layout.previews`): after every scale, or after every group of tokens of a
+                diffusion tokenizer, for which these images cost nothing more. `first` is the number of the batch's
+                first image; images as output_type says.
+            first_tokens: int64 [K], or [B, K] with one row per image: tokens that the images begin with, such as
+                those of another image (`visar.pipelines.editing.first_tokens_of`, or `tokens` of another call). The
+                others are drawn given them, for raster models by exact samplers.
             callback_on_step_end_tensor_inputs: None or ["tokens"]: what the callback is given.
             num_images_per_prompt: num_images, by the name that other pipelines of diffusers have for it.
             return_dict: False returns the tuple (images,) instead.
@@ -215,6 +227,10 @@ class ImagePipeline(TokenPipeline):
             condition, descriptions = self.prepare_condition(image_seed_list, labels, prompts, attributes)
         else:
             descriptions = [""] * count
+        if first_tokens is not None:
+            condition = replace(condition, first_BK=each_begins(first_tokens, count))
+        if callback_on_preview is not None:
+            check_previews(self)
         settings = self.sampling_settings(
             sampler=sampler, guidance_scale=guidance_scale, temperature=temperature, top_k=top_k, top_p=top_p
         )
@@ -245,9 +261,20 @@ class ImagePipeline(TokenPipeline):
         with progress_bar(total=len(range(0, count, size)) * num_tokens) as bar:
             for first in range(0, count, size):
                 part = slice(first, first + size)
+                previews = None if callback_on_preview is None else Previews(self, image_seed_list[part])
 
-                def callback(done: int, ids: Tensor, before: int = first // size * num_tokens) -> bool:
+                def callback(
+                    done: int,
+                    ids: Tensor,
+                    before: int = first // size * num_tokens,
+                    first: int = first,
+                    previews: Previews | None = previews,
+                ) -> bool:
                     bar.update(before + done - bar.n)
+                    shown = None if previews is None else previews.update(done, ids)
+                    if callback_on_preview is not None and shown is not None:
+                        kind = "pt" if output_type == "latent" else output_type
+                        callback_on_preview(self, first, shown[0], _finish(shown[1], kind))
                     if callback_on_step_end is not None:
                         check_returned(callback_on_step_end(self, done - 1, done - 1, {"tokens": ids}), ids)
                     return self._interrupt
@@ -259,7 +286,11 @@ class ImagePipeline(TokenPipeline):
                     if (missing := num_tokens - out.tokens.shape[1]) and self._interrupt:
                         out.tokens = F.pad(out.tokens, ((0, 0) * (out.tokens.ndim - 2)) + (0, missing))
                     made = out.tokens if out.latent is None else out.latent
-                    pictures = self._latents(made) if output_type == "latent" else self.decode(made)
+                    pictures = None if previews is None or out.latent is not None else previews.whole(out.tokens)
+                    if output_type == "latent":
+                        pictures = self._latents(made)
+                    elif pictures is None:
+                        pictures = self.decode(made, image_seed_list[part])
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from visar.core.guidance import Guidance
+from visar.core.interface import Drawing
 from visar.core.noise import image_seeds
 
 LARGEST_CPU_BATCH = 64
@@ -78,15 +79,19 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     hidden = config.get("hidden_width") or round(config.get("width", 0) * config.get("mlp_ratio", 4.0))
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config.get("vocab_size", 0)
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config.get("width", 0)))
-    own = tokenizer.config
-    levels = own["channel_multipliers"]
-    pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
-    maps = batch * pixels * own["base_channels"] * levels[0] * element_bytes(tokenizer)
+    if isinstance(tokenizer, Drawing):
+        decoding = tokenizer.decoding_values(batch) * element_bytes(tokenizer)
+    else:
+        own = tokenizer.config
+        levels = own["channel_multipliers"]
+        pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
+        maps = batch * pixels * own["base_channels"] * levels[0] * element_bytes(tokenizer)
+        decoding = _LIVE_MAPS * maps
     return MemoryNeed(
         weights=weight_bytes(generator, tokenizer),
         cache=generator.cache_bytes(rows),
         step=step,
-        decoding=_LIVE_MAPS * maps,
+        decoding=decoding,
     )
 
 
@@ -229,6 +234,6 @@ def _measured_bytes(pipeline: Any, batch: int, settings: dict[str, Any], device:
     pipeline.sample_tokens(condition, image_seeds(0, batch), callback=enough, **settings)
     ids_BN = torch.zeros(batch, pipeline.generator.num_tokens, dtype=torch.int64, device=device)
     for _ in range(2):  # as it is, then captured
-        pipeline.decode(ids_BN)
+        pipeline.decode(ids_BN, image_seeds(0, batch))
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_reserved(device) - before

@@ -112,6 +112,24 @@ def check_returned(returned: Any, tokens: torch.Tensor) -> None:
         raise ValueError("the callback returned other tokens; it may look at them and interrupt, not replace them")
 
 
+def each_begins(first_tokens: Any, num_images: int) -> torch.Tensor:
+    """First tokens of every image int64 [B, K], from those of all [K] or of each [B, K].
+
+    Raises:
+        ValueError: no whole numbers, or rows of another number of images.
+    """
+    needed = f"needed: whole numbers [K], or [{num_images}, K] with a row for every image"
+    if not isinstance(first_tokens, torch.Tensor):
+        raise ValueError(f"first_tokens of type {type(first_tokens).__name__}; {needed}")
+    kind = first_tokens.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool or first_tokens.ndim not in (1, 2):
+        raise ValueError(f"first_tokens of shape {tuple(first_tokens.shape)}, {kind}; {needed}")
+    rows_BK = first_tokens.long().reshape(-1, first_tokens.shape[-1])
+    if len(rows_BK) not in (1, num_images) or not rows_BK.shape[1]:
+        raise ValueError(f"first_tokens of shape {tuple(first_tokens.shape)}; {needed}")
+    return rows_BK.expand(num_images, -1)
+
+
 def _whole(seed: Any) -> int:
     try:
         return operator.index(seed)

@@ -12,6 +12,7 @@ from visar.checkpoints import hub
 from visar.data.vocabulary import Vocabulary
 from visar.generators.training import GeneratorFamily
 from visar.io.files import json_object, load_weights, tensors_only
+from visar.tokenizers.decoding import image_sides
 from visar.train.options import TrainGenerator
 from visar.train.randomness import Draw, step_seed
 
@@ -35,10 +36,16 @@ def image_side(tokenizer: Any) -> int:
     Raises:
         ValueError: they are not square.
     """
-    height, width = tokenizer.layout.shapes[-1]
+    height, width = image_sides(tokenizer)
     if height != width:
-        raise ValueError(f"a tokenizer of {height} x {width} tokens; training needs square images")
-    return height * tokenizer.downsampling
+        of_tokens = ""
+        if tokenizer.layout.arrangement != "sequence":
+            rows, columns = tokenizer.layout.shapes[-1]
+            of_tokens = f" of {rows} x {columns} tokens"
+        raise ValueError(
+            f"a tokenizer{of_tokens}; training needs square images, and it is for {height} x {width} pixels"
+        )
+    return height
 
 
 def build_generator(

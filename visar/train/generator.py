@@ -22,6 +22,7 @@ from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.text_encoder import load_text_encoder
 from visar.samplers.index import find_sampler
+from visar.tokenizers.decoding import decode_tokens, decoder_noise
 from visar.train.building import build_generator, image_side, in_dtype, load_initial
 from visar.train.captions import encode_image_captions
 from visar.train.images import select_conditions
@@ -131,13 +132,16 @@ class GeneratorTask(Task):
         """Samples at conditions of training images, the same conditions and seeds on every sheet."""
         count = min(self.options.sample_images, len(self.train_subset))
         condition = self.batches.train.condition(self.train_subset[:count])
+        seeds = image_seeds(self.options.seed, count)
         out = find_sampler(self.family.sampler).load()(
             model,
             condition,
-            noise=Noise(image_seeds(self.options.seed, count), self.run.device),
+            noise=Noise(seeds, self.run.device),
             guidance=Guidance(self.options.sample_guidance),
         )
-        return {"samples": Sheet(to_uint8(self.tokenizer.decode(out.tokens)), columns=12)}
+        noise = decoder_noise(self.tokenizer, seeds, self.run.device)
+        made_BCHW = decode_tokens(self.tokenizer, out.tokens, noise=noise)
+        return {"samples": Sheet(to_uint8(made_BCHW), columns=12)}
 
     def save_model(self, model: Any, folder: Path) -> None:
         defaults: dict[str, Any] = {

@@ -52,6 +52,7 @@ RANGES = {
     "commitment_weight": WEIGHT,
     "codebook_weight": WEIGHT,
     "kl_weight": WEIGHT,
+    "flow_weight": WEIGHT,
     "revive_every": COUNT_OR_OFF,
     "revive_below": WEIGHT,
     "revive_until": SHARE,
@@ -162,10 +163,10 @@ class TrainTokenizer(RunOptions):
     image_size: int | None = None
     """Side of the images in pixels; needed for images that may be of any size."""
     kind: TokenizerName | None = None
-    """Family of tokenizer: vq, one grid of codes; multiscale, a pyramid of grids for next-scale generators; when not
-    given, the preset's, or vq."""
+    """Family of tokenizer: vq, one grid of codes; multiscale, a pyramid of grids for next-scale generators; kl, a grid
+    of vectors; diffusion, a sequence of codes with a diffusion decoder; when not given, the preset's, or vq."""
     preset: str | None = None
-    """Architecture preset; when not given, the smallest of the kind: vq-4-64 or msvq-4-64."""
+    """Architecture preset; when not given, the smallest of the kind: vq-4-64, msvq-4-64, kl-4-64 or dar-64."""
     model_options: str = "{}"
     """Constructor arguments that replace the preset's, as JSON, such as '{"base_channels": 48}'."""
     codebook_size: int | None = None
@@ -181,6 +182,9 @@ class TrainTokenizer(RunOptions):
     kl_weight: float = 1e-6
     """Weight of the KL term of continuous latents, nats of an image over the number of its pixel values (latent
     diffusion's unit)."""
+    flow_weight: float = 1.0
+    """Weight of the flow-matching loss of a diffusion decoder. Its losses of pixels and the perceptual distance are of
+    the image that one step from a random time points to."""
     revive_every: int = 20
     """Steps between revivals of unused codes; 0 = never."""
     revive_below: float = 0.2
