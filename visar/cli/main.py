@@ -311,7 +311,7 @@ def _data_fashion() -> Command:
 # Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", _sample),
-    "edit": ("redraw a part of an image with a model over scales", _edit),
+    "edit": ("redraw a part of an image with a model over scales, or a masked one", _edit),
     "models": ("list models, their classes and attributes", _models),
     "samplers": ("list samplers, exact and lossy, and their settings", _samplers),
     "eval": ("score a model's images, or images made elsewhere", _eval),
