@@ -5,7 +5,9 @@ Source: MAR's causal ablation, arXiv 2406.11838 section 3.3.
 B images, N tokens, C numbers of a token, T transitions of a head's chain.
 """
 
+import math
 import time
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,39 +20,89 @@ from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime
 
+HeadSolver = Literal["ancestral", "ddim", "dpm", "euler", "heun", "sde"]
+"""Solvers of all heads; which of them a head has, it says."""
+HeadSchedule = Literal["linear", "cosine", "two_stage", "constant"]
+"""How a head's transitions fall as more tokens are known; see `head_steps_of`."""
+
 _TEMPERATURE = Range(0, 1000)
+_SCHEDULES: tuple[HeadSchedule, ...] = get_args(HeadSchedule)
 
 
-def check_head(model: Continuous, guidance: Guidance, temperature: float, head_steps: int | None) -> None:
-    """`check_head_settings` of a model with one token a step."""
-    check_head_settings(model.token_head, guidance, len(model.block_sizes), temperature, head_steps)
-
-
-def check_head_settings(
-    head: TokenHead, guidance: Guidance, steps: int, temperature: float, head_steps: int | None
+def check_head(
+    head: TokenHead, temperature: float, head_steps: int | None, head_solver: HeadSolver | None = None
 ) -> None:
     """Checks what samplers ask of a head.
 
     Args:
         head: of the model.
-        guidance: over `steps` steps.
-        temperature, head_steps: of the head's chain.
+        temperature, head_steps, head_solver: of the head's chain.
 
     Raises:
-        ValueError: a temperature below 0, transitions that the head does not have, or guidance that it does not take.
+        ValueError: a temperature below 0, transitions or a solver that the head does not have, or a temperature for a
+            solver without noise.
     """
     check_range("temperature", temperature, _TEMPERATURE)
-    head.check_steps(head_steps)
-    if guidance.active(steps) and not head.takes_guidance:
-        raise ValueError(
-            f"guidance_scale {guidance.scale}; this model's head takes no guidance, leave it at 1 (a mixture of "
-            "Gaussians has no guided form)"
-        )
+    head.check_steps(head_steps, head_solver)
+    if head_solver in head.silent_solvers and temperature != 1.0:
+        raise ValueError(f"temperature {temperature}; head_solver {head_solver} adds no noise: leave it at 1")
 
 
-def check_continuous(model: Continuous, guidance: Guidance, temperature: float, head_steps: int | None) -> None:
+def head_steps_of(step: int, steps: int, first: int, last: int, schedule: HeadSchedule = "linear") -> int:
+    """Transitions of the head in a step, which fall from `first` to `last`. DiSA, arXiv 2505.20297.
+
+    "linear" falls evenly; "cosine" like half a cosine, late at first; "two_stage" has `first` in the first half of the
+    steps and `last` after it; "constant" does not fall. The linear one is exactly the released one.
+    """
+    if steps == 1 or schedule == "constant":
+        return first
+    left = (steps - 1 - step) / (steps - 1)
+    if schedule == "cosine":
+        left = (1.0 - math.cos(math.pi * left)) / 2.0
+    elif schedule == "two_stage":
+        left = 1.0 if 2 * step < steps else 0.0
+    return int(left * (first - last)) + last
+
+
+def chain_of(
+    head: TokenHead,
+    steps: int,
+    head_steps: int | None,
+    last_head_steps: int | None = None,
+    head_schedule: HeadSchedule = "linear",
+    head_solver: HeadSolver | None = None,
+) -> list[int]:
+    """Transitions of the head in every step.
+
+    Raises:
+        ValueError: a schedule that there is not, a number that the head does not have, or more transitions in the last
+            step than in the first.
+    """
+    if head_schedule not in _SCHEDULES:
+        raise ValueError(f"head_schedule {head_schedule!r}; choose {', '.join(_SCHEDULES)}")
+    first = head.check_steps(head_steps, head_solver)
+    last = first if last_head_steps is None else head.check_steps(last_head_steps, head_solver)
+    if last > first:
+        raise ValueError(f"last_head_steps {last}; needed: at most head_steps, {first}")
+    if last < first and head_schedule == "constant":
+        raise ValueError(f"last_head_steps {last}; head_schedule constant has head_steps alone, {first} here")
+    counts = [head_steps_of(step, steps, first, last, head_schedule) for step in range(steps)]
+    for count in counts:
+        head.check_steps(count, head_solver)
+    return counts
+
+
+def check_continuous(
+    model: Continuous,
+    temperature: float,
+    head_steps: int | None,
+    last_head_steps: int | None,
+    head_schedule: HeadSchedule,
+    head_solver: HeadSolver | None,
+) -> None:
     """Checks the arguments of `sample_continuous`; errors as there."""
-    check_head(model, guidance, temperature, head_steps)
+    check_head(model.token_head, temperature, head_steps, head_solver)
+    chain_of(model.token_head, model.num_tokens, head_steps, last_head_steps, head_schedule, head_solver)
 
 
 def check_same_tokens(model: Continuous | Masked, drafter: Continuous | Masked) -> None:
@@ -82,10 +134,15 @@ def sample_continuous(
     guidance: Guidance = OFF,
     temperature: float = 1.0,
     head_steps: int | None = None,
+    last_head_steps: int | None = None,
+    head_schedule: HeadSchedule = "linear",
+    head_solver: HeadSolver | None = None,
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
     """Draws token after token, each by the head's chain given the tokens before it. Exact.
+
+    That is to say the distribution of the head's own chain; fewer transitions or another solver are others.
 
     Source: arXiv 2406.11838 section 3.3.
 
@@ -96,6 +153,11 @@ def sample_continuous(
         guidance: classifier-free guidance over tokens, of what the head predicts (MAR).
         temperature: factor of the noise of the head's transitions, >= 0; 1.0 = off. MAR without guidance: 0.95.
         head_steps: transitions of the head's chain; None = the model's own number.
+        last_head_steps: transitions of the last token, which those of the tokens before it fall to by head_schedule:
+            "linear", "cosine", "two_stage" or "constant" (`head_steps_of`); lossy (DiSA, arXiv 2505.20297: 50 to 5);
+            None = head_steps throughout.
+        head_solver: "ancestral", "ddim" or "dpm" (DPM-Solver++(2M)) of a diffusion head, "euler", "heun" or "sde"
+            of a flow; None = the head's own. Those without noise have no temperature.
         callback: called after every token, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs: a token with its whole chain is one step.
 
@@ -104,10 +166,11 @@ def sample_continuous(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    check_head(model, guidance, temperature, head_steps)
+    check_continuous(model, temperature, head_steps, last_head_steps, head_schedule, head_solver)
     begun, head = time.perf_counter(), model.token_head
     sizes, batch = model.block_sizes, condition.batch
-    work = ("continuous", batch, guidance.active(len(sizes)), temperature, head_steps)
+    chain = chain_of(head, len(sizes), head_steps, last_head_steps, head_schedule, head_solver)
+    work = ("continuous", batch, guidance.active(len(sizes)), temperature, head_solver)
     session = runtime.session(model, noise.device, work)
     state = session.state = model.start(condition, guidance, state=session.state)
     own = Noise(session.static("seeds", noise.seeds_B), noise.device)
@@ -118,16 +181,17 @@ def sample_continuous(
         tokens_BLC = head.draw(
             features_RLD,
             lambda number: token_noise(own, position_BL, number, head.channels),
-            steps=head_steps,
+            steps=chain[state.block],
             temperature=temperature,
             scale_BL=model.scales(state, 1),
+            solver=head_solver,
         )
         model.append(state, tokens_BLC)
 
     done = 0
     for block, kind in enumerate(model.block_kinds):
         state.block = block
-        session.run(step, kind)
+        session.run(step, (kind, chain[block]))
         done = block + 1
         if callback is not None and callback(done, model.result(state)):
             break
@@ -137,6 +201,6 @@ def sample_continuous(
         forward_passes={"generator": done},
         tokens_per_pass={1: batch * done},
         seconds=time.perf_counter() - begun,
-        counts={"head_passes": done * head.check_steps(head_steps)},
+        counts={"head_passes": sum(chain[:done])},
     )
     return SampleOutput(tokens_BNC, statistics)

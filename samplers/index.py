@@ -100,6 +100,7 @@ _ROWS = (
     SamplerEntry("continuous_speculation", "continuous_speculation", True, "arXiv 2501.05370", Continuous),
     SamplerEntry("masked", "masked", False, "arXiv 2406.11838, 2505.20297", Masked),
     SamplerEntry("masked_speculation", "masked_speculation", False, "arXiv 2411.11925", Masked),
+    SamplerEntry("masked_editing", "masked_edit", False, "arXiv 2406.11838", Masked),
     SamplerEntry("editing", "edit", False, "arXiv 2404.02905", Scales),
 )
 SAMPLERS = {row.name: row for row in _ROWS}

@@ -18,7 +18,7 @@ from visar.core.interface import Callback, Masked
 from visar.core.noise import Noise, Use
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.core.runtime import EAGER, Runtime, Session
-from visar.samplers.continuous import check_head_settings, token_noise
+from visar.samplers.continuous import HeadSchedule, HeadSolver, chain_of, check_head, token_noise
 
 DEFAULT_STEPS = 64
 
@@ -33,11 +33,18 @@ def masked_after(num_tokens: int, steps: int) -> list[int]:
     return [*counts, 0]
 
 
-def strengths(guidance: Guidance, num_tokens: int, steps: int) -> list[float]:
+def strengths(guidance: Guidance, num_tokens: int, steps: int, drawn: int | None = None) -> list[float]:
     """Guidance of every step. A linear schedule rises with the share of tokens that are known after the step, which
-    for the last one are all but one (as released)."""
+    for the last one are all but one (as released).
+
+    Args:
+        guidance: over the steps.
+        num_tokens: of the image.
+        steps: of the call.
+        drawn: how many of them are drawn; the others are known from the start. None = all.
+    """
     values = []
-    for step, left in enumerate(masked_after(num_tokens, steps)):
+    for step, left in enumerate(masked_after(num_tokens if drawn is None else drawn, steps)):
         value = guidance.at(step, steps)
         if guidance.schedule == "linear" and guidance.interval is None:
             first, last = guidance.at(0, 2), guidance.at(1, 2)
@@ -46,39 +53,37 @@ def strengths(guidance: Guidance, num_tokens: int, steps: int) -> list[float]:
     return values
 
 
-def head_steps_of(step: int, steps: int, first: int, last: int) -> int:
-    """Transitions of the head in a step: from `first` down to `last`, linearly (DiSA, arXiv 2505.20297)."""
-    return first if steps == 1 else int((steps - 1 - step) / (steps - 1) * (first - last)) + last
-
-
-def chain_of(model: Masked, steps: int, head_steps: int | None, last_head_steps: int | None) -> list[int]:
-    """Transitions of the head in every step.
-
-    Raises:
-        ValueError: a number that the head does not have, or more in the last step than in the first.
-    """
-    first = model.token_head.check_steps(head_steps)
-    last = first if last_head_steps is None else model.token_head.check_steps(last_head_steps)
-    if last > first:
-        raise ValueError(f"last_head_steps {last}; needed: at most head_steps, {first}")
-    return [head_steps_of(step, steps, first, last) for step in range(steps)]
-
-
 def check_masked(
     model: Masked,
-    guidance: Guidance,
     steps: int | None,
     temperature: float,
     head_steps: int | None,
     last_head_steps: int | None,
-) -> None:
-    """Checks the arguments of `sample_masked`; errors as there."""
-    count = min(DEFAULT_STEPS, model.num_tokens) if steps is None else steps
-    if not 1 <= count <= model.num_tokens:
-        raise ValueError(f"steps {count}; needed: 1 ... {model.num_tokens}, the number of tokens")
-    check_head_settings(model.token_head, guidance, count, temperature, head_steps)
-    for number in chain_of(model, count, head_steps, last_head_steps):
-        model.token_head.check_steps(number)
+    head_schedule: HeadSchedule,
+    head_solver: HeadSolver | None,
+) -> list[int]:
+    """Checks the arguments of `sample_masked`, errors as there; returns the head's transitions in every step."""
+    return check_steps(
+        model, model.num_tokens, steps, temperature, head_steps, last_head_steps, head_schedule, head_solver
+    )
+
+
+def check_steps(
+    model: Masked,
+    drawn: int,
+    steps: int | None,
+    temperature: float,
+    head_steps: int | None,
+    last_head_steps: int | None = None,
+    head_schedule: HeadSchedule = "linear",
+    head_solver: HeadSolver | None = None,
+) -> list[int]:
+    """`check_masked` where `drawn` of the tokens are drawn."""
+    count = min(DEFAULT_STEPS, drawn) if steps is None else steps
+    if not 1 <= count <= drawn:
+        raise ValueError(f"steps {count}; needed: 1 ... {drawn}, the number of tokens")
+    check_head(model.token_head, temperature, head_steps, head_solver)
+    return chain_of(model.token_head, count, head_steps, last_head_steps, head_schedule, head_solver)
 
 
 @torch.no_grad()
@@ -92,6 +97,8 @@ def sample_masked(
     temperature: float = 1.0,
     head_steps: int | None = None,
     last_head_steps: int | None = None,
+    head_schedule: HeadSchedule = "linear",
+    head_solver: HeadSolver | None = None,
     callback: Callback | None = None,
     runtime: Runtime = EAGER,
 ) -> SampleOutput:
@@ -109,8 +116,9 @@ def sample_masked(
         steps: passes of the model, 1 ... N; None = 64, or N where that is less. MAR: 256 of 256 for its figures.
         temperature: factor of the noise of the head's transitions, >= 0. MAR without guidance: 0.95.
         head_steps: transitions of the head's chain; None = the model's own number.
-        last_head_steps: transitions in the last step, which those of the steps before fall to; lossy (DiSA, arXiv
-            2505.20297: 50 to 5); None = head_steps throughout.
+        last_head_steps, head_schedule: transitions in the last step, which those of the steps before fall to, and how;
+            lossy, see `sample_continuous`; None = head_steps throughout.
+        head_solver: see `sample_continuous`; None = the head's own.
         callback: called after every step, see `Callback`; True ends the sampling.
         runtime: eager, or CUDA graphs: one for every step's pass, and one for the chains of every number of tokens.
 
@@ -120,31 +128,60 @@ def sample_masked(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    check_masked(model, guidance, steps, temperature, head_steps, last_head_steps)
-    count = min(DEFAULT_STEPS, model.num_tokens) if steps is None else steps
-    work = ("masked", condition.batch, guidance.active(count), count, temperature, head_steps, last_head_steps)
+    chain = check_masked(model, steps, temperature, head_steps, last_head_steps, head_schedule, head_solver)
+    work = ("masked", condition.batch, guidance.active(len(chain)), temperature, tuple(chain), head_solver)
     session = runtime.session(model, noise.device, work)
+    settings = (guidance, chain, temperature, head_solver)
+    return draw_masked(model, session, condition, noise, *settings, None, callback)
+
+
+def draw_masked(
+    model: Masked,
+    session: Session,
+    condition: Condition,
+    noise: Noise,
+    guidance: Guidance,
+    chain: list[int],
+    temperature: float,
+    head_solver: HeadSolver | None,
+    known: tuple[Tensor, Tensor, int] | None,
+    callback: Callback | None,
+) -> SampleOutput:
+    """Draws an image's tokens, or those that are not known.
+
+    Args:
+        model, condition, noise, guidance, temperature, head_solver, callback: see `sample_masked`.
+        session: of the call.
+        chain: the head's transitions in every step.
+        known: tokens [B, N, C], bool [B, N] of those that stay, and how many of a row are drawn; None = all are.
+    """
+    batch, total, count = condition.batch, model.num_tokens, len(chain)
     own = Noise(session.static("seeds", noise.seeds_B), noise.device)
-    position_BN = torch.arange(model.num_tokens, device=noise.device).expand(condition.batch, -1)
-    order_BN = session.static("order", own.uniform(Use.ORDER, position_BN).argsort(dim=1, stable=True))
+    keys_BN = own.uniform(Use.ORDER, torch.arange(total, device=noise.device).expand(batch, -1))
+    if known is not None:
+        keys_BN = keys_BN + known[1]  # places at the end of an order are visible first
+    order_BN = session.static("order", keys_BN.argsort(dim=1, stable=True))
+    drawn = total if known is None else known[2]
 
     def noise_of(step: int, places_BL: Tensor, number: int) -> Tensor:
         return token_noise(own, places_BL, number, model.token_head.channels)
 
-    chain = chain_of(model, count, head_steps, last_head_steps)
     begun = time.perf_counter()
     doubled = Guidance(2.0) if guidance.active(count) else OFF
     session.state = model.start(condition, doubled, state=session.state)
+    if known is not None:
+        session.state.tokens.copy_(known[0] * known[1][..., None])
+    scales = strengths(guidance, total, count, drawn)
     done = run_steps(
-        model, session, order_BN, noise_of, strengths(guidance, model.num_tokens, count), chain, temperature, callback
+        model, session, order_BN, noise_of, scales, chain, temperature, callback, drawn=drawn, head_solver=head_solver
     )
     tokens_BNC = session.state.tokens.clone()
     session.check_finite()  # waits for the device
-    left = masked_after(model.num_tokens, count)[:done]
-    sizes = [before - after for before, after in zip([model.num_tokens, *left], left, strict=False)]
+    left = masked_after(drawn, count)[:done]
+    sizes = [before - after for before, after in zip([drawn, *left], left, strict=False)]
     statistics = SampleStatistics(
         forward_passes={"generator": done},
-        tokens_per_pass={size: condition.batch * sizes.count(size) for size in sorted(set(sizes))},
+        tokens_per_pass={size: batch * sizes.count(size) for size in sorted(set(sizes))},
         seconds=time.perf_counter() - begun,
         counts={"head_passes": sum(chain[:done])},
     )
@@ -160,6 +197,9 @@ def run_steps(
     chain: list[int],
     temperature: float,
     callback: Callback | None,
+    *,
+    drawn: int | None = None,
+    head_solver: HeadSolver | None = None,
 ) -> int:
     """Runs the steps and returns how many there were.
 
@@ -170,12 +210,14 @@ def run_steps(
         noise_of: (step, places [B, L], number) -> standard normal [B, L, C].
         scales: guidance of every step.
         chain: transitions of the head in every step.
-        temperature, callback: see `sample_masked`.
+        temperature, callback, head_solver: see `sample_masked`.
+        drawn: how many tokens are drawn, the first places of the order; None = all.
     """
     state, total, steps = session.state, model.num_tokens, len(scales)
+    drawn = total if drawn is None else drawn
     scales_T = session.static("scales", torch.tensor(scales, device=order_BN.device))
-    before = total
-    for step, after in enumerate(masked_after(total, steps)):
+    before = drawn
+    for step, after in enumerate(masked_after(drawn, steps)):
         size = before - after
 
         def read(step: int = step, before: int = before, after: int = after, size: int = size) -> None:
@@ -192,6 +234,7 @@ def run_steps(
                 steps=chain[step],
                 temperature=temperature,
                 scale_BL=session.buffer(f"scale of {size}") if state.parts == 2 else None,
+                solver=head_solver,
             )
             model.commit_at(state, places_BL, tokens_BLC)
 

@@ -14,7 +14,7 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """Redraws a part of an image with a model over scales: inpainting, outpainting or a class edit."""
+    """Redraws a part of an image by a model over scales, or a masked one: inpainting, outpainting or a class edit."""
 
     model: tyro.conf.Positional[str]
     """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
@@ -24,8 +24,9 @@ class Edit:
     """Box as top, left, bottom, right, in fractions of the centre square."""
     keep: Literal["outside", "inside"] = "outside"
     """Part that stays: outside of the box, to inpaint or edit it; inside, to outpaint."""
-    strategy: Literal["codes", "map", "refine"] = "codes"
-    """Method: codes (VAR), map (CoDe), or refine (hierarchical masked models)."""
+    strategy: Literal["codes", "map", "refine"] | None = None
+    """Method of models over scales: codes (VAR), map (CoDe), or refine (hierarchical masked models); when not given,
+    codes."""
     class_name: Annotated[str | None, tyro.conf.arg(name="class", metavar="NAME")] = None
     """Class to edit towards, by name or number; when not given, drawn from the training set's distribution."""
     attribute: tuple[str, ...] = ()
@@ -46,6 +47,8 @@ class Edit:
     """Number of likeliest codes that may be drawn (top-k); 0 = off."""
     top_p: float | None = None
     """Probability mass of the likeliest codes that may be drawn (top-p), in (0, 1]; 1.0 = off."""
+    steps: int | None = None
+    """Passes of a masked model, up to the number of tokens that are drawn; when not given, 64 or that number."""
     out: Path = Path("edited.png")
     """An image file, for the given image and the results side by side; or a folder, for one file per result."""
     device: str | None = None
@@ -90,6 +93,7 @@ def edit(options: Edit) -> str:
         temperature=options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
+        sampler_options={} if options.steps is None else {"steps": options.steps},
     )
     shown = center_crop(given, result.images[0].width)
     if single:

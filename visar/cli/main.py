@@ -328,7 +328,7 @@ def _data_fashion() -> Command:
 # Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", _sample),
-    "edit": ("redraw a part of an image with a model over scales", _edit),
+    "edit": ("redraw a part of an image with a model over scales, or a masked one", _edit),
     "demo": ("serve a web page to sample, edit and compare", _demo),
     "models": ("list models, their classes and attributes", _models),
     "samplers": ("list samplers, exact and lossy, and their settings", _samplers),

@@ -112,14 +112,14 @@ class TokenHead(Protocol):
     Attributes:
         channels: numbers of a token.
         noisy_end: whether the last transition of a draw adds its noise.
-        takes_guidance: whether hidden vectors of a doubled batch are combined.
+        silent_solvers: solvers of a draw that add no noise.
     """
 
     channels: int
     noisy_end: bool
-    takes_guidance: bool
+    silent_solvers: tuple[str, ...]
 
-    def check_steps(self, steps: int | None) -> int: ...
+    def check_steps(self, steps: int | None, solver: str | None = None) -> int: ...
 
     def deviations(self, steps: int) -> list[float] | None: ...
 
@@ -143,7 +143,21 @@ class TokenHead(Protocol):
         steps: int | None = None,
         temperature: float = 1.0,
         scale_BL: Tensor | None = None,
+        solver: str | None = None,
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class DensityHead(TokenHead, Protocol):
+    """A head whose distribution of a token is known in closed form: see `MixtureLaw` of visar/layers/heads/mixture.py.
+
+    Attributes:
+        components: of its mixtures.
+    """
+
+    components: int
+
+    def law(self, features_RLD: Tensor, *, temperature: float = 1.0, scale_BL: Tensor | None = None) -> Any: ...
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""Images edited by a next-scale pipeline, and previews of its scales."""
+"""Images edited by a pipeline over scales or by a masked one, and previews of scales."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from visar.core.checks import Range, check_range
+from visar.core.interface import Masked
 from visar.data.crops import center_crop
 from visar.data.images import as_float
 from visar.data.pictures import rgb
@@ -19,15 +20,23 @@ from visar.samplers.editing import Strategy, box_mask, grid_mask
 from visar.tokenizers.decoding import image_sides
 
 
-def check_over_scales(pipeline: ImagePipeline) -> None:
-    """Checks that a pipeline's tokens form a pyramid.
+def check_editable(pipeline: ImagePipeline, strategy: Strategy | None) -> str:
+    """The sampler that edits by a pipeline's generator: "edit" over scales, "masked_edit" where it is masked.
 
     Raises:
-        ValueError: they do not.
+        ValueError: neither; or a strategy of models over scales for a masked one.
     """
     kind = pipeline.tokenizer.layout.arrangement
-    if kind != "scales":
-        raise ValueError(f"a model over scales is needed (VAR, HMAR); the tokens of this one are a {kind}")
+    if kind == "scales":
+        return "edit"
+    if not isinstance(pipeline.generator, Masked):
+        raise ValueError(
+            "to edit, a model over scales (VAR, HMAR) or a masked one (MAR) is needed; this one is a "
+            f"{type(pipeline.generator).__name__} and its tokens are a {kind}"
+        )
+    if strategy is not None:
+        raise ValueError(f"editing strategy {strategy!r} is of models over scales; this one is masked: leave it out")
+    return "masked_edit"
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
@@ -72,7 +81,7 @@ def edit_images(
     box: tuple[float, float, float, float] | None = None,
     mask: Tensor | None = None,
     keep: Literal["outside", "inside"] = "outside",
-    strategy: Strategy = "codes",
+    strategy: Strategy | None = None,
     class_labels: Sequence[int | str] | None = None,
     attributes: dict[str, str] | None = None,
     unconditional: bool = False,
@@ -80,29 +89,31 @@ def edit_images(
     seed: int = 0,
     **settings: Any,
 ) -> ImageOutput[list[PIL.Image.Image]]:
-    """Redraws a part of images: inpainting, outpainting or a class edit. Lossy, see `sample_edit`.
+    """Redraws a part of images: inpainting, outpainting or a class edit. Lossy: see `sample_edit`, and for masked
+    models `sample_masked_edit`.
 
     Args:
-        pipeline: over scales.
+        pipeline: over scales, or masked.
         pictures: images of any size; their centre squares are resized to the model's size, as in training.
         box: top, left, bottom, right as fractions of that square, in 0 ... 1.
         mask: bool [B or 1, H, W] in the model's pixels, True where the image stays; instead of box.
         keep: what of the box stays: its outside to inpaint or edit it, its inside to outpaint.
-        strategy: "codes", "map", or "refine" for a hierarchical masked model; see `sample_edit`.
+        strategy: of models over scales: "codes", "map", or "refine" for a hierarchical masked model, see
+            `sample_edit`; None = "codes".
         class_labels: one per image, by name or number, to edit towards; None draws it from the training distribution.
         attributes: further labels by name.
         unconditional: give the model nothing instead, so that the rest of the image alone decides.
         paste: put the given pixels back where the image stays; else they too have gone through the tokenizer.
         seed: image i has seed + i.
-        settings: arguments of `ImagePipeline.sampling_settings` (guidance_scale, temperature, top_k, top_p), and
-            sampler_options.
+        settings: arguments of `ImagePipeline.sampling_settings` (guidance_scale, temperature, and over scales top_k
+            and top_p), and sampler_options.
 
     Returns: as of the pipeline.
 
     Raises:
-        ValueError: a model without scales, both or neither of box and mask, or bad values.
+        ValueError: a model that cannot edit, both or neither of box and mask, or bad values.
     """
-    check_over_scales(pipeline)
+    sampler = check_editable(pipeline, strategy)
     if (box is None) == (mask is None):
         raise ValueError("give a box or a mask, one of them")
     if unconditional and (class_labels is not None or attributes):
@@ -125,9 +136,10 @@ def edit_images(
         **settings.pop("sampler_options", {}),
         "given_tokens": given,
         "keep": kept.to(device),
-        "strategy": strategy,
     }
-    chosen = {**pipeline.sampling_settings(**settings, sampler="edit"), "sampler_options": options}
+    if sampler == "edit":
+        options["strategy"] = strategy or "codes"
+    chosen = {**pipeline.sampling_settings(**settings, sampler=sampler), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
     made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens, seeds)
     if paste:

@@ -10,6 +10,8 @@ B images, R rows (2B when guided, conditional ones first), L tokens, C numbers o
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +26,36 @@ class Head(nn.Module, ABC):
     Attributes:
         channels: C.
         steps: transitions of a draw where a call does not say.
-        takes_guidance: whether hidden vectors of a doubled batch are combined.
+        solvers: names of the ways to walk its chain, of which a draw may choose one; the first is its own.
+        silent_solvers: those of them that add no noise.
         noisy_end: whether a draw's last transition adds its noise. Exact speculation needs it.
     """
 
     channels: int
     steps: int
-    takes_guidance = True
+    solvers: tuple[str, ...] = ()
+    silent_solvers: tuple[str, ...] = ()
     noisy_end = True
 
-    def check_steps(self, steps: int | None) -> int:
-        """Transitions of a chain.
+    def check_solver(self, solver: str | None) -> None:
+        """Checks that a chain can be walked by this solver; None is the head's own.
 
         Raises:
-            ValueError: fewer than 1, or a number that the head does not have.
+            ValueError: it is not defined for the head.
         """
+        if solver is not None and solver not in self.solvers:
+            allowed = (
+                f"choose {', '.join(self.solvers)}" if self.solvers else "it draws a token in one way: leave it out"
+            )
+            raise ValueError(f"head_solver {solver!r} is not defined for a {type(self).__name__}; {allowed}")
+
+    def check_steps(self, steps: int | None, solver: str | None = None) -> int:
+        """Transitions of a chain that a solver walks.
+
+        Raises:
+            ValueError: fewer than 1, a number that the head does not have, or another head's solver.
+        """
+        self.check_solver(solver)
         count = self.steps if steps is None else steps
         if count < 1:
             raise ValueError(f"head_steps {count}; needed: >= 1")
@@ -96,6 +113,7 @@ class Head(nn.Module, ABC):
         steps: int | None = None,
         temperature: float = 1.0,
         scale_BL: Tensor | None = None,
+        solver: str | None = None,
     ) -> Tensor:
         """Tokens float32 [B, L, C].
 
@@ -104,11 +122,19 @@ class Head(nn.Module, ABC):
             noise: see `NoiseSource`.
             steps, scale_BL: see `transition`.
             temperature: factor of the noise of the transitions, not of the first point.
+            solver: one of `solvers`; None = the head's own.
         """
-        count = self.check_steps(steps)
+        count = self.check_steps(steps, solver)
+        move = partial(self.transition, steps=steps, scale_BL=scale_BL)
+        return self._walk(features_RLD, noise, count, temperature, move)
+
+    def _walk(
+        self, features_RLD: Tensor, noise: NoiseSource, count: int, temperature: float, move: Callable[..., Any]
+    ) -> Tensor:
+        """The end of a chain whose transitions are `move(point, index, features) -> mean, deviation`."""
         x_BLC = self.start(noise(0))
         for index in range(count):
-            x_BLC, deviation = self.transition(x_BLC, index, features_RLD, steps=steps, scale_BL=scale_BL)
+            x_BLC, deviation = move(x_BLC, index, features_RLD)
             silent = isinstance(deviation, float) and deviation == 0.0
             if not silent and (self.noisy_end or index < count - 1):
                 x_BLC = x_BLC + temperature * deviation * noise(index + 1)

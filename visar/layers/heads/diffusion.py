@@ -7,71 +7,20 @@ section 3.2; exact speculation needs them, because two heads then have the same 
 C numbers of a token, D hidden size.
 """
 
-import itertools
 import math
-from functools import lru_cache
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from visar.layers.diffusion_head import DiffusionHead
-from visar.layers.heads.chain import Head, doubled, guided
+from visar.layers.heads.chain import Head, NoiseSource, doubled, guided
+from visar.layers.heads.schedule import TRAIN_STEPS, Schedule, schedule, strided_times
+from visar.layers.heads.solvers import FlowSolver, flow_scheduler
 
 Prediction = Literal["noise", "velocity"]
 Variance = Literal["learned", "large", "small"]
-
-TRAIN_STEPS = 1000
-_LARGEST_BETA = 0.999
-
-
-class Schedule:
-    """A respaced chain: float64 arrays [T] by the index of the noise level, 0 the cleanest.
-
-    Attributes:
-        times: which of the 1000 training levels they are; the network is told these.
-        betas, alphas_bar: of the respaced chain.
-        posterior_variance, posterior_log_variance: of q(x_{t-1} | x_t, x_0); the first logarithm is the second one's,
-            because that variance is 0.
-        of_x0, of_xt: coefficients of the posterior's mean.
-    """
-
-    def __init__(self, times: list[int]) -> None:
-        bar = [math.cos((i / TRAIN_STEPS + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(TRAIN_STEPS + 1)]
-        betas = np.array([min(1 - end / begin, _LARGEST_BETA) for begin, end in itertools.pairwise(bar)])
-        self.times = times
-        self.alphas_bar = np.cumprod(1.0 - betas)[times]
-        before = np.append(1.0, self.alphas_bar[:-1])
-        self.betas = 1.0 - self.alphas_bar / before
-        self.posterior_variance = self.betas * (1.0 - before) / (1.0 - self.alphas_bar)
-        self.posterior_log_variance = np.log(np.append(self.posterior_variance[1:2], self.posterior_variance[1:]))
-        self.of_x0 = self.betas * np.sqrt(before) / (1.0 - self.alphas_bar)
-        self.of_xt = (1.0 - before) * np.sqrt(1.0 - self.betas) / (1.0 - self.alphas_bar)
-
-
-def spread_times(count: int) -> list[int]:
-    """`count` of the 1000 training levels, both ends among them, as evenly as whole numbers allow (MAR's "100")."""
-    stride = (TRAIN_STEPS - 1) / (count - 1)
-    return [round(stride * i) for i in range(count)]
-
-
-def strided_times(count: int) -> list[int]:
-    """Levels 0, n, 2 n ... of a whole stride n; the last one is left out (MAR's "ddimN").
-
-    Raises:
-        ValueError: no stride gives as many.
-    """
-    for stride in range(1, TRAIN_STEPS):
-        if len(range(0, TRAIN_STEPS, stride)) == count:
-            return list(range(0, TRAIN_STEPS, stride))
-    raise ValueError(f"head_steps {count}; no whole stride over {TRAIN_STEPS} levels gives as many")
-
-
-@lru_cache(maxsize=32)
-def schedule(count: int, strided: bool = False) -> Schedule:
-    """The respaced chain of so many levels."""
-    return Schedule(strided_times(count) if strided else spread_times(count))
 
 
 class GaussianDiffusionHead(Head):
@@ -85,12 +34,16 @@ class GaussianDiffusionHead(Head):
             noisy end: no division by the square root of alpha-bar).
         variance: "learned" (as released: a share between the two others, in the logarithm), "large" (beta) or "small"
             (the posterior's).
-        steps: transitions of a draw (MAR: 100).
+        steps: transitions of a draw (MAR: 100). A draw may take the solvers "ddim" and "dpm" instead of the ancestral
+            chain: see visar/layers/heads/solvers.py.
         strided: levels of a whole stride, without the noisiest (MAR's "ddimN" spacing).
 
     Raises:
         ValueError: an unknown prediction or variance, or steps outside 2 ... 1000.
     """
+
+    solvers = ("ancestral", "ddim", "dpm")
+    silent_solvers = ("ddim", "dpm")
 
     def __init__(
         self,
@@ -117,11 +70,12 @@ class GaussianDiffusionHead(Head):
         self.net = DiffusionHead(channels, hidden_size, width, depth, out_channels)
         self._tables: dict[torch.device, dict[str, Tensor]] = {}
 
-    def check_steps(self, steps: int | None) -> int:
+    def check_steps(self, steps: int | None, solver: str | None = None) -> int:
+        self.check_solver(solver)
         count = self.steps if steps is None else steps
         if not 2 <= count <= TRAIN_STEPS:  # one step would take pure noise for the cleanest level
             raise ValueError(f"head_steps {count}; needed: 2 ... {TRAIN_STEPS}")
-        if self.strided:
+        if self.strided and solver not in self.silent_solvers:
             strided_times(count)
         return count
 
@@ -183,6 +137,27 @@ class GaussianDiffusionHead(Head):
             small, large = float(chain.posterior_log_variance[level]), math.log(chain.betas[level])
             return mean_BLC, torch.exp(0.5 * self.log_variance(share, small, large))
         return mean_BLC, self._deviation(chain, level)
+
+    def draw(
+        self,
+        features_RLD: Tensor,
+        noise: NoiseSource,
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        scale_BL: Tensor | None = None,
+        solver: str | None = None,
+    ) -> Tensor:
+        if solver not in self.silent_solvers:
+            return super().draw(
+                features_RLD, noise, steps=steps, temperature=temperature, scale_BL=scale_BL, solver=solver
+            )
+        scheduler = flow_scheduler(cast(FlowSolver, solver), self.prediction, self.check_steps(steps, solver))
+        x_BLC = self.start(noise(0))
+        for time in scheduler.timesteps.tolist():
+            predicted, _ = self.predict(x_BLC, float(time), features_RLD, scale_BL)
+            x_BLC = scheduler.step(predicted, time, x_BLC, return_dict=False)[0]
+        return x_BLC
 
     # ------------------------------------------------------------------------------------------------------------ loss
     def _table(self, device: torch.device) -> dict[str, Tensor]:

@@ -54,7 +54,8 @@ class EnergyHead(Head):
             if name.endswith("weight") and ("adaLN_modulation" in name or name.startswith("final_layer.linear")):
                 nn.init.normal_(parameter, std=0.02, generator=generator)
 
-    def check_steps(self, steps: int | None) -> int:
+    def check_steps(self, steps: int | None, solver: str | None = None) -> int:
+        self.check_solver(solver)
         if steps not in (None, 1):
             raise ValueError(f"head_steps {steps}; an energy head draws a token in 1")
         return 1
@@ -87,8 +88,9 @@ class EnergyHead(Head):
         steps: int | None = None,
         temperature: float = 1.0,
         scale_BL: Tensor | None = None,
+        solver: str | None = None,
     ) -> Tensor:
-        self.check_steps(steps)
+        self.check_steps(steps, solver)
         return self.transition(temperature * self.start(noise(0)), 0, features_RLD, scale_BL=scale_BL)[0]
 
     def loss(self, features_LD: Tensor, tokens_LC: Tensor, random: torch.Generator) -> Tensor:

@@ -9,13 +9,14 @@ C numbers of a token, D hidden size.
 
 import itertools
 import math
-from typing import Literal
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from visar.layers.diffusion_head import DiffusionHead
-from visar.layers.heads.chain import Head, doubled, guided
+from visar.layers.heads.chain import Head, NoiseSource, doubled, guided
 
 Solver = Literal["euler", "heun", "sde"]
 
@@ -24,7 +25,7 @@ _SMALLEST_TIME = 0.05
 
 
 class FlowHead(Head):
-    """Rectified flow with the network `DiffusionHead`.
+    """Rectified flow with the network `DiffusionHead`; a draw may take another solver than the head's own.
 
     Args:
         channels: C.
@@ -40,6 +41,8 @@ class FlowHead(Head):
     Raises:
         ValueError: an unknown prediction or solver, or a number outside its range.
     """
+
+    silent_solvers = ("euler", "heun")
 
     def __init__(
         self,
@@ -57,12 +60,13 @@ class FlowHead(Head):
         super().__init__()
         if prediction not in ("velocity", "token"):
             raise ValueError(f"prediction {prediction!r}; choose velocity or token")
-        if solver not in ("euler", "heun", "sde"):
+        if solver not in get_args(Solver):
             raise ValueError(f"solver {solver!r}; choose euler, heun or sde")
         if power < 1 or time_deviation <= 0:
             raise ValueError(f"power {power}, time_deviation {time_deviation}; needed: >= 1 and > 0")
         self.channels, self.prediction, self.solver, self.power = channels, prediction, solver, power
         self.time_mean, self.time_deviation, self.steps = time_mean, time_deviation, steps
+        self.solvers = (solver, *(each for each in get_args(Solver) if each != solver))
         self.check_steps(steps)
         self.net = DiffusionHead(channels, hidden_size, width, depth)
 
@@ -97,20 +101,36 @@ class FlowHead(Head):
         *,
         steps: int | None = None,
         scale_BL: Tensor | None = None,
+        solver: str | None = None,
     ) -> tuple[Tensor, Tensor | float]:
+        solver = self.solver if solver is None else solver
         times = self.times(self.check_steps(steps))
         time, following = times[index : index + 2]
         span = time - following
         velocity = self.velocity(x_BLC, time, features_RLD, scale_BL)
-        if self.solver == "sde":
+        if solver == "sde":
             # Reverse-time diffusion: the flow's drift, and the score -(x + (1 - t) v) / t with its noise.
             drift = velocity + x_BLC + (1.0 - time) * velocity
             return x_BLC - span * drift, math.sqrt(2.0 * time * span)
         moved_BLC = x_BLC - span * velocity
-        if self.solver == "heun" and following > 0.0:
+        if solver == "heun" and following > 0.0:
             second = self.velocity(moved_BLC, following, features_RLD, scale_BL)
             moved_BLC = x_BLC - span * (velocity + second) / 2.0
         return moved_BLC, 0.0
+
+    def draw(
+        self,
+        features_RLD: Tensor,
+        noise: NoiseSource,
+        *,
+        steps: int | None = None,
+        temperature: float = 1.0,
+        scale_BL: Tensor | None = None,
+        solver: str | None = None,
+    ) -> Tensor:
+        count = self.check_steps(steps, solver)
+        move: Any = partial(self.transition, steps=steps, scale_BL=scale_BL, solver=solver)
+        return self._walk(features_RLD, noise, count, temperature, move)
 
     def loss(self, features_LD: Tensor, tokens_LC: Tensor, random: torch.Generator) -> Tensor:
         shape, device = tokens_LC.shape, tokens_LC.device
