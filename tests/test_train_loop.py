@@ -77,7 +77,7 @@ def test_recipes_build_and_fit_their_files():
         if isinstance(options, TrainTokenizer):
             with torch.device("meta"):
                 model = build_tokenizer(options, 64)
-            assert model.layout.shapes[-1] == (16, 16), name
+            assert model.layout.shapes[-1] in ((16, 16), (64,)), name
             assert sum(parameter.numel() for parameter in model.parameters()) * 2 < 16 * 2**20, name
 
 

@@ -89,16 +89,44 @@ _MAR = replace(
     _CONTINUOUS,
     out=Path("runs/emoji-mar"),
     family="masked",
-    num_layers=8,
+    num_layers=6,
     model_options='{"buffer_size": 16, "head_arguments": {"width": 384, "depth": 3, "steps": 50}}',
 )
 _CAUSAL = replace(
     _CONTINUOUS,
     out=Path("runs/emoji-causal"),
     family="causal_continuous",
+    num_layers=6,
     model_options=(
         '{"head_arguments": {"width": 384, "depth": 3, "steps": 25, "prediction": "velocity", "variance": "large"}}'
     ),
+)
+
+# Blocks in an order, with as many parameters as emoji-raster: the extra block of each axis takes the place of one.
+_NAR = replace(
+    _RASTER,
+    out=Path("runs/emoji-nar"),
+    family="next_neighbor",
+    num_layers=7,
+    optimizer="muon",
+    learning_rate=2e-3,
+    words="sum",
+    word_dropout=0.25,
+    word_omission=0.1,
+)
+_PAR = replace(_NAR, out=Path("runs/emoji-par-4"), family="region_parallel", num_layers=9)
+
+# 64 ids in the order of denoising steps
+_DAR_TOKENIZER = replace(
+    _VQ,
+    out=Path("runs/emoji-dar-tokenizer"),
+    kind="diffusion",
+    preset="dar-64",
+    model_options=(
+        '{"encoder_width": 192, "condition_width": 192, "pixel_width": 192, "num_encoder_layers": 3, '
+        '"num_condition_layers": 3, "num_pixel_layers": 5}'
+    ),
+    steps=8000,
 )
 
 _EAGLE = TrainDrafter(
@@ -167,6 +195,22 @@ RECIPES: dict[str, TrainTokenizer | TrainGenerator | TrainDrafter] = {
         num_heads=2,
         hidden_width=352,
         model_options=_CAUSAL.model_options.replace('"width": 384, "depth": 3', '"width": 192, "depth": 2'),
+    ),
+    "emoji-nar": _NAR,
+    "emoji-par-4": replace(_PAR, model_options='{"regions": 4}'),
+    "emoji-par-16": replace(_PAR, out=Path("runs/emoji-par-16"), model_options='{"regions": 16}'),
+    # clusters of 32 codes: labels of clusters first, then all codes in one pass; emoji-raster-4096 is the flat model
+    "emoji-ctf": replace(
+        _NAR,
+        out=Path("runs/emoji-ctf"),
+        family="coarse_to_fine",
+        tokenizer="emoji-vq-4096",
+        num_layers=5,
+        model_options='{"fine_layers": 3}',
+    ),
+    "emoji-dar-tokenizer": _DAR_TOKENIZER,
+    "emoji-dar": replace(
+        _NAR, out=Path("runs/emoji-dar"), family="raster", tokenizer="emoji-dar-tokenizer", num_layers=9
     ),
     # 32 x 32 as 8 x 8 ids; not augmented: shoes look one way, and the ground is black
     "fashion-vq": replace(
