@@ -13,7 +13,7 @@ from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.interface import FineSampling, TokenLayout
 from visar.core.noise import Noise, Use, image_seeds
-from visar.core.runtime import EAGER
+from visar.core.runtime import EAGER, Runtime
 from visar.evaluate.exactness import all_sequences, check_distribution
 from visar.generators.clusters import cluster_codes, inertia
 from visar.generators.coarse_to_fine import COARSE_TO_FINE_PRESETS, CoarseToFine, default_clusters
@@ -21,7 +21,7 @@ from visar.generators.families import find_family
 from visar.pipelines.drafters import load_drafter
 from visar.pipelines.image import ImagePipeline
 from visar.samplers import stages
-from visar.samplers.filtering import filter_logits
+from visar.samplers.filtering import filter_logits, sample_logits
 from visar.samplers.index import SAMPLERS
 from visar.samplers.jacobi import sample_jacobi
 from visar.tokenizers.vq import VQTokenizer
@@ -55,8 +55,8 @@ def made(
     codes: int = CODES, clusters: int = 3, grid: tuple[int, int] = (2, 2), set_clusters: bool = True, **changes: Any
 ) -> CoarseToFine:
     """A model whose conditionals differ."""
-    sizes: dict[str, Any] = dict(width=16, num_layers=1, num_heads=2, hidden_width=32, num_classes=2)
-    sizes |= dict(fine_width=16, fine_layers=1, fine_heads=2, fine_hidden_width=32)
+    sizes: dict[str, Any] = dict(width=8, num_layers=1, num_heads=1, hidden_width=16, num_classes=2)
+    sizes |= dict(fine_width=8, fine_layers=1, fine_heads=1, fine_hidden_width=16)
     model = CoarseToFine(vocab_size=codes, clusters=clusters, grid=grid, **{**sizes, **changes}).eval()
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
@@ -175,7 +175,7 @@ def test_clusters_that_do_not_fit_are_refused():
             model.set_clusters(clusters, ranks)
     for changes, message in (
         (dict(clusters=6), "clusters 6; allowed: 1 ... 5"),
-        (dict(fine_heads=3), "fine_width 16, fine_heads 3"),
+        (dict(fine_heads=3), "fine_width 8, fine_heads 3"),
         (dict(num_classes=0), "num_classes"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -289,6 +289,41 @@ def test_a_batch_in_parts_and_replayed_steps(monkeypatch):
             parts = sample_jacobi(model, condition, runtime=EAGER, **given)
         assert torch.equal(whole.tokens, parts.tokens) and parts.statistics.forward_passes["fine"] == 3
     assert sum("fine" in map(str, session.steps) for session in runtime.replayed.values()) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, dict(top_k=1000), dict(top_k=2), dict(top_p=0.6)], ids=str)
+def test_codes_are_drawn_inside_their_cluster_by_the_kernel(device, monkeypatch, settings):
+    generator = torch.Generator().manual_seed(0)
+    cluster_V, label = torch.arange(300) * 40 // 300, torch.arange(12) * 3
+    logits = (2 * torch.randn(12, 300, generator=generator)).masked_fill(cluster_V != label[:, None], -torch.inf)
+    uniform = (torch.rand(12, generator=generator) * 0.99 + 0.005).to(device)
+    got = sample_logits(logits.to(device), uniform, **settings).cpu()
+    assert torch.equal(cluster_V[got], label)
+    monkeypatch.setenv("VISAR_TRITON", "0")
+    plain = sample_logits(logits.to(device), uniform, **settings).cpu()
+    assert (got == plain).float().mean() > 0.9  # the same but for uniforms at the border of two codes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captured_steps_on_a_gpu(dtype):
+    model = made(
+        codes=2000, clusters=60, grid=(4, 5), width=64, fine_width=64, num_heads=2, fine_heads=2, set_clusters=False
+    )
+    torch.nn.Module.to(model.cuda(), dtype)
+    runtime = Runtime()
+    for seed, label in ((0, 0), (10, 1), (20, 1)):
+        for settings in (FineSampling(), FineSampling(0.9, 20, 0.95, 2.0)):
+            model.fine_sampling = settings
+            for name in ("ancestral", "jacobi", "static_tree"):
+                given: dict[str, Any] = dict(noise=Noise(image_seeds(seed, 3), "cuda"), guidance=Guidance(1.5))
+                condition = many(label, 3).to("cuda")
+                sample = SAMPLERS[name].load()
+                captured = sample(model, condition, runtime=runtime, **given)
+                eager = sample(model, condition, runtime=EAGER, **given)
+                assert captured.tokens.shape == (3, 20) and captured.statistics.forward_passes["fine"] == 1
+                if dtype == torch.float32:
+                    assert torch.equal(captured.tokens, eager.tokens)
 
 
 def test_every_code_is_of_its_label_and_as_many_clusters_as_codes_or_one():

@@ -244,7 +244,8 @@ class TrainGenerator(RunOptions):
     mirror images."""
     family: GeneratorName = "auto"
     """Family of generator. auto: the first that fits the tokenizer's tokens, so raster for one grid and next_scale for
-    several scales; hmar: hierarchical masked, over scales."""
+    several scales; hmar: hierarchical masked, over scales; coarse_to_fine: clusters of codes, then codes, on one
+    grid."""
     phase: Literal["next_scale", "refinement"] = "next_scale"
     """Training phase of --family hmar: next_scale trains everything but the refinement layers; refinement trains these
     alone, from the first run's model as --initial."""
@@ -284,7 +285,8 @@ class TrainGenerator(RunOptions):
     """Power p of the weight n^-p with which images are drawn, n being the size of their class: 0 = all images alike, 1
     = all classes alike."""
     scale_weights: tuple[float, ...] = ()
-    """Weights of the loss per token of every scale, coarse to fine; empty = all alike (hmar: its own)."""
+    """Weights of the loss per token of every scale, coarse to fine, or of the two stages of coarse_to_fine, where 0
+    freezes one and trains the other alone; empty = all alike (hmar: its own)."""
     self_correction: float = 0.0
     """Largest fraction of an image's codes that are replaced before finer scales, whose targets then correct them, for
     models over scales (hmar: in both phases); 0 = off."""
