@@ -41,6 +41,8 @@ def _released(family: GeneratorFamily, config: dict[str, Any]) -> Preset:
     tokenizer, name = find_tokenizer(None, family.tokenizer)
     settings = inspect.signature(tokenizer.model).parameters
     shared = {key: value for key, value in config.items() if key in settings}
+    if "grid" in config and "image_size" in settings:
+        shared["image_size"] = 16 * config["grid"][0]
     return Preset(family.model, config, tokenizer.model, {**tokenizer.presets[name], **shared})
 
 
