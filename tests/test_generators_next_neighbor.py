@@ -1,4 +1,4 @@
-"""Next-neighbor transformer: parity with NAR, a plain reference, its order and masks, cached passes, exact sampling."""
+"""Next-neighbor transformer: parity with NAR, a plain reference, order, masks, cached passes, exact sampling."""
 
 import itertools
 import math
@@ -159,7 +159,10 @@ def plain(model, tokens_BN, label_B):
     shape, width, num_heads = config["grid"], config["width"], config["num_heads"]
     cells = list(itertools.product(*map(range, shape)))
     x = torch.cat(
-        [weights["cls_embedding.embedding_table.weight"][label_B][:, None], weights["tok_embeddings.weight"][tokens_BN]],
+        [
+            weights["cls_embedding.embedding_table.weight"][label_B][:, None],
+            weights["tok_embeddings.weight"][tokens_BN],
+        ],
         dim=1,
     )
     if config["positions"] == "learned":

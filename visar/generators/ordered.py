@@ -189,8 +189,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
             self.position_embedding = nn.Parameter(torch.randn(self.prefix_length + self.num_tokens, width) * 0.02)
         self.input_dropout = nn.Dropout(token_dropout)
         self.layers = nn.ModuleList(
-            Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout)
-            for _ in range(num_layers + heads - 1)
+            Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout) for _ in range(num_layers + heads - 1)
         )
         self.other_norms = nn.ModuleList(RMSNorm(width) for _ in range(heads - 1))
         self.other_outputs = nn.ModuleList(nn.Linear(width, vocab_size, bias=False) for _ in range(heads - 1))
@@ -324,11 +323,11 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         mask[:, :, begin:, begin:] |= tables.seen_II
         features = self._run(x, tables.rope[None], mask)
         parts = zip(features, self._outputs, tables.read_HN, tables.share_HN, strict=True)
-        return mean_of_heads((output(hidden[:, begin - 1 + read_N]), share_N) for hidden, output, read_N, share_N in parts)
+        return mean_of_heads(
+            (output(hidden[:, begin - 1 + read_N]), share_N) for hidden, output, read_N, share_N in parts
+        )
 
-    def _run(
-        self, x: Tensor, rope: Tensor, mask: Tensor, caches: Sequence[LayerCache] | None = None
-    ) -> list[Tensor]:
+    def _run(self, x: Tensor, rope: Tensor, mask: Tensor, caches: Sequence[LayerCache] | None = None) -> list[Tensor]:
         """What every head reads [R, L, D] (normed); with activation checkpointing once
         `enable_gradient_checkpointing()` was called."""
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled() and caches is None
@@ -462,7 +461,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         return state.tokens
 
     def append(self, state: OrderedState, tokens_BL: Tensor) -> None:
-        """Commits block `state.block` and reads it, together with the learned inputs behind it; the last is not read."""
+        """Commits block `state.block` and reads it with the learned inputs behind it; the last block is not read."""
         place_L = self.positions(state)[0]
         state.tokens.index_copy_(1, place_L, tokens_BL)
         state.length += tokens_BL.shape[1]
