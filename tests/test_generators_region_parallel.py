@@ -54,8 +54,8 @@ def decode(model, condition, guidance=OFF, tokens_BN=None, first_of_kind=False):
 
 
 def plain(model, tokens_BN, label_B):
-    """PAR as its authors lay it out: tokens reordered by a reshape, learned tokens behind the first group, the last token
-    of every region dropped, a causal mask that is full within groups."""
+    """PAR as its authors lay it out: tokens reordered by a reshape, learned tokens behind the first group, a causal mask
+    that is full within groups; the last token of every region is not read."""
     weights, config = model.state_dict(), model.config
     (rows, columns), regions, num_heads = config["grid"], config["regions"], config["num_heads"]
     side, head_width = math.isqrt(config["regions"]), config["width"] // config["num_heads"]
