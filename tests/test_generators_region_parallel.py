@@ -54,7 +54,7 @@ def decode(model, condition, guidance=OFF, tokens_BN=None, first_of_kind=False):
 
 
 def plain(model, tokens_BN, label_B):
-    """PAR as its authors lay it out: tokens reordered by a reshape, learned tokens behind the first group, a causal mask
+    """PAR as its authors lay it out: tokens reordered by a reshape, learned ones behind the first group, a causal mask
     that is full within groups; the last token of every region is not read."""
     weights, config = model.state_dict(), model.config
     (rows, columns), regions, num_heads = config["grid"], config["regions"], config["num_heads"]

@@ -93,7 +93,9 @@ def find_preset(name: str, grid: int | None = None) -> Preset:
     if grid is None:
         return preset
     if "image_size" not in preset.tokenizer_config or grid < 1:
-        raise ValueError(f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, vq-16), and >= 1")
+        raise ValueError(
+            f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, nar-*, par-*, vq-16), and >= 1"
+        )
     return dataclasses.replace(
         preset,
         config={**preset.config, "grid": (grid, grid)} if preset.generator is not None else {},
