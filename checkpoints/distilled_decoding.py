@@ -102,7 +102,7 @@ def _read_raster(options: Convert, content: Content, second: Content | None) -> 
     expect(tokenizer_content, llamagen.TOKENIZER, options.tokenizer)
     row = llamagen.TOKENIZER
     kind = choose_weights(tokenizer_content, row.marks, None, row.weights)
-    tokenizer = llamagen._tokenizer(tokenizer_content, kind == "ema", grid, str(options.tokenizer))
+    tokenizer = llamagen.build_tokenizer(tokenizer_content, kind == "ema", grid, str(options.tokenizer))
     state = find_weights(content, RASTER.marks, file, options.weights)
     check_codes(state, "output.weight", file, tokenizer.config["codebook_size"], options.tokenizer)
     config, converted = convert_raster(

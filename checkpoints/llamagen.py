@@ -124,7 +124,7 @@ def export_vq(model: VQTokenizer) -> dict[str, State]:
 
 
 # ----------------------------------------------------------------------------------------------------- transformer
-def _prefix_config(state: State, source: str) -> dict:
+def prefix_config(state: State, source: str) -> dict:
     """Arguments that say what the prefix is: a class or a caption."""
     table, caption = "cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"
     if table in state:
@@ -186,7 +186,7 @@ def convert_gpt(
         num_heads=num_heads,
         hidden_width=state[sized[1]].shape[0],
         rope=rope,
-        **_prefix_config(state, source),
+        **prefix_config(state, source),
     )
     return fitted(RasterGPT, config, state, source)
 
@@ -224,10 +224,18 @@ def export_gpt(model: RasterGPT) -> dict[str, dict[str, Tensor]]:
 
 # ------------------------------------------------------------------------------------------------- for visar convert
 def _read_tokenizer(options: Convert, content: Content, second: Content | None) -> Models:
-    return Models(tokenizer=_tokenizer(content, options.weights == "ema", options.grid, str(options.file)))
+    return Models(tokenizer=build_tokenizer(content, options.weights == "ema", options.grid, str(options.file)))
 
 
-def _tokenizer(content: Content, ema: bool, grid: tuple[int, int] | None, file: str) -> VQTokenizer:
+def build_tokenizer(content: Content, ema: bool, grid: tuple[int, int] | None, file: str) -> VQTokenizer:
+    """The tokenizer of a file, for images of so many tokens; also of projects that use LlamaGen's.
+
+    Args:
+        content: of the file.
+        ema: whether to take averaged weights where there are both.
+        grid: (rows, columns) of tokens; None: 16 x 16.
+        file: for error messages.
+    """
     config, state = convert_vq(content, prefer_ema=ema, source=file)
     if grid is not None:
         factor = 2 ** (len(config["channel_multipliers"]) - 1)
@@ -256,7 +264,7 @@ def _read_generator(options: Convert, content: Content, second: Content | None) 
         tokenizer_content = read(options.tokenizer)
         expect(tokenizer_content, TOKENIZER, options.tokenizer)
         ema = choose_weights(tokenizer_content, TOKENIZER.marks, options.weights, TOKENIZER.weights) == "ema"
-        tokenizer = _tokenizer(tokenizer_content, ema, options.grid, str(options.tokenizer))
+        tokenizer = build_tokenizer(tokenizer_content, ema, options.grid, str(options.tokenizer))
         codes = tokenizer.config["codebook_size"]
         check_codes(state, "tok_embeddings.weight", file, codes, options.tokenizer)
     return Models(tokenizer, build(RasterGPT, config, state, file, torch.float32))

@@ -115,7 +115,7 @@ def run_blocks(
 def _shown(model: Categorical, state: Any, done: int) -> int:
     """How many of the image's tokens to return when `done` are drawn: those, or all if they are not the leading ones.
 
-    They are where the next token that is drawn is the one behind them.
+    They are the leading ones where the next block begins right behind them.
     """
     if done == model.num_tokens:
         return done

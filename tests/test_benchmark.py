@@ -28,6 +28,8 @@ RELEASED_MILLIONS = {
     "llamagen-b": 111, "llamagen-l": 343, "llamagen-xl": 775, "llamagen-xxl": 1411, "llamagen-3b": 3096,
     "var-d16": 310, "var-d20": 601, "var-d24": 1034, "var-d30": 2010, "var-d36": 2353,
     "hmar-d16": 468, "hmar-d20": 846, "hmar-d24": 1383, "hmar-d30": 2560,
+    "nar-b": 131, "nar-m": 295, "nar-l": 373, "nar-xl": 816, "nar-xxl": 1464, "nar-t2i-stage2": 819,
+    "par-l-4x": 343, "par-xxl-16x": 1411,
 }  # fmt: skip
 
 
@@ -83,7 +85,7 @@ def test_grid_changes_tokens_and_images_together() -> None:
         find_preset("var-d16", 24)
 
 
-@pytest.mark.parametrize("name", ["llamagen-b", "var-d16", "hmar-d16", "vq-16"])
+@pytest.mark.parametrize("name", ["llamagen-b", "var-d16", "hmar-d16", "nar-b", "par-l-4x", "vq-16"])
 def test_a_preset_without_a_gpu_is_checked_and_not_timed(name: str) -> None:
     lines: list[str] = []
     assert bench(Bench(preset=name, device="cpu"), {}, lines.append) == []

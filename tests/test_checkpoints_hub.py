@@ -49,7 +49,7 @@ def test_official_names():
     named = {name.split("-")[2] for name in hub.official() if name.startswith("llamagen-c2i")}
     assert named == released
     for name, entry in hub.official().items():
-        assert (entry.grid is not None) == (entry.source == "llamagen"), name
+        assert (entry.grid is not None) == (entry.source in ("llamagen", "nar")), name
         assert ("non-commercial" in entry.note) == (entry.source == "hmar"), name
         # The settings are ones that a pipeline takes, of a sampler that there is.
         pipeline = ImagePipeline(None, None, defaults=entry.defaults)

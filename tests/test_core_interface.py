@@ -25,8 +25,10 @@ from visar.generators.causal_continuous import CausalContinuous
 from visar.generators.coarse_to_fine import CoarseToFine
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
 from visar.generators.masked import MaskedGenerator
+from visar.generators.next_neighbor import NextNeighborTransformer
 from visar.generators.next_scale import NextScaleTransformer
 from visar.generators.raster import RasterGPT
+from visar.generators.region_parallel import RegionParallelTransformer
 from visar.generators.tabular import TabularGenerator
 from visar.samplers.drafters.heads import SpatialHeads
 from visar.samplers.drafters.interface import Drafter
@@ -50,6 +52,9 @@ MODELS = {
     "masked": lambda: HierarchicalMaskedTransformer(**PYRAMID, num_classes=3, num_refinement_layers=1),
     "causal vectors": lambda: CausalContinuous(**VECTORS, hidden_width=32, num_layers=1),
     "masked vectors": lambda: MaskedGenerator(**VECTORS, encoder_layers=1, decoder_layers=1, buffer_size=2),
+    "neighbors": lambda: NextNeighborTransformer(**RASTER, num_classes=3, attributes=(2, 5)),
+    "box of neighbors": lambda: NextNeighborTransformer(**{**RASTER, "grid": (2, 2, 3)}, positions="learned"),
+    "regions": lambda: RegionParallelTransformer(**RASTER, num_classes=0, word_vocab_size=9, num_words=3),
 }
 CAPABILITIES = {
     "raster": {Generator, Categorical, Windowed, Trees, Features},
@@ -61,6 +66,9 @@ CAPABILITIES = {
     "masked": {Generator, Categorical, Scales, Refining},
     "causal vectors": {Generator, Continuous},
     "masked vectors": {Generator, Masked},
+    "neighbors": {Generator, Categorical},
+    "box of neighbors": {Generator, Categorical},
+    "regions": {Generator, Categorical},
 }
 GENERATORS = set.union(*CAPABILITIES.values())
 

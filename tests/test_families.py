@@ -74,10 +74,15 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
     assert find("auto", grid) is generators.load_family("raster")
     assert find("auto", scales) is generators.load_family("next_scale")
     assert find("hmar", scales) is generators.load_family("hmar")
+    assert find("auto", replace(grid, arrangement="box")) is generators.load_family("next_neighbor")
     for name, layout, message in (
         ("hmar", grid, "does not fit tokens that are 128 codes in arrangement grid; families that do: raster"),
         ("raster", scales, "families that do: next_scale, hmar"),
-        ("auto", replace(grid, arrangement="box"), "are 128 codes in arrangement box; families that do: none"),
+        (
+            "auto",
+            replace(grid, arrangement="sequence"),
+            "are 128 codes in arrangement sequence; families that do: none",
+        ),
         (
             "raster",
             replace(grid, vocab_size=0),

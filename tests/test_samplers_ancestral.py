@@ -12,7 +12,9 @@ from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
 from visar.core.noise import Noise, image_seeds
 from visar.generators.hierarchical_masked import HierarchicalMaskedTransformer
+from visar.generators.next_neighbor import NextNeighborTransformer
 from visar.generators.raster import RasterGPT
+from visar.generators.region_parallel import RegionParallelTransformer
 from visar.samplers.ancestral import sample_ancestral
 from visar.samplers.filtering import filter_logits
 
@@ -95,6 +97,8 @@ def test_image_depends_on_its_seed_and_condition_only(model):
         TINY.transformer(),
         TINY.over_scales(),
         TINY.over_scales(HierarchicalMaskedTransformer),
+        NextNeighborTransformer(vocab_size=4, grid=(3, 2), width=8, num_layers=1, num_heads=2, num_classes=2),
+        RegionParallelTransformer(vocab_size=4, grid=(4, 2), width=8, num_layers=1, num_heads=2, num_classes=2),
     ],
     ids=lambda model: type(model).__name__,
 )

@@ -44,17 +44,20 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
     del reference_model
     forced_BNV = generator(tokens_BN, condition)
     state = generator.start(condition, OFF)
-    parts, done = [], 0
+    parts, places, done = [], [], 0
     raster = max(generator.block_sizes) == 1
     for block, size in enumerate(generator.block_sizes):
         if raster and done == FORCED_TOKENS:
             break
         state.block = block
         parts.append(generator.predict(state))
-        generator.append(state, tokens_BN[:, done : done + size])
+        places.append(generator.positions(state)[0])
+        generator.append(state, tokens_BN[:, places[-1]])
         done += size
-    decoded = relative_error(torch.cat(parts, dim=1), reference_BNV[:, :done])
-    return decoded, relative_error(forced_BNV[:, :done], reference_BNV[:, :done])
+    place_L = torch.cat(places)
+    reference_BLV = reference_BNV[:, place_L]
+    decoded = relative_error(torch.cat(parts, dim=1), reference_BLV)
+    return decoded, relative_error(forced_BNV[:, place_L], reference_BLV)
 
 
 def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:

@@ -41,6 +41,8 @@ def _released(family: GeneratorFamily, config: dict[str, Any]) -> Preset:
     tokenizer, name = find_tokenizer(None, family.tokenizer)
     settings = inspect.signature(tokenizer.model).parameters
     shared = {key: value for key, value in config.items() if key in settings}
+    if "grid" in config and "image_size" in settings:
+        shared["image_size"] = 16 * config["grid"][0]
     return Preset(family.model, config, tokenizer.model, {**tokenizer.presets[name], **shared})
 
 
@@ -91,7 +93,9 @@ def find_preset(name: str, grid: int | None = None) -> Preset:
     if grid is None:
         return preset
     if "image_size" not in preset.tokenizer_config or grid < 1:
-        raise ValueError(f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, vq-16), and >= 1")
+        raise ValueError(
+            f"grid {grid} for {name}; it is for presets of one grid (llamagen-*, nar-*, par-*, vq-16), and >= 1"
+        )
     return dataclasses.replace(
         preset,
         config={**preset.config, "grid": (grid, grid)} if preset.generator is not None else {},

@@ -22,7 +22,7 @@ from visar.core.noise import Noise
 from visar.core.window import DraftTree, Window
 
 Callback = Callable[[int, Tensor], bool | None]
-"""Called by a sampler's loop with the number of tokens that all images have, and the tokens [B, N] (later ones are 0).
+"""Called by a sampler's loop with the number of tokens that all images have, and the tokens [B, N] (0 where none is).
 
 If it returns True the sampling ends, and the sampler returns the tokens that all images have by then.
 """

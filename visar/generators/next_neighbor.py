@@ -20,7 +20,7 @@ from visar.layers.rope import PrefixRotation
 _CAPTIONS = dict(num_classes=0, caption_width=2048, caption_length=120)
 _XL = dict(width=1280, num_layers=36, num_heads=20, hidden_width=3584)
 
-# Released sizes (130.6 M, 295.5 M, 372.5 M, 816.0 M, 1.46 B and 819.2 M parameters). Video models: NEXT_NEIGHBOR_BOXES.
+# Released sizes (130.6 M, 295.5 M, 372.5 M, 816.0 M and 1.46 B parameters; 819.2 M for captions).
 NEXT_NEIGHBOR_PRESETS: dict[str, dict] = {
     "nar-b": dict(width=768, num_layers=12, num_heads=12, hidden_width=2048),
     "nar-m": dict(width=1024, num_layers=18, num_heads=16, hidden_width=2816),

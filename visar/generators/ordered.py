@@ -106,7 +106,7 @@ class OrderedState:
         prefix_last_RD: embedding of the last prefix position, which the first step reads.
         key_valid_RS: bool [R, S] slots that may be seen; None if all.
         scale_N: float32 [N] guidance of every token in the order of the blocks; None when guidance is off.
-        features_HRLD: what every head reads of the latest pass; L is the most inputs of a pass.
+        features: what every head reads of the latest pass, [R, L, D] each; L is the most inputs of a pass.
         cache: keys and values, in the order of reading.
         block: index of the block about to be predicted or committed, set by the loop. Steps of one kind do not depend
             on it, so a captured one serves them all.
@@ -118,7 +118,7 @@ class OrderedState:
     prefix_last_RD: Tensor
     key_valid_RS: Tensor | None
     scale_N: Tensor | None
-    features_HRLD: Tensor
+    features: list[Tensor]
     cache: KVCache
     block: int = 0
 
@@ -191,10 +191,10 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         self.layers = nn.ModuleList(
             Block(width, num_heads, hidden_width, residual_dropout, ffn_dropout) for _ in range(num_layers + heads - 1)
         )
-        self.norm = RMSNorm(width)
-        self.output = nn.Linear(width, vocab_size, bias=False)
         self.other_norms = nn.ModuleList(RMSNorm(width) for _ in range(heads - 1))
         self.other_outputs = nn.ModuleList(nn.Linear(width, vocab_size, bias=False) for _ in range(heads - 1))
+        self.norm = RMSNorm(width)
+        self.output = nn.Linear(width, vocab_size, bias=False)
         # Not buffers: they stay as they are when the weights are cast, and have values on the meta device.
         self._tables = OrderTables.of(order, self._rope(grid, width // num_heads, positions, prefix_rotation))
         self._widths = order.widths
@@ -402,7 +402,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
             prefix_last_RD=torch.empty(rows, width, device=device, dtype=dtype),
             key_valid_RS=torch.ones(rows, slots, dtype=torch.bool, device=device) if padded else None,
             scale_N=torch.ones(self.num_tokens, device=device) if guided else None,
-            features_HRLD=torch.zeros(len(self._norms), rows, most, width, device=device, dtype=dtype),
+            features=[torch.zeros(rows, most, width, device=device, dtype=dtype) for _ in self._norms],
             cache=cache,
         )
 
@@ -426,7 +426,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         if state.key_valid_RS is not None:
             mask = mask & state.key_valid_RS[:, None, None]
         features = self._read(state, x, position, mask.expand(-1, -1, length, -1), slots)
-        for buffer, each in zip(state.features_HRLD, features, strict=True):
+        for buffer, each in zip(state.features, features, strict=True):
             buffer[:, :length].copy_(each)
 
     def _now(self, state: OrderedState) -> Tensor:
@@ -439,7 +439,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         if state.block == 0:
             self._read_block(state, state.prefix_last_RD[:, None], state.inputs + (self.prefix_length - 1))
         tables, now_L = self.tables(state.tokens.device), self._now(state)
-        parts = zip(state.features_HRLD, self._outputs, tables.source_HN, tables.weight_HN, strict=True)
+        parts = zip(state.features, self._outputs, tables.source_HN, tables.weight_HN, strict=True)
         return mean_of_heads(
             (output(features_RLD.index_select(1, source_N[now_L])), weight_N[now_L])
             for features_RLD, output, source_N, weight_N in parts
@@ -461,7 +461,7 @@ class OrderedTransformer(Packable, ModelMixin, ConfigMixin):
         return state.tokens
 
     def append(self, state: OrderedState, tokens_BL: Tensor) -> None:
-        """Commits block `state.block` and reads it, together with the learned inputs behind it; the last is not read."""
+        """Commits block `state.block` and reads it with the learned inputs behind it; the last block is not read."""
         place_L = self.positions(state)[0]
         state.tokens.index_copy_(1, place_L, tokens_BL)
         state.length += tokens_BL.shape[1]

@@ -98,10 +98,10 @@ def neighbor_order(shape: Sequence[int]) -> Order:
 def region_order(shape: Sequence[int], regions: int) -> Order:
     """One token of every region at a time, those of the first block one by one. PAR, arXiv 2412.15119 section 3.2.
 
-    The grid is cut into `regions` equal parts. The first token of every region is drawn alone, in order; from then on a
-    block holds the next token of every region. One learned input for every region but the first is read together with
-    the last token that is drawn alone; they predict the first block of several tokens, and every token predicts the
-    next of its region.
+    The grid is cut into `regions` equal parts. The first token of every region is drawn alone, in order; from then on
+    a block holds the next token of every region. One learned input for every region but the first is read together
+    with the last token that is drawn alone; they predict the first block of several tokens, and every token predicts
+    the next of its region.
 
     Args:
         shape: (rows, columns).

@@ -245,7 +245,7 @@ class TrainGenerator(RunOptions):
     family: GeneratorName = "auto"
     """Family of generator. auto: the first that fits the tokenizer's tokens, so raster for one grid and next_scale for
     several scales; hmar: hierarchical masked, over scales; coarse_to_fine: clusters of codes, then codes, on one
-    grid."""
+    grid; next_neighbor, region_parallel: several tokens per pass, by diagonals or in all regions at once."""
     phase: Literal["next_scale", "refinement"] = "next_scale"
     """Training phase of --family hmar: next_scale trains everything but the refinement layers; refinement trains these
     alone, from the first run's model as --initial."""
