@@ -55,7 +55,7 @@ def test_a_round_trip(hub, storage):
     names = {str(path.relative_to(hub["folder"])) for path in hub["folder"].rglob("*") if path.is_file()}
     parts = {f"{part}/{file}" for part in ("generator", "tokenizer") for file in ("config.json", "visar_model.py")}
     weights = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("generator", "tokenizer")}
-    assert names == {"README.md", "model_index.json", "pipeline.py"} | parts | weights
+    assert names == {"README.md", "model_index.json", "pipeline.py", "visar_model.py"} | parts | weights
     pipeline.save_pretrained("local", storage)
     found, local = load("someone/bars", device="cpu"), load("local", device="cpu")
     again = ImagePipeline.from_pretrained("someone/bars")

@@ -1,6 +1,7 @@
 """What pipelines of images and of videos share."""
 
 import contextlib
+import inspect
 import os
 import tempfile
 import weakref
@@ -302,6 +303,15 @@ class TokenPipeline(DiffusionPipeline):
     def extract_init_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
         """Constructor arguments among what model_index.json says; see diffusers."""
         return super().extract_init_dict(settings_of(config_dict), **settings)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        """What diffusers' loader checks the constructor's arguments by: nothing, as the constructor checks them.
+
+        Older versions of it cannot read all annotations.
+        """
+        names = inspect.signature(cls.__init__).parameters
+        return {name: (inspect.Signature.empty,) for name in names if name != "self"}
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:
