@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+REPOSITORY = re.compile(r"\w[\w.-]*/[\w.-]+")
+"""Names of repositories, owner/model."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def is_repository(name: str | Path) -> bool:
 
     It has the form owner/model, and no folder here is called owner: else it is the path of something that is missing.
     """
-    return isinstance(name, str) and bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not Path(name).parent.is_dir()
+    return isinstance(name, str) and bool(REPOSITORY.fullmatch(name)) and not Path(name).parent.is_dir()
 
 
 def snapshot(

@@ -101,6 +101,8 @@ LINES = {
     "eval {m}/tiny --reference images.npz --extractor tiny --device cpu --num-samples 4": "num-samples batch-size "
     "seed labels prompts sampler guidance-scale temperature layer resize image-size train held-out keep-images dtype "
     "out",
+    "reproduce nowhere --reference images.npz --extractor tiny --device cpu": "num-samples batch-size seed dtype "
+    "device extractor-weights keep-images reference out",
     "stats images.npz --out stats.npz --extractor tiny --device cpu": "out layer resize image-size batch-size device",
     "eval --tokenizer {m}/tiny/tokenizer --images images.npz --extractor tiny --device cpu": "out batch-size "
     "image-size",
@@ -125,6 +127,8 @@ LINES = {
     "convert {m}/vq.pt --out out": "out grid num-heads dtype source scales like tokenizer second weights",
     "data fashion-mnist --source nowhere --out fashion.zip": "source out",
     "models": "classes attributes",
+    "env": "device",
+    "completion": "shell",
     "samplers": "sampler",
 }
 

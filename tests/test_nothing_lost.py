@@ -16,7 +16,9 @@ from visar.data import clips
 from visar.data.emoji_build import write_archive
 from visar.data.folders import find_pictures
 from visar.data.packages import Package
+from visar.evaluate import reproduce
 from visar.evaluate.extractors import EXTRACTORS
+from visar.pipelines.loading import load
 
 ROOT = Path(__file__).parent.parent
 FAULTS, TRAINING, EVALUATION = (
@@ -28,7 +30,20 @@ EMOJI, CLIPS, FASHION = (
 LINES = FAULTS["commands_that_write"](Path("MODELS"))
 # Commands that write one file alone die while they write it, the others at their second file.
 SINGLE = ("grid.png", "edited.png", "stats.npz", "rows.json", "coded/metrics.json", "fashion.zip")
-LOCKED = ("folder", "edited", "scores", "given", "compared", "coded", "accepted", "run", "made", "drafter", "clips")
+LOCKED = (
+    "folder",
+    "edited",
+    "scores",
+    "given",
+    "compared",
+    "reproduced",
+    "coded",
+    "accepted",
+    "run",
+    "made",
+    "drafter",
+    "clips",
+)
 
 
 class Killed(BaseException):
@@ -52,6 +67,8 @@ def place(tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     TRAINING["write_images"](tmp_path / "images.npz")
     monkeypatch.setitem(EXTRACTORS, "tiny", EVALUATION["TINY"])
     monkeypatch.setitem(SAMPLERS, str(models / "tiny"), ("ancestral",))
+    # No authors' files are here.
+    monkeypatch.setattr(reproduce, "load", lambda name, **settings: load(models / "tiny", **settings))
     for name, constant in (("names", "NAMES"), ("clips", "CLIP_PACKAGES")):
         (tmp_path / "clips" / "packages").mkdir(parents=True, exist_ok=True)
         file = shutil.copy(models / f"{name}-1.tgz", tmp_path / "clips" / "packages")
@@ -73,7 +90,7 @@ def files_below(place: Path) -> dict[str, bytes]:
 
 def test_every_command_that_writes_is_here() -> None:
     tried = {name for name in COMMANDS for line in LINES.values() if line.startswith(f"{name} ")}
-    assert set(COMMANDS) - tried == {"models", "samplers", "data emoji"}
+    assert set(COMMANDS) - tried == {"models", "samplers", "data emoji", "env", "completion"}
 
 
 @pytest.mark.parametrize("output", list(LINES))

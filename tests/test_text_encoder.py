@@ -227,7 +227,7 @@ def test_prompts(folder, tmp_path):
     assert torch.equal(pipeline(prompt="blue dog", seed=6).tokens[0], out.tokens[3])
     assert not torch.equal(pipeline(prompt="a red cat", seed=6).tokens[0], out.tokens[3])
     pipeline.save_pretrained(tmp_path)
-    names = ["generator", "model_index.json", "pipeline.py", "tokenizer"]
+    names = ["generator", "model_index.json", "pipeline.py", "tokenizer", "visar_model.py"]
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     again = load(tmp_path, device="cpu")
     again.set_progress_bar_config(disable=True)

@@ -325,6 +325,18 @@ def _data_fashion() -> Command:
     return DataFashion, lambda options: print(data_fashion(options))
 
 
+def _env() -> Command:
+    from visar.cli.env import Env, facts
+
+    return Env, lambda options: _table(facts())
+
+
+def _completion() -> Command:
+    from visar.cli.completion import Completion, completion
+
+    return Completion, lambda options: print(completion(options.shell, COMMANDS), end="")
+
+
 # Names of one word, of two, or of a word and a flag that may stand anywhere behind it.
 COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "sample": ("make images with a model", _sample),
@@ -353,6 +365,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "distill independent": ("make the baseline: tokens drawn by their frequencies alone", _distill_independent),
     "data emoji": ("build the emoji image set", _data_emoji),
     "data clips": ("build the set of animated emoji", _data_clips),
+    "env": ("what a bug report needs to say of this machine", _env),
+    "completion": ("a script that completes commands and flags in a shell", _completion),
     "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),
 }
 

@@ -29,8 +29,10 @@ def run_reproduce(
         ValueError: no such row, no reference, or see `reproduce`.
     """
     if not options.name:
-        rows = [("row", "official name", "FID of the paper", "paper")]
-        echo(rows + [(row.name, row.model, f"{row.figures['FID']:.2f}", row.paper) for row in published().values()])
+        header = ("row", "official name", "FID of the paper", "paper")
+        echo(
+            [header] + [(row.name, row.model, f"{row.figures['FID']:.2f}", row.paper) for row in published().values()]
+        )
         return
     row = find(options.name)
     if options.dry_run:

@@ -90,6 +90,7 @@ class PipelineGenerator:
             sampler_options=self.sampling.sampler_options,
             seeds=seeds,
             output_type="pt",
+            return_dict=True,
         )
         images_BCHW = result.images
         if self.scored_size is not None:

@@ -1,8 +1,8 @@
 """What saved folders carry beside weights and settings: the number of their format, and what diffusers' loaders need.
 
-A pipeline's folder has pipeline.py, each part visar_model.py: a few lines that import this package, for
-`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` and `AutoModel.from_pretrained`. visar writes these
-files and never reads them.
+A pipeline's folder has pipeline.py and visar_model.py, each part visar_model.py: a few lines that import this package,
+for `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` and `AutoModel.from_pretrained`. visar writes
+these files and never reads them.
 
 Formats: 1 is the first that folders state; those without a number are read as 1. A folder is read by every version
 that knows its format. A format that is given up is announced by a warning for two minor versions before it is refused.
@@ -76,6 +76,8 @@ def mark_pipeline(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     changes: dict[str, Any] = {part: [MODEL_MODULE, MODEL_CLASS] for part in parts}
     changes |= {"_class_name": [PIPELINE_MODULE, name], FORMAT_KEY: FORMAT, "auto_map": _AUTO_MAP}
     _update(folder / "model_index.json", changes)
+    # Older loaders of parts look for their code here.
+    (folder / f"{MODEL_MODULE}.py").write_text(_MODEL_CODE, encoding="utf-8")
     (folder / f"{PIPELINE_MODULE}.py").write_text(_PIPELINE_CODE.format(name=name), encoding="utf-8")
 
 

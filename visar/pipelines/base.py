@@ -1,7 +1,9 @@
 """What pipelines of images and of videos share."""
 
 import contextlib
+import inspect
 import os
+import tempfile
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -39,6 +41,7 @@ from visar.pipelines.fitting import (
     read_vocabulary,
 )
 from visar.pipelines.memory import borrowed
+from visar.pipelines.publishing import check_repository, model_card, publish
 from visar.pipelines.requests import numbered_classes, seeds_of_images
 from visar.pipelines.sampling import Helpers, chosen_settings, resolve_options
 from visar.pipelines.text_encoder import TextEncoder, encode_captions, load_text_encoder
@@ -226,9 +229,11 @@ class TokenPipeline(DiffusionPipeline):
             settings: see diffusers.
 
         Raises:
-            ValueError: the generator is quantised, another storage, or the folder cannot be written.
+            ValueError: the generator is quantised, another storage, or the folder cannot be written; push_to_hub.
         """
         check_storage(storage)
+        if settings.pop("push_to_hub", False):
+            raise ValueError("push_to_hub=True: call pipeline.push_to_hub(repository), which also writes a card")
         if self._quantised():
             raise ValueError("a quantised pipeline is not saved: save it as it was loaded, and quantise after loading")
         folder = Path(save_directory)
@@ -238,6 +243,54 @@ class TokenPipeline(DiffusionPipeline):
             pack_folder(self.generator, folder / "generator")
         for part in ("tokenizer", "generator"):
             finish_folder(folder / part)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        evaluation: str | os.PathLike | None = None,
+        licence: str | None = None,
+        about: str = "",
+        storage: Storage = "plain",
+        variant: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        create_pr: bool = False,
+        revision: str | None = None,
+    ) -> str:
+        """Saves the pipeline to a repository of the Hugging Face hub, with a card; `visar.load(repo_id)` reads it.
+
+        Args:
+            repo_id: owner/model; made where there is none.
+            evaluation: folder that `visar eval` wrote: the card takes its figures with their whole protocol.
+            licence: of the weights, by the hub's name for it, such as "apache-2.0".
+            about: further text of the card, in Markdown: data, training, limits.
+            storage, variant: as of `save_pretrained`.
+            private, token, commit_message, create_pr, revision: as huggingface_hub has them.
+
+        Returns: address of the commit.
+
+        Raises:
+            ValueError: a name that is none, no right to it or no network, no evaluation there, or as of
+                `save_pretrained`.
+        """
+        repository = check_repository(repo_id)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            self.save_pretrained(folder, storage, variant=variant)
+            place = None if evaluation is None else Path(evaluation)
+            card = model_card(self, repository, folder, evaluation=place, licence=licence, about=about)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            return publish(
+                folder,
+                repository,
+                private=private,
+                token=token,
+                message=commit_message or f"{type(self).__name__} saved by visar",
+                create_pr=create_pr,
+                revision=revision,
+            )
 
     def save_config(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **settings: Any) -> None:
         """Writes model_index.json and what other loaders need, as a part of `save_pretrained`."""
@@ -250,6 +303,15 @@ class TokenPipeline(DiffusionPipeline):
     def extract_init_dict(cls, config_dict: dict[str, Any], **settings: Any) -> Any:
         """Constructor arguments among what model_index.json says; see diffusers."""
         return super().extract_init_dict(settings_of(config_dict), **settings)
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        """What diffusers' loader checks the constructor's arguments by: nothing, as the constructor checks them.
+
+        Older versions of it cannot read all annotations.
+        """
+        names = inspect.signature(cls.__init__).parameters
+        return {name: (inspect.Signature.empty,) for name in names if name != "self"}
 
     # ---------------------------------------------------------------------------------------------------- the memory
     def enable_offload(self) -> None:

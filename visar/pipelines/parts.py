@@ -54,6 +54,6 @@ class VisarModel(ModelMixin):
         options["local_files_only"] = bool(options["local_files_only"])
         device, dtype = placement("cpu", torch.float32 if kind is None else kind)
         folder = find_folder(os.fspath(pretrained_model_name_or_path), variant, **options) / (subfolder or "")
-        name = read_json(folder / "config.json").get("_class_name")
+        found = read_json(folder / "config.json").get("_class_name")
         tables = TOKENIZERS | GENERATORS | DRAFTERS
-        return _place(load_component(tables, name, folder, variant=variant), device, dtype)
+        return _place(load_component(tables, found, folder, variant=variant), device, dtype)
