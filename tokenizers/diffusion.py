@@ -83,7 +83,7 @@ class DiffusionOutput:
 
 
 def shifted(fraction: Any, shift: float) -> Any:
-    """Time of a flow at a fraction of its steps, numbers or tensors in 0 ... 1; a shift > 1 makes early steps short."""
+    """Time of a flow at a fraction of its steps, both in 0 ... 1; a shift > 1 makes early steps short."""
     return fraction / (fraction + shift * (1.0 - fraction))
 
 
