@@ -156,7 +156,7 @@ SAMPLERS: dict[str, Any] = {
 
 
 def conditional(model, first, guidance=OFF, **filters):
-    """Probability float64 of every sequence given its first tokens, by enumeration; filters are of the others alone."""
+    """Probability float64 of every sequence given its first tokens, enumerated; filters are of the others only."""
     sequences, count = all_sequences(4, 4), len(first)
     many = TINY.many(1, len(sequences))
     logits = model(sequences, many).float()

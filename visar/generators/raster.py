@@ -280,7 +280,7 @@ class RasterGPT(CausalTransformer):
         return self.guided_logits(state, self.features(state))
 
 
-NEVER = -1e9
+NEVER = -1e20
 """Logit of a code that is never drawn: its probability is 0 in float32 at any temperature that is used."""
 
 
