@@ -25,7 +25,7 @@ def plain_norm(x: Tensor) -> Tensor:
 
 
 class Checkpointed:
-    """A module that runs its blocks with activation checkpointing once `enable_gradient_checkpointing()` of the model was called."""
+    """A module whose blocks run with activation checkpointing once `enable_gradient_checkpointing()` was called."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
