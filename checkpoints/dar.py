@@ -162,7 +162,7 @@ def _official(file: str, scale: float) -> Official:
         file=file,
         tokenizer_repository="showlab/D-AR",
         tokenizer_file="D-AR-tokenizer_v1.pt",
-        grid=(1, TOKENS),
+        grid=None,
         defaults={"guidance": {"scale": scale, "schedule": "linear", "start": 1.1}},
         note="ImageNet classes, 256 x 256; previews after every 32 tokens",
     )
