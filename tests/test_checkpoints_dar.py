@@ -252,7 +252,10 @@ def test_refused_files(parity, tmp_path):
         (dict(file=tmp_path / "short.safetensors", grid=(1, 16)), "1 missing: query_linear.bias"),
         (dict(file=tokenizer_file, grid=(3, 5)), "num_tokens 15 must be a multiple of num_groups 8"),
         (dict(file=tokenizer_file, grid=(64, 32)), "at most max_tokens 1024"),
-        (dict(file=file, tokenizer=tmp_path / "fewer.safetensors", **named), f"predicts {codes} codes, .* has {codes - 1}"),
+        (
+            dict(file=file, tokenizer=tmp_path / "fewer.safetensors", **named),
+            f"predicts {codes} codes, .* has {codes - 1}",
+        ),
         (dict(file=file, tokenizer=file, **named), "gpt.pt is a generator of llamagen; a tokenizer of dar is needed"),
         (
             dict(file=file, tokenizer=tokenizer_file, grid=(4, 4), num_heads=heads),

@@ -170,7 +170,7 @@ def conditional(model, first, guidance=OFF, **filters):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_the_other_tokens_are_drawn_given_the_first(sampler):
     """Where the filters would leave a given code out, too: code 3 of the first place is one."""
-    model, count = TINY.transformer(), 6000
+    model, count = TINY.transformer(), 3000
     assert joint_distribution(model, TINY.labels(1), **EVERYTHING).view(4, -1).sum(1)[3] == 0
     for first, settings in (((2,), {}), ((3, 0), EVERYTHING)):
         draws = SAMPLERS[sampler](model, given(1, first, count), noise=Noise(image_seeds(0, count)), **settings)
