@@ -3,6 +3,7 @@
 import argparse
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,16 +25,6 @@ _EMA = re.compile(r"(^|[._])ema($|[._])", re.IGNORECASE)
 _MOST_CALLS = 20_000
 
 
-class Settings(dict):
-    """Stands for settings of a class that a file's project has; what the file says of them is left out."""
-
-    def __init__(self, *_: object, **__: object) -> None:
-        super().__init__()
-
-    def __setstate__(self, _: object) -> None:
-        return None
-
-
 def _settings(path: str | Path) -> list[tuple[type, str]]:
     """Names of classes called Config in a file, with what stands for them: nothing of theirs is imported or run."""
     if not zipfile.is_zipfile(path):
@@ -42,12 +33,12 @@ def _settings(path: str | Path) -> list[tuple[type, str]]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # a damaged file: reading it says so
         return []
-    return [(Settings, name) for name in names if name.rpartition(".")[2] == "Config"]
+    return [(OrderedDict, name) for name in names if name.rpartition(".")[2] == "Config"]
 
 
 def read(path: str | Path) -> dict[str, object]:
     """Contents of a weights file as `load_weights` reads it; settings saved along are let through: those of a command
-    line, and objects of a class Config, which stay empty.
+    line, and objects of a class Config, which become dictionaries.
 
     Raises:
         ValueError: the file is missing, damaged, or asks for code to be run.

@@ -15,7 +15,7 @@ from visar.checkpoints import llamagen
 from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, rename, require
 from visar.checkpoints.hub import Official
 from visar.checkpoints.options import Convert
-from visar.checkpoints.rows import Content, Models, Row, check_codes, choose_weights, expect
+from visar.checkpoints.rows import Content, Models, Row, check_codes, expect
 from visar.generators.raster import RasterGPT
 from visar.tokenizers.diffusion import DiffusionTokenizer
 
@@ -140,8 +140,8 @@ def _read_generator(options: Convert, content: Content, second: Content | None) 
     if options.tokenizer is not None:
         found = read(options.tokenizer)
         expect(found, TOKENIZER, options.tokenizer)
-        kind = choose_weights(found, TOKENIZER.marks, options.weights, TOKENIZER.weights)
-        weights = find_weights(found, TOKENIZER.marks, str(options.tokenizer), kind)
+        # Those that D-AR samples with, whatever kind the generator's file has.
+        weights = find_weights(found, TOKENIZER.marks, str(options.tokenizer), TOKENIZER.weights)
         tokenizer = _tokenizer(weights, tokens, str(options.tokenizer))
         codes = tokenizer.config["codebook_size"]
         check_codes(state, "tok_embeddings.weight", file, codes, options.tokenizer)
@@ -162,7 +162,7 @@ def _official(file: str, scale: float) -> Official:
         file=file,
         tokenizer_repository="showlab/D-AR",
         tokenizer_file="D-AR-tokenizer_v1.pt",
-        grid=(1, TOKENS),
+        grid=None,
         defaults={"guidance": {"scale": scale, "schedule": "linear", "start": 1.1}},
         note="ImageNet classes, 256 x 256; previews after every 32 tokens",
     )

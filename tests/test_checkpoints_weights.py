@@ -189,7 +189,7 @@ def test_every_project_is_a_file_of_its_own():
         assert all(row.source in projects and row.marks for row in module.ROWS)
         assert any(row.source == name for row in module.ROWS)
         assert all(entry.source == name for entry in module.OFFICIAL.values())
-    with pytest.raises(ValueError, match="source 'vra'; choose one of code, distilled_decoding, hmar"):
+    with pytest.raises(ValueError, match="source 'vra'; choose one of code, dar, distilled_decoding, hmar"):
         find_rows({}, "vra", "file")
 
 

@@ -9,6 +9,7 @@ from visar.core import interface
 from visar.core.interface import (
     Categorical,
     Continuous,
+    Drawing,
     Features,
     Generator,
     Masked,
@@ -16,6 +17,8 @@ from visar.core.interface import (
     Refining,
     Scales,
     Staged,
+    Stream,
+    Streaming,
     TokenHead,
     Tokenizer,
     Trees,
@@ -75,7 +78,8 @@ GENERATORS = set.union(*CAPABILITIES.values())
 
 def test_every_protocol_is_asked_for_here():
     found = {value for value in vars(interface).values() if getattr(value, "_is_protocol", False)}
-    others = {OneStep, Tokenizer, TokenHead}  # students: tests/test_distill.py
+    # students: tests/test_distill.py; decoders that draw: tests/test_tokenizers_diffusion.py
+    others = {OneStep, Tokenizer, TokenHead, Drawing, Stream, Streaming}
     assert {value for value in found if value.__module__ == interface.__name__} == GENERATORS | others
     assert {entry.needs for entry in SAMPLERS.values()} <= {*GENERATORS, OneStep}
 

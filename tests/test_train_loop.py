@@ -31,7 +31,7 @@ RUN_OPTIONS = """
 """.split()
 TOKENIZER_OPTIONS = """
     data image_size kind preset model_options codebook_size codebook_update codebook_decay commitment_weight
-    codebook_weight kl_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight
+    codebook_weight kl_weight flow_weight revive_every revive_below revive_until l1_weight l2_weight gradient_weight
     perceptual_weight perceptual adversarial_weight adversarial_start adversarial_learning_rate adversarial_layers
     adversarial_spectral adversarial_adaptive adversarial_maximum decoder_only weight_decay augment save_dtype
 """.split()

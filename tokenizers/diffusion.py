@@ -83,7 +83,7 @@ class DiffusionOutput:
 
 
 def shifted(fraction: Any, shift: float) -> Any:
-    """Time of a flow at a fraction of its steps, a number or tensor in 0 ... 1; a shift > 1 makes early steps short."""
+    """Time of a flow at a fraction of its steps, both in 0 ... 1; a shift > 1 makes early steps short."""
     return fraction / (fraction + shift * (1.0 - fraction))
 
 
@@ -429,6 +429,7 @@ class ImageStream:
         check_solver(self._solver)
         self._tokenizer = tokenizer
         self._x_BCHW = noise_BCHW.float()
+        self._end_BCHW = self._x_BCHW  # where the last step points to
         self._velocity_BCHW: Tensor | None = None
         self._past = [Past() for _ in tokenizer.decoder_layers]
         self._waiting: list[Tensor] = []  # code vectors of a group that is not complete

@@ -24,8 +24,8 @@ def plain_norm(x: Tensor) -> Tensor:
     return functional.layer_norm(x, x.shape[-1:], eps=_EPSILON)
 
 
-class Checkpointed(nn.Module):
-    """Runs its blocks with activation checkpointing once `enable_gradient_checkpointing()` of the model was called."""
+class Checkpointed:
+    """A module whose blocks run with activation checkpointing once `enable_gradient_checkpointing()` was called."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., Tensor]
@@ -199,7 +199,7 @@ class PixelBlock(nn.Module):
         return x_BPD + ff_gate * self.mlp(plain_norm(x_BPD) * (1.0 + ff_scale) + ff_shift)
 
 
-class PixelTransformer(Checkpointed):
+class PixelTransformer(Checkpointed, nn.Module):
     """Velocity of noisy images at a time, given some condition tokens.
 
     Args:

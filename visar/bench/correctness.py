@@ -12,7 +12,7 @@ from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
 from visar.layers.quantize import dequantize_
 from visar.samplers.ancestral import sample_ancestral
-from visar.tokenizers.decoding import decode_tokens, decoder_noise
+from visar.tokenizers.decoding import decoder_noise
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 HIGHEST = 5e-2
@@ -92,9 +92,10 @@ def check_images(subject: Subject, device: torch.device) -> str:
     ids_BN = random_ids(subject, 2, device)
     exact: Any = nn.Module.float(copy.deepcopy(subject.tokenizer))
     noise = decoder_noise(subject.tokenizer, image_seeds(0, 2), device)
-    reference_BCHW = decode_tokens(exact, ids_BN, noise=noise)
+    drawing: dict[str, Any] = {} if noise is None else {"noise": noise}
+    reference_BCHW = exact.decode(ids_BN, **drawing)
     dtype = next(subject.tokenizer.decoder.parameters()).dtype
-    error = relative_error(decode_tokens(subject.tokenizer, ids_BN, noise=noise), reference_BCHW)
+    error = relative_error(subject.tokenizer.decode(ids_BN, **drawing), reference_BCHW)
     limit = 2e-2 if dtype == torch.float32 else 1e-1
     line = f"decoded images in {str(dtype).removeprefix('torch.')} against float32: relative error {error:.1e}"
     if not error <= limit:

@@ -181,10 +181,10 @@ class RasterGPT(CausalTransformer):
             raise ValueError("a state of images with first tokens, and one without, do not serve each other")
         begun = super().start(condition.without_first(), guidance, ragged=ragged, window=window, state=state)
         if first_BK is not None:
-            if begun.first_BS is None:
-                begun.first_BS = torch.empty_like(begun.tokens)
-            begun.first_BS.fill_(-1)
-            begun.first_BS[:, : first_BK.shape[1]].copy_(first_BK)
+            first_BS = torch.empty_like(begun.tokens) if begun.first_BS is None else begun.first_BS
+            first_BS.fill_(-1)
+            first_BS[:, : first_BK.shape[1]].copy_(first_BK)
+            begun.first_BS = first_BS
         return begun
 
     # -------------------------------------------------------------------------------------------- teacher forcing
@@ -280,7 +280,7 @@ class RasterGPT(CausalTransformer):
         return self.guided_logits(state, self.features(state))
 
 
-NEVER = -1e9
+NEVER = -1e20
 """Logit of a code that is never drawn: its probability is 0 in float32 at any temperature that is used."""
 
 

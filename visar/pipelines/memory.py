@@ -79,13 +79,14 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     hidden = config.get("hidden_width") or round(config.get("width", 0) * config.get("mlp_ratio", 4.0))
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config.get("vocab_size", 0)
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config.get("width", 0)))
+    number = element_bytes(tokenizer)
     if isinstance(tokenizer, Drawing):
-        decoding = tokenizer.decoding_values(batch) * element_bytes(tokenizer)
+        decoding = tokenizer.decoding_values(batch) * number
     else:
         own = tokenizer.config
         levels = own["channel_multipliers"]
         pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
-        maps = batch * pixels * own["base_channels"] * levels[0] * element_bytes(tokenizer)
+        maps = batch * pixels * own["base_channels"] * levels[0] * number
         decoding = _LIVE_MAPS * maps
     return MemoryNeed(
         weights=weight_bytes(generator, tokenizer),
