@@ -13,10 +13,10 @@ from visar.core.interface import Categorical, Continuous, Windowed
 from visar.core.noise import Noise
 from visar.generators.causal_continuous import CausalContinuous
 from visar.generators.raster import RasterGPT
-from visar.layers.heads.diffusion import schedule
+from visar.layers.heads.schedule import schedule
 from visar.samplers import continuous_densities as densities
 from visar.samplers import continuous_speculation as speculation
-from visar.samplers.continuous import sample_continuous
+from visar.samplers.continuous import head_steps_of, sample_continuous
 from visar.samplers.continuous_speculation import coupled, sample_continuous_speculation
 from visar.samplers.index import SAMPLERS
 
@@ -171,9 +171,9 @@ def uniform_statistic(uniforms: torch.Tensor) -> float:
 
 def test_speculation_of_mixtures_has_the_distribution_that_is_known(monkeypatch):
     """By conditional distribution functions in closed form, without another sample."""
-    monkeypatch.setattr(densities, "PROPOSALS", 4)  # those after a rejection go on over several passes
+    monkeypatch.setattr(densities, "PROPOSALS", 12)  # those after a rejection go on over several passes
     target = model(0, "mixture", grid=(1, 2), head_arguments=dict(top_p=0.9))
-    drafter = near(target, 0.4)
+    drafter = near(target, 0.6)
     plain, wrong = (draws_of(each, 4000, **SHARP).view(4000, 2, 2) for each in (target, drafter))
     assert uniform_statistic(uniforms_of(target, plain)) < 1.2
     assert uniform_statistic(uniforms_of(target, wrong)) > 3
@@ -275,7 +275,19 @@ def test_planted_bugs_of_densities_are_found(name, bug, monkeypatch):
     assert uniform_statistic(uniforms_of(target, found.view(3000, 2, 2))) > 1.5
 
 
-@pytest.mark.parametrize("head", ["diffusion", "flow"])
+def test_the_host_looks_only_where_an_image_may_be_complete(monkeypatch):
+    target, looks = model(0, grid=(2, 5)), []
+    least = torch.Tensor.min
+    monkeypatch.setattr(torch.Tensor, "min", lambda self: looks.append(1) or least(self))
+    settings: dict = dict(noise=Noise([0, 1]), num_drafts=3)
+    out = sample_continuous_speculation(target, classes(2), drafter=near(target, 0.0), **settings)
+    assert out.statistics.forward_passes["generator"] == 4 and len(looks) == 1
+    looks.clear()
+    out = sample_continuous_speculation(target, classes(2), drafter=near(target, 0.3), **settings)
+    assert len(looks) < out.statistics.forward_passes["generator"] <= 10
+
+
+@pytest.mark.parametrize("head", ["diffusion", "flow", "mixture"])
 def test_a_drafter_that_is_the_target_is_always_accepted(head):
     target = model(0, head)
     settings: dict = dict(noise=Noise(list(range(5))), guidance=Guidance(1.5))
@@ -283,14 +295,53 @@ def test_a_drafter_that_is_the_target_is_always_accepted(head):
     assert out.statistics.accepted == out.statistics.proposed == 15
     assert out.statistics.forward_passes == {"generator": 1, "drafter": 3}
     counts = out.statistics.counts
-    assert counts["met"] == counts["transitions"] == 15 * 6 and counts["head_passes"] == 6
+    if head == "mixture":
+        assert counts == {"head_passes": 1, "drafter_head_passes": 3, "proposals": 0, "fallbacks": 0}
+    else:
+        assert counts["met"] == counts["transitions"] == 15 * 6 and counts["head_passes"] == 6
     plain = sample_continuous(target, classes(5), **settings)
     torch.testing.assert_close(out.tokens, plain.tokens, atol=1e-4, rtol=1e-4)
 
 
+def test_the_head_s_transitions_fall_and_other_solvers_are_cheap():
+    target, two = model(0, grid=(1, 5)), classes(2)
+    noise = Noise([0, 1])
+    falling = sample_continuous(target, two, noise=noise, head_steps=6, last_head_steps=2, head_schedule="cosine")
+    wanted = [head_steps_of(step, 5, 6, 2, "cosine") for step in range(5)]
+    assert falling.statistics.counts == {"head_passes": sum(wanted)} and wanted == sorted(wanted, reverse=True)
+    same = sample_continuous(target, two, noise=noise, head_steps=6, last_head_steps=6)
+    assert torch.equal(same.tokens, sample_continuous(target, two, noise=noise).tokens)
+    assert not torch.equal(falling.tokens, same.tokens)
+    settings: dict = dict(noise=noise, guidance=Guidance(1.5), head_steps=3)
+    cheap = [sample_continuous(target, two, head_solver=solver, **settings) for solver in (None, "ddim", "dpm")]
+    assert all(out.statistics.counts == {"head_passes": 15} for out in cheap)
+    assert all(bool(out.tokens.isfinite().all()) for out in cheap) and not torch.equal(
+        cheap[1].tokens, cheap[2].tokens
+    )
+    alone = sample_continuous(
+        target, classes(1), noise=Noise([0]), head_solver="dpm", guidance=Guidance(1.5), head_steps=3
+    )
+    torch.testing.assert_close(alone.tokens[0], cheap[2].tokens[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("linear", [50, 38, 27, 16, 5]),
+        ("cosine", [50, 43, 27, 11, 5]),
+        ("two_stage", [50, 50, 50, 5, 5]),
+        ("constant", [50] * 5),
+    ],
+)
+def test_the_schedules_of_transitions(schedule, expected):
+    assert [head_steps_of(step, 5, 50, 5, schedule) for step in range(5)] == expected
+    assert head_steps_of(0, 1, 50, 5, schedule) == 50
+
+
+@pytest.mark.parametrize("head", ["diffusion", "mixture"])
 @pytest.mark.parametrize("speculative", [False, True])
-def test_an_image_of_a_seed_is_the_same_alone_and_in_a_batch(speculative):
-    target = model(0)
+def test_an_image_of_a_seed_is_the_same_alone_and_in_a_batch(head, speculative):
+    target = model(0, head)
     drafter = near(target, 0.2) if speculative else None
     together = draws_of(target, 8, drafter=drafter, guidance=Guidance(1.7), **({"num_drafts": 2} if drafter else {}))
     sampler = sample_continuous_speculation if drafter else sample_continuous
