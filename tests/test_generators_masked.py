@@ -286,9 +286,9 @@ def test_bad_edits():
     model, given = tiny(), torch.zeros(2, 6, 2)
     some = torch.tensor([[[True, False, True], [False, True, True]]])
     for changes, says in (
-        (dict(given_tokens=torch.zeros(2, 5, 2)), r"given_tokens \(2, 5, 2\); needed: \[images, 6, 2\]"),
+        (dict(given_tokens=torch.zeros(2, 5, 2)), r"given_tokens \(2, 5, 2\); needed: \[one per image, 6, 2\]"),
         (dict(given_tokens=torch.zeros(1, 6, 2)), "given_tokens of 1 images; the condition is of 2"),
-        (dict(keep=torch.zeros(1, 3, 3, dtype=torch.bool)), r"keep \(1, 3, 3\); needed: \[1 or 2, h, w\] of 6 tokens"),
+        (dict(keep=torch.zeros(1, 3, 3, dtype=torch.bool)), r"keep \(1, 3, 3\); needed: \[1 or 2, height, width\]"),
         (dict(keep=torch.ones(1, 2, 3, dtype=torch.bool)), "keep leaves no token to draw"),
         (dict(keep=torch.cat([some, ~some])), r"draw as many tokens each; these draw \[2, 4\]: edit them one by one"),
         (dict(steps=3), r"steps 3; needed: 1 \.\.\. 2"),
@@ -345,6 +345,37 @@ def test_the_share_of_masked_tokens_has_its_distribution():
     inside = torch.special.ndtr(torch.tensor([(0.85 - 1) / 0.25, (0.7 - 1) / 0.25, 0.0], dtype=torch.float64))
     expected = float((inside[0] - inside[1]) / (inside[2] - inside[1]))
     assert float((draws < 0.85).double().mean()) == pytest.approx(expected, abs=0.03)
+
+
+def captions(count: int) -> Condition:
+    """Of one, two ... vectors at the end of three places."""
+    random = torch.Generator().manual_seed(0)
+    given = torch.arange(3) >= 2 - torch.arange(count)[:, None] % 3
+    return Condition(text_BTC=torch.randn(count, 3, 5, generator=random), text_mask_BT=given)
+
+
+def test_it_reads_captions():
+    model = tiny(num_classes=0, caption_width=5, caption_length=3)
+    condition, noise = captions(3), Noise([0, 1, 2])
+    settings: dict = dict(steps=3, guidance=Guidance(1.7))
+    out = sample_masked(model, condition, noise=noise, **settings)
+    alone = sample_masked(model, condition.rows(slice(1, 2)), noise=Noise([1]), **settings)
+    torch.testing.assert_close(alone.tokens[0], out.tokens[1], **CLOSE)
+    assert condition.text_BTC is not None and condition.text_mask_BT is not None
+    hidden = condition.text_BTC + 9.0 * ~condition.text_mask_BT[..., None]
+    same = sample_masked(
+        model, Condition(text_BTC=hidden, text_mask_BT=condition.text_mask_BT), noise=noise, **settings
+    )
+    assert torch.equal(same.tokens, out.tokens)  # behind its mask nothing is read
+    other = Condition(text_BTC=condition.text_BTC + 1.0, text_mask_BT=condition.text_mask_BT)
+    assert not torch.equal(sample_masked(model, other, noise=noise, **settings).tokens, out.tokens)
+    assert not torch.equal(sample_masked(model, condition, noise=noise, steps=3).tokens, out.tokens)
+    assert model.train()(out.tokens, condition, torch.Generator().manual_seed(0)).shape[0] == 3
+    assert model.example_condition(2).text_BTC.shape == (2, 3, 5)
+    with pytest.raises(ValueError, match="exclude classes"):
+        tiny(caption_width=5)
+    with pytest.raises(ValueError, match="no place for caption_width"):
+        export_generator(model)
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -132,8 +132,8 @@ CASES = {
     "flow": [dict(codebook=BOOK, steps=4), dict(codebook=BOOK, steps=2)],
     "one_step": [dict(steps=2, output="soft", teacher=TEACHER, teacher_range=(5, 7))],
     "continuous": [
-        dict(head_steps=3, last_head_steps=2, head_schedule="two_stage"),
         dict(head_steps=4, head_solver="dpm"),
+        dict(head_steps=3, last_head_steps=2, head_schedule="two_stage"),
     ],
     "continuous_speculation": [
         dict(drafter=over_vectors(distance), num_drafts=3, head_steps=5) for distance in (0.002, 0.02)
@@ -143,12 +143,12 @@ CASES = {
         for rule in ("paper", "paper")
     ],
     "masked": [
-        dict(steps=4, head_steps=3, last_head_steps=2, head_schedule="cosine"),
         dict(steps=10, head_steps=2, last_head_steps=2, head_solver="ddim"),
+        dict(steps=4, head_steps=3, last_head_steps=2, head_schedule="cosine"),
     ],
     "masked_edit": [
-        dict(steps=3, head_steps=3),
-        dict(head_steps=3, last_head_steps=2, head_schedule="cosine", head_solver="dpm"),
+        dict(head_steps=3, head_solver="dpm"),
+        dict(steps=3, head_steps=3, last_head_steps=2, head_schedule="cosine"),
     ],
     "edit": [
         dict(strategy=strategy, smooth=smooth, always_keep=2, **SCALES[smooth])
