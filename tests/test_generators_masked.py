@@ -195,9 +195,10 @@ def test_files_of_other_sizes_come_back(tmp_path):
     pipe = load(tmp_path / "m", device="cpu")
     pipe.set_progress_bar_config(disable=True)
     noise = Noise([3, 4])
-    mine = sample_masked(model, classes(2), noise=noise, steps=3)
-    torch.testing.assert_close(sample_masked(pipe.generator, classes(2), noise=noise, steps=3).tokens, mine.tokens)
-    out = pipe(num_images=2, seed=3, output_type="pt")
+    few: dict = dict(noise=noise, steps=3, head_steps=4)
+    mine = sample_masked(model, classes(2), **few)
+    torch.testing.assert_close(sample_masked(pipe.generator, classes(2), **few).tokens, mine.tokens)
+    out = pipe(num_images=2, seed=3, output_type="pt", sampler_options=dict(head_steps=4))
     assert out.images.shape == (2, 3, 6, 6) and out.statistics.forward_passes == {"generator": 9}
     with pytest.raises(ValueError, match="width 24 is of no released size; give num_heads"):
         convert_generator(export_generator(model))
