@@ -1,5 +1,6 @@
 """Masked generator of continuous tokens: parity with MAR, seeds and batches, training, files of others, bad input."""
 
+import dataclasses
 import json
 import math
 import runpy
@@ -14,7 +15,9 @@ import torch
 from torch import nn
 
 import visar
-from visar.bench.subjects import load_subject
+from visar.bench.acceptance import acceptance
+from visar.bench.options import Acceptance, Bench
+from visar.bench.run import bench
 from visar.checkpoints.common import empty
 from visar.checkpoints.mar import convert_generator, export_generator, export_kl
 from visar.checkpoints.options import Convert
@@ -26,6 +29,7 @@ from visar.core.interface import Continuous, Masked
 from visar.core.noise import Noise, Use
 from visar.core.runtime import Session
 from visar.data.images import as_float
+from visar.generators.causal_continuous import CausalContinuous
 from visar.generators.masked import MASKED_PRESETS, MaskedGenerator
 from visar.layers.bidirectional import truncated_normal
 from visar.pipelines.editing import edit_images
@@ -442,5 +446,45 @@ def test_bad_input():
 def test_the_benchmark_says_what_it_takes(tmp_path):
     kl = KLTokenizer(image_size=4, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=2)
     ImagePipeline(kl, tiny(grid=(2, 2))).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match="is a MaskedGenerator; the benchmark takes generators that predict ids"):
-        load_subject(str(tmp_path / "model"), torch.device("cpu"), torch.float32)
+    lines: list[str] = []
+    options = Bench(
+        model=str(tmp_path / "model"), batch=(2,), sampler="masked", dtype="float32", device="cpu", runs=1,
+        paths=("eager",), guidance_scale=1.5,
+    )  # fmt: skip
+    (row,) = bench(options, {"steps": 3, "head_steps": 4, "last_head_steps": 2}, lines.append)
+    assert (row["steps"], row["head_passes"]) == (3, 9) and row["images_per_s"] > 0
+    text = "\n".join(lines)
+    assert "hidden vectors of decoding in float32" in text and "in a batch equal those of it alone" in text
+    assert "9 passes of the head" in text
+    with pytest.raises(ValueError, match="sampler ancestral does not fit a MaskedGenerator"):
+        bench(dataclasses.replace(options, sampler="ancestral"), {}, lines.append)
+
+
+def test_the_table_of_samplers_of_continuous_tokens(tmp_path):
+    kl = KLTokenizer(image_size=4, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=2)
+    small: dict = dict(width=8, num_layers=1, num_heads=2, hidden_width=12, num_classes=3, grid=(2, 2), channels=2)
+    small |= dict(head="mixture", head_arguments=dict(components=2))
+    models = {"masked": tiny(grid=(2, 2)), "causal": CausalContinuous(**small), "draft": CausalContinuous(**small)}
+    for name, model in models.items():
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        ImagePipeline(kl, model.eval()).save_pretrained(tmp_path / name)
+    for name, sampler, passes in (
+        ("masked", "masked:steps=2,head_steps=3", (2, 6)),
+        ("causal", f"continuous_speculation:num_drafts=2,drafter={tmp_path / 'draft'}", None),
+    ):
+        shared: dict = dict(batch_sizes=(2,), calls=1, device="cpu")
+        rows = acceptance(
+            Acceptance(str(tmp_path / name), out=tmp_path / "out", samplers=(sampler,), **shared), lambda lines: None
+        )
+        plain, other = rows
+        assert plain.sampler == ("masked" if name == "masked" else "continuous") and plain.speedup == 1.0
+        assert plain.passes == plain.tokens_per_pass * 4 == 4 and plain.top1 is None
+        assert other.exact == (name == "causal") and other.head_passes is not None
+        if passes:
+            assert (other.passes, other.head_passes) == passes
+        else:
+            assert 0 <= other.acceptance <= 1 and other.drafter_head_passes == 2 * other.passes
+        assert "| head passes |" in (tmp_path / "out" / "acceptance.md").read_text()
+        with pytest.raises(ValueError, match="continuous tokens have no list of usual samplers: give --samplers"):
+            acceptance(Acceptance(str(tmp_path / name), out=tmp_path / "out", **shared), lambda lines: None)
