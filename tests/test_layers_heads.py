@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from visar.core.interface import DensityHead, TokenHead
 from visar.layers.heads.diffusion import GaussianDiffusionHead
 from visar.layers.heads.flow import FlowHead
 from visar.layers.heads.mixture import MixtureHead
@@ -217,6 +218,8 @@ def test_guidance_of_a_mixture_is_linear_in_its_parameters():
     law = head.law(features, scale_BL=scale, temperature=0.5)
     torch.testing.assert_close(drawn, law.draw(noise[..., 0], noise))
     torch.testing.assert_close(law.deviations, 0.5 * head.parameters_of(mixed)[2])
+    assert isinstance(head, DensityHead)
+    assert all(isinstance(each, TokenHead) and not isinstance(each, DensityHead) for each in HEADS)
 
 
 @pytest.mark.parametrize(
