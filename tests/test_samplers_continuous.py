@@ -412,6 +412,10 @@ def test_bad_input():
             lambda: sample_continuous(target, two, noise=noise, head_schedule="step"),
             "head_schedule 'step'; choose linear, cosine, two_stage, constant",
         ),
+        (
+            lambda: sample_continuous(target, two, noise=noise, guidance=Guidance((2.0, 1.0))),
+            "2 guidance scales for 3 blocks",
+        ),
         (lambda: sample_continuous_speculation(target, two, noise=noise), "needs drafter"),
         (lambda: draws_of(target, 2, drafter=near(target, 0.1), num_drafts=0), "num_drafts 0"),
         (lambda: draws_of(target, 2, drafter=near(target, 0.1), temperature=0.0), "needs noise in every transition"),
