@@ -24,7 +24,7 @@ class Bench:
     """Model to time instead of a preset: an embedded or official name, or a folder."""
     preset: str | None = None
     """Released shape with random weights: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, -d36, hmar-d16,
-    -d20, -d24, -d30, or vq-16 (decoding alone)."""
+    -d20, -d24, -d30, mar-base, -large, -huge (with --sampler masked), or vq-16 (decoding alone)."""
     batch: tuple[int, ...] = (1, 8)
     """Batch sizes to time, in images."""
     sampler: str = "ancestral"
