@@ -136,10 +136,10 @@ def export_generator(model: MaskedGenerator) -> dict[str, State]:
     """A file's content that MAR's own loader takes (save it with `torch.save`).
 
     Raises:
-        ValueError: the model has parts that MAR does not (attributes, words, another head, no classes).
+        ValueError: the model has parts that MAR does not (attributes, words, captions, another head, no classes).
     """
     config = model.config
-    foreign = [key for key in ("attributes", "word_vocab_size") if config[key]]
+    foreign = [key for key in ("attributes", "word_vocab_size", "caption_width") if config[key]]
     if foreign or not config["num_classes"] or config["head"] != "diffusion":
         raise ValueError(
             f"MAR has classes and a diffusion head only, and no place for {', '.join(foreign) or 'this model'}"

@@ -94,6 +94,7 @@ def chain_of(
 
 def check_continuous(
     model: Continuous,
+    guidance: Guidance,
     temperature: float,
     head_steps: int | None,
     last_head_steps: int | None,
@@ -101,6 +102,7 @@ def check_continuous(
     head_solver: HeadSolver | None,
 ) -> None:
     """Checks the arguments of `sample_continuous`; errors as there."""
+    guidance.scales(model.num_tokens)
     check_head(model.token_head, temperature, head_steps, head_solver)
     chain_of(model.token_head, model.num_tokens, head_steps, last_head_steps, head_schedule, head_solver)
 
@@ -166,7 +168,7 @@ def sample_continuous(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    check_continuous(model, temperature, head_steps, last_head_steps, head_schedule, head_solver)
+    check_continuous(model, guidance, temperature, head_steps, last_head_steps, head_schedule, head_solver)
     begun, head = time.perf_counter(), model.token_head
     sizes, batch = model.block_sizes, condition.batch
     chain = chain_of(head, len(sizes), head_steps, last_head_steps, head_schedule, head_solver)

@@ -18,7 +18,7 @@ from visar.core.noise import Noise, Use
 from visar.core.runtime import Session
 from visar.layers.heads.mixture import FIELDS, MixtureLaw
 
-PROPOSALS = 32
+PROPOSALS = 16
 """Of one pass, each of which costs a density of both laws and no pass of a model."""
 MOST_PROPOSALS = 1 << 16
 

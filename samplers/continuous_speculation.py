@@ -69,12 +69,14 @@ def coupled(
 
 def check_continuous_speculation(
     model: Continuous,
+    guidance: Guidance,
     drafter: Continuous | None,
     num_drafts: int,
     temperature: float,
     head_steps: int | None,
 ) -> None:
     """Checks the arguments of `sample_continuous_speculation`; errors as there."""
+    guidance.scales(model.num_tokens)
     check_head(model.token_head, temperature, head_steps)
     check_range("num_drafts", num_drafts, _DRAFTS)
     if temperature <= 0:
@@ -147,7 +149,7 @@ def sample_continuous_speculation(
         ValueError: a setting out of range, a head whose transitions cannot be compared, or a drafter that does not
             fit the model.
     """
-    check_continuous_speculation(model, drafter, num_drafts, temperature, head_steps)
+    check_continuous_speculation(model, guidance, drafter, num_drafts, temperature, head_steps)
     assert drafter is not None
     begun, batch, total = time.perf_counter(), condition.batch, model.num_tokens
     window = min(num_drafts, total)

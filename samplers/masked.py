@@ -55,6 +55,7 @@ def strengths(guidance: Guidance, num_tokens: int, steps: int, drawn: int | None
 
 def check_masked(
     model: Masked,
+    guidance: Guidance,
     steps: int | None,
     temperature: float,
     head_steps: int | None,
@@ -64,13 +65,14 @@ def check_masked(
 ) -> list[int]:
     """Checks the arguments of `sample_masked`, errors as there; returns the head's transitions in every step."""
     return check_steps(
-        model, model.num_tokens, steps, temperature, head_steps, last_head_steps, head_schedule, head_solver
+        model, model.num_tokens, guidance, steps, temperature, head_steps, last_head_steps, head_schedule, head_solver
     )
 
 
 def check_steps(
     model: Masked,
     drawn: int,
+    guidance: Guidance,
     steps: int | None,
     temperature: float,
     head_steps: int | None,
@@ -82,6 +84,7 @@ def check_steps(
     count = min(DEFAULT_STEPS, drawn) if steps is None else steps
     if not 1 <= count <= drawn:
         raise ValueError(f"steps {count}; needed: 1 ... {drawn}, the number of tokens")
+    guidance.scales(count)
     check_head(model.token_head, temperature, head_steps, head_solver)
     return chain_of(model.token_head, count, head_steps, last_head_steps, head_schedule, head_solver)
 
@@ -128,7 +131,8 @@ def sample_masked(
     Raises:
         ValueError: a setting out of range, or a condition that does not fit the model.
     """
-    chain = check_masked(model, steps, temperature, head_steps, last_head_steps, head_schedule, head_solver)
+    head = (head_steps, last_head_steps, head_schedule, head_solver)
+    chain = check_masked(model, guidance, steps, temperature, *head)
     work = ("masked", condition.batch, guidance.active(len(chain)), temperature, tuple(chain), head_solver)
     session = runtime.session(model, noise.device, work)
     settings = (guidance, chain, temperature, head_solver)

@@ -20,6 +20,7 @@ from visar.samplers.masked import check_steps, draw_masked
 
 def check_masked_edit(
     model: Masked,
+    guidance: Guidance,
     given_tokens: Tensor,
     keep: Tensor,
     steps: int | None,
@@ -46,7 +47,7 @@ def check_masked_edit(
     if not drawn[0]:
         raise ValueError("keep leaves no token to draw: the part to draw anew must cover one whole token")
     head = (head_steps, last_head_steps, head_schedule, head_solver)
-    return check_steps(model, drawn[0], steps, temperature, *head)
+    return check_steps(model, drawn[0], guidance, steps, temperature, *head)
 
 
 @torch.no_grad()
@@ -90,7 +91,7 @@ def sample_masked_edit(
         ValueError: tokens or a mask that do not fit, a setting out of range, or a condition that does not fit.
     """
     head = (head_steps, last_head_steps, head_schedule, head_solver)
-    chain = check_masked_edit(model, given_tokens, keep, steps, temperature, *head)
+    chain = check_masked_edit(model, guidance, given_tokens, keep, steps, temperature, *head)
     batch = condition.batch
     if len(given_tokens) != batch:
         raise ValueError(f"given_tokens of {len(given_tokens)} images; the condition is of {batch}")

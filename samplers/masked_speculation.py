@@ -114,6 +114,7 @@ _RULES: dict[Rule, tuple[Callable[..., Tensor], Callable[..., Tensor], Callable[
 # ------------------------------------------------------------------------------------------------------- the sampler
 def check_masked_speculation(
     model: Masked,
+    guidance: Guidance,
     drafter: Masked | None,
     num_drafts: int,
     target_share: float,
@@ -123,7 +124,7 @@ def check_masked_speculation(
     head_steps: int | None,
 ) -> None:
     """Checks the arguments of `sample_masked_speculation`; errors as there."""
-    check_steps(model, model.num_tokens, steps, temperature, head_steps)
+    check_steps(model, model.num_tokens, guidance, steps, temperature, head_steps)
     check_range("num_drafts", num_drafts, _DRAFTS)
     check_range("target_share", target_share, _SHARE)
     if rule not in _RULES:
@@ -132,7 +133,7 @@ def check_masked_speculation(
         raise ValueError(f"temperature {temperature}; the rules compare densities: above 0")
     if drafter is None:
         raise ValueError("masked_speculation needs drafter: a smaller masked model over the same tokens")
-    check_steps(drafter, drafter.num_tokens, steps, temperature, head_steps)
+    check_steps(drafter, drafter.num_tokens, guidance, steps, temperature, head_steps)
     check_same_tokens(model, drafter)
     ours, theirs = model.token_head, drafter.token_head
     for head in (ours, theirs):
@@ -223,7 +224,7 @@ def sample_masked_speculation(
     Raises:
         ValueError: a setting out of range, a head without densities, or a drafter that does not fit.
     """
-    check_masked_speculation(model, drafter, num_drafts, target_share, rule, steps, temperature, head_steps)
+    check_masked_speculation(model, guidance, drafter, num_drafts, target_share, rule, steps, temperature, head_steps)
     assert drafter is not None
     count = min(DEFAULT_STEPS, model.num_tokens) if steps is None else steps
     settings = (num_drafts, target_share, rule, count, temperature, head_steps)

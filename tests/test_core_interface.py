@@ -9,6 +9,7 @@ from visar.core import interface
 from visar.core.interface import (
     Categorical,
     Continuous,
+    DensityHead,
     Drawing,
     Features,
     Generator,
@@ -79,7 +80,7 @@ GENERATORS = set.union(*CAPABILITIES.values())
 def test_every_protocol_is_asked_for_here():
     found = {value for value in vars(interface).values() if getattr(value, "_is_protocol", False)}
     # students: tests/test_distill.py; decoders that draw: tests/test_tokenizers_diffusion.py
-    others = {OneStep, Tokenizer, TokenHead, Drawing, Stream, Streaming}
+    others = {OneStep, Tokenizer, TokenHead, DensityHead, Drawing, Stream, Streaming}
     assert {value for value in found if value.__module__ == interface.__name__} == GENERATORS | others
     assert {entry.needs for entry in SAMPLERS.values()} <= {*GENERATORS, OneStep}
 

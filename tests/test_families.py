@@ -145,11 +145,11 @@ def test_a_block_reads_no_linear_layers_but_those_that_the_family_names(trained)
     if isinstance(model, Masked):
         places = torch.arange(model.num_tokens)[None]
         features = model.features_at(state, places[:, :2], places[:, 2:])
-        model.token_head.draw(features, lambda number: torch.zeros(1, model.num_tokens - 2, 4))
+        model.token_head.draw(features, lambda number: torch.zeros(1, model.num_tokens - 2, 4), steps=2)
     for block, size in enumerate(() if isinstance(model, Masked) else model.block_sizes):
         state.block = block
         if isinstance(model, Continuous):
-            tokens = model.token_head.draw(model.features(state), lambda number: torch.zeros(1, 1, 4))
+            tokens = model.token_head.draw(model.features(state), lambda number: torch.zeros(1, 1, 4), steps=2)
             model.append(state, tokens)
             continue
         stage.predict(state)

@@ -8,11 +8,16 @@ import pytest
 import torch
 
 import visar
+from visar.core.condition import Condition
+from visar.core.guidance import Guidance
+from visar.core.noise import Noise
 from visar.generators.causal_continuous import CausalContinuous
 from visar.generators.families import find_family
 from visar.generators.masked import MaskedGenerator
 from visar.pipelines.fitting import check_parts
 from visar.pipelines.image import ImagePipeline
+from visar.samplers.continuous import sample_continuous
+from visar.samplers.continuous_speculation import sample_continuous_speculation
 from visar.tokenizers.kl import KLTokenizer
 from visar.tokenizers.vq import VQTokenizer
 from visar.train.generator import train_generator
@@ -70,6 +75,44 @@ def test_it_is_trained_saved_loaded_and_sampled(folder, tmp_path, head):
         pipe(sampler="ancestral", seed=1)
 
 
+def test_it_reads_captions():
+    sizes: dict = dict(grid=(1, 3), width=8, num_layers=1, num_heads=2, hidden_width=12, num_classes=0, channels=2)
+    model = CausalContinuous(
+        **sizes, head="mixture", head_arguments=HEADS["mixture"], caption_width=5, caption_length=3
+    )
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    model.eval().requires_grad_(False)
+    text, given = torch.randn(2, 3, 5), torch.tensor([[False, True, True], [True, True, True]])
+    condition = Condition(text_BTC=text, text_mask_BT=given)
+    settings: dict = dict(guidance=Guidance(1.6))
+    out = sample_continuous(model, condition, noise=Noise([3, 4]), **settings)
+    alone = sample_continuous(model, condition.rows(slice(1, 2)), noise=Noise([4]), **settings)
+    torch.testing.assert_close(alone.tokens[0], out.tokens[1], atol=1e-5, rtol=1e-5)
+    drafted = sample_continuous_speculation(
+        model, condition, noise=Noise([3, 4]), drafter=model, num_drafts=3, **settings
+    )
+    torch.testing.assert_close(drafted.tokens, out.tokens, atol=1e-4, rtol=1e-4)
+    other = sample_continuous(model, Condition(text_BTC=text + 1, text_mask_BT=given), noise=Noise([3, 4]), **settings)
+    assert not torch.equal(other.tokens, out.tokens)
+    assert model(out.tokens, condition, torch.Generator()).shape == (2, 3)
+
+
+def test_means_may_be_trained_on_instead_of_draws(folder, tmp_path):
+    losses = {}
+    for means in (False, True):
+        options = TRAINING["generator_options"](
+            folder / "data.npz", folder / "kl" / "model", tmp_path / str(means), steps=1, validate_every=1,
+            save_every=0, family="causal_continuous", tokens=tmp_path / "tokens.safetensors", token_means=means,
+            variants=1, model_options=json.dumps(dict(head="mixture", head_arguments=HEADS["mixture"])),
+        )  # fmt: skip
+        train_generator(options)
+        rows = (tmp_path / str(means) / "metrics.jsonl").read_text().splitlines()
+        losses[means] = next(row["train/loss"] for row in map(json.loads, rows) if "train/loss" in row)
+    assert losses[True] != losses[False]
+
+
 def test_tokenizers_and_generators_of_another_kind_are_refused():
     kl = KLTokenizer(image_size=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, latent_channels=3)
     vq = VQTokenizer(image_size=8, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=8)
@@ -86,5 +129,5 @@ def test_tokenizers_and_generators_of_another_kind_are_refused():
     assert find_family("auto", kl.layout).model is MaskedGenerator
     with pytest.raises(ValueError, match="family causal_continuous does not fit tokens that are 8 codes"):
         find_family("causal_continuous", vq.layout)
-    with pytest.raises(ValueError, match="head 'diffusion'|takes no guidance"):
-        ImagePipeline(kl, causal).check_settings(sampler="continuous", guidance_scale=2.0)
+    with pytest.raises(ValueError, match="head_solver 'ddim' is not defined for a MixtureHead"):
+        ImagePipeline(kl, causal).check_settings(sampler="continuous", sampler_options={"head_solver": "ddim"})

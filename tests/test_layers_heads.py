@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from visar.layers.heads.diffusion import GaussianDiffusionHead, schedule
+from visar.core.interface import DensityHead, TokenHead
+from visar.layers.heads.diffusion import GaussianDiffusionHead
 from visar.layers.heads.flow import FlowHead
 from visar.layers.heads.mixture import MixtureHead
+from visar.layers.heads.schedule import schedule
+from visar.layers.heads.solvers import flow_scheduler, noisiest_level
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -147,6 +150,78 @@ def test_chains_of_exact_networks_end_in_their_distribution(head):
     assert float(tokens.std()) == pytest.approx(0.5, rel=0.04)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+@pytest.mark.parametrize("prediction", ["noise", "velocity"])
+def test_solvers_of_the_probability_flow_end_in_the_distribution_in_few_steps(solver, prediction):
+    """Of a Gaussian the flow is linear: draws are the first point, moved and scaled, up to the solver's error."""
+    head = GaussianDiffusionHead(2, 4, 8, 1, prediction=prediction, variance="learned")
+    head.net = Exact(head, 0.7, 0.5)
+    first = torch.randn(2000, 1, 2, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for steps in (5, 10, 20, 40):
+        tokens = head.draw(torch.zeros(2000, 1, 4), lambda number: first, steps=steps, solver=solver)
+        errors[steps] = float((tokens - (0.7 + 0.5 * first)).abs().mean())
+    assert errors[40] < 0.01 if solver == "dpm" else errors[40] < 0.03
+    assert errors[5] > 2 * errors[20] > 2 * errors[40] - 1e-3
+    assert errors[10] < (0.05 if solver == "dpm" else 0.12)
+
+
+@torch.no_grad()
+def test_solvers_are_guided_and_begin_where_noise_predictions_can_be_divided():
+    head = GaussianDiffusionHead(2, 4, 8, 1, variance="large")
+    torch.manual_seed(0)
+    for parameter in head.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    features, first = torch.randn(6, 2, 4), torch.randn(3, 2, 2)
+    for solver in head.silent_solvers:
+        draw = dict(steps=4, solver=solver)
+        plain = head.draw(features[:3], lambda number: first, **draw)
+        one, three = (
+            head.draw(features, lambda number: first, scale_BL=torch.full((3, 2), scale), **draw)
+            for scale in (1.0, 3.0)
+        )
+        torch.testing.assert_close(one, plain, atol=1e-4, rtol=1e-4)
+        assert float((three - one).abs().max()) > 0.01
+        for steps in (1, 2, 7, 50, 1000):
+            levels = flow_scheduler(solver, "noise", steps).timesteps.tolist()
+            assert len(levels) == steps and levels == sorted(levels, reverse=True)
+            assert levels[0] <= noisiest_level() + 4 and min(levels) >= 0
+    alpha_bar = schedule(1000).alphas_bar
+    assert 0.5 * math.log(alpha_bar[noisiest_level()] / (1 - alpha_bar[noisiest_level()])) >= -5.1
+
+
+@torch.no_grad()
+def test_a_draw_may_take_another_solver_of_a_flow():
+    head = FlowHead(2, 4, 8, 1, solver="euler", steps=4)
+    head.net = Exact(head, 0.7, 0.5)
+    noises = torch.randn(5, 20_000, 1, 2, generator=torch.Generator().manual_seed(0))
+    features = torch.zeros(20_000, 1, 4)
+    made = {solver: head.draw(features, lambda number: noises[number], solver=solver) for solver in head.solvers}
+    assert torch.equal(made["euler"], head.draw(features, lambda number: noises[number]))
+    ideal = 0.7 + 0.5 * noises[0]
+    assert (made["heun"] - ideal).abs().mean() < 0.5 * (made["euler"] - ideal).abs().mean()
+    other = FlowHead(2, 4, 8, 1, solver="sde", steps=4)
+    other.net = head.net
+    assert torch.equal(made["sde"], other.draw(features, lambda number: noises[number]))
+    assert head.solvers == ("euler", "heun", "sde") and other.solvers == ("sde", "euler", "heun")
+
+
+@torch.no_grad()
+def test_guidance_of_a_mixture_is_linear_in_its_parameters():
+    head, features = MixtureHead(2, 3, components=4, floor=0.1), torch.randn(10, 1, 3)
+    scale, noise = torch.full((5, 1), 2.5), torch.randn(5, 1, 2)
+    mixed = features[5:] + 2.5 * (features[:5] - features[5:])
+    for found, expected in zip(head.parameters_of(features, scale), head.parameters_of(mixed), strict=True):
+        torch.testing.assert_close(found, expected)
+    drawn = head.draw(features, lambda number: noise, scale_BL=scale, temperature=0.5)
+    law = head.law(features, scale_BL=scale, temperature=0.5)
+    torch.testing.assert_close(drawn, law.draw(noise[..., 0], noise))
+    torch.testing.assert_close(law.deviations, 0.5 * head.parameters_of(mixed)[2])
+    assert isinstance(head, DensityHead)
+    assert all(isinstance(each, TokenHead) and not isinstance(each, DensityHead) for each in HEADS)
+
+
 @pytest.mark.parametrize(
     "head", HEADS, ids=lambda head: f"{head.prediction}-{getattr(head, 'variance', '')}{head.steps}"
 )
@@ -234,6 +309,14 @@ def test_rounding_hurts_noise_prediction_at_the_noisy_end():
         (lambda: FlowHead(2, 4, 8, 1, prediction="noise"), "prediction 'noise'; choose velocity or token"),
         (lambda: MixtureHead(2, 4, components=0), "components 0"),
         (lambda: MixtureHead(2, 4).check_steps(5), "head_steps 5; a mixture is drawn in 1"),
+        (
+            lambda: FlowHead(2, 4, 8, 1).check_steps(5, "dpm"),
+            "head_solver 'dpm' is not defined for a FlowHead; choose",
+        ),
+        (
+            lambda: GaussianDiffusionHead(2, 4, 8, 1, steps=50, strided=True).check_steps(300, "ancestral"),
+            "no whole stride",
+        ),
     ],
 )
 def test_bad_settings(call, says):

@@ -131,7 +131,10 @@ CASES = {
     ],
     "flow": [dict(codebook=BOOK, steps=4), dict(codebook=BOOK, steps=2)],
     "one_step": [dict(steps=2, output="soft", teacher=TEACHER, teacher_range=(5, 7))],
-    "continuous": [dict(head_steps=3), dict(head_steps=4)],
+    "continuous": [
+        dict(head_steps=4, head_solver="dpm"),
+        dict(head_steps=3, last_head_steps=2, head_schedule="two_stage"),
+    ],
     "continuous_speculation": [
         dict(drafter=over_vectors(distance), num_drafts=3, head_steps=5) for distance in (0.002, 0.02)
     ],
@@ -139,7 +142,14 @@ CASES = {
         dict(drafter=any_order(0.02), num_drafts=2, steps=6, target_share=0.2, rule=rule, head_steps=4)
         for rule in ("paper", "paper")
     ],
-    "masked": [dict(steps=4, head_steps=3, last_head_steps=2), dict(steps=10, head_steps=2, last_head_steps=2)],
+    "masked": [
+        dict(steps=10, head_steps=2, last_head_steps=2, head_solver="ddim"),
+        dict(steps=4, head_steps=3, last_head_steps=2, head_schedule="cosine"),
+    ],
+    "masked_edit": [
+        dict(head_steps=3, head_solver="dpm"),
+        dict(steps=3, head_steps=3, last_head_steps=2, head_schedule="cosine"),
+    ],
     "edit": [
         dict(strategy=strategy, smooth=smooth, always_keep=2, **SCALES[smooth])
         for strategy, smooth in (("codes", True), ("map", False), ("map", True), ("refine", False))
@@ -172,9 +182,14 @@ def model_of(sampler: str):
 
 
 def given(sampler: str, settings: dict) -> dict:
+    random = torch.Generator().manual_seed(0)
+    if sampler == "masked_edit":
+        model = any_order()
+        tokens = torch.randn(IMAGES, model.num_tokens, model.token_head.channels, generator=random)
+        keep = torch.rand(IMAGES, model.num_tokens, generator=random).argsort(1) < 3  # as many in every image
+        return settings | dict(given_tokens=tokens, keep=keep.view(IMAGES, 1, -1))
     if sampler != "edit":
         return settings
-    random = torch.Generator().manual_seed(0)
     tokens = torch.randint(16, (IMAGES, 14), generator=random)
     return settings | dict(given_tokens=tokens, keep=torch.rand(IMAGES, 3, 3, generator=random) < 0.5)
 

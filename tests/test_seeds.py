@@ -27,6 +27,7 @@ def test_every_embedded_generator_and_sampler_has_a_row():
         "continuous",
         "continuous_speculation",
         "masked",
+        "masked_edit",
         "masked_speculation",
     }
     assert {text for texts in SAMPLERS.values() for text in texts} >= set(PLAIN)

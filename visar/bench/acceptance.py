@@ -21,7 +21,7 @@ from torch.nn import functional
 from visar.bench.options import Acceptance
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance, combine, double
-from visar.core.interface import Windowed
+from visar.core.interface import Continuous, Masked, Windowed
 from visar.core.noise import image_seeds
 from visar.core.output import SampleOutput, SampleStatistics
 from visar.io.files import atomic_write
@@ -34,6 +34,9 @@ from visar.samplers.settings import parse_sampler
 Echo = Callable[[list[tuple[str, ...]]], None]
 Progress = Callable[[str, int, int], None]
 
+PLAIN: dict[type, str] = {Windowed: "ancestral", Continuous: "continuous", Masked: "masked"}
+"""What other samplers are compared with, by what the model can."""
+HEAD_PASSES = ("head_passes", "drafter_head_passes")
 UNDRAFTED = (
     "jacobi:window=8",
     "jacobi:window=16",
@@ -73,9 +76,11 @@ class AcceptanceRow:
         background_acceptance: the same for the others.
         foreground_tokens_per_pass: foreground tokens / foreground tokens that were no accepted draft.
         top1, entropy: mean largest probability and mean entropy in nats of the distributions that are sampled (guided,
-            filtered), along the images; foreground_top1, foreground_entropy: of the foreground tokens.
+            filtered), along the images; foreground_top1, foreground_entropy: of the foreground tokens. None where
+            tokens are continuous.
         seconds: wall-clock time of the sampling per image, median over calls.
-        speedup: ancestral seconds of the same batch size / seconds.
+        speedup: ancestral seconds of the same batch size / seconds; those of plain draws where tokens are continuous.
+        head_passes, drafter_head_passes: passes of the heads of continuous tokens per batch, mean.
     """
 
     sampler: str
@@ -90,12 +95,14 @@ class AcceptanceRow:
     foreground_acceptance: float | None
     background_acceptance: float | None
     foreground_tokens_per_pass: float | None
-    top1: float
-    entropy: float
+    top1: float | None
+    entropy: float | None
     foreground_top1: float | None
     foreground_entropy: float | None
     seconds: float
     speedup: float
+    head_passes: float | None = None
+    drafter_head_passes: float | None = None
 
 
 def default_samplers(drafters: tuple[str, ...]) -> tuple[str, ...]:
@@ -173,7 +180,7 @@ def measure(
     """Measures a sampler at a batch size.
 
     Args:
-        pipeline: a raster model's, on its device.
+        pipeline: a raster model's, or one of continuous tokens, on its device.
         sampler: NAME or NAME:setting=value,setting=value.
         batch: images of a call; calls: how many are timed; seed: of the first image.
         background: background of the images.
@@ -208,14 +215,17 @@ def measure(
         flat_BN = torch.cat(
             [background_tokens(pipeline.decode(out.tokens), tuple(model.config["grid"]), background) for out in made]
         )
-    temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
-    probs = [
-        probs_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
-        for out, condition in zip(made, conditions, strict=True)
-    ]
-    top_BN, entropy_BN = (torch.cat([pair[i] for pair in probs]) for i in range(2))
+    ids = isinstance(model, Windowed)
+    probs: list[tuple[Tensor, Tensor]] = []
+    if ids:
+        temperature, top_k, top_p = (chosen.get(setting, neutral) for setting, neutral in GENERAL.items())
+        probs = [
+            probs_statistics(model, out.tokens, condition, chosen["guidance"], (temperature, top_k, top_p))
+            for out, condition in zip(made, conditions, strict=True)
+        ]
+    top_BN, entropy_BN = (torch.cat([pair[i] for pair in probs]) if ids else None for i in range(2))
     pieces = [out.outcome_BN for out in made if out.outcome_BN is not None]
-    outcome_BN = torch.cat(pieces) if pieces else torch.zeros_like(tokens_BN)
+    outcome_BN = torch.cat(pieces) if pieces else torch.zeros_like(flat_BN, dtype=torch.int64)
     verified_BN, accepted_BN = outcome_BN > 0, outcome_BN == 2
     front = int((~flat_BN).sum())
     drawn = int((~flat_BN & ~accepted_BN).sum())
@@ -227,18 +237,33 @@ def measure(
         images=len(tokens_BN),
         passes=counts.forward_passes["generator"] / calls,
         drafter_passes=counts.forward_passes.get("drafter", 0) / calls,
-        tokens_per_pass=counts.mean_tokens_per_pass,
+        tokens_per_pass=counts.mean_tokens_per_pass or model.num_tokens * calls / counts.forward_passes["generator"],
         acceptance=counts.acceptance_rate,
         foreground=front / flat_BN.numel(),
         foreground_acceptance=_mean(accepted_BN, verified_BN & ~flat_BN),
         background_acceptance=_mean(accepted_BN, verified_BN & flat_BN),
-        foreground_tokens_per_pass=front / drawn if drawn else None,
-        top1=float(top_BN.mean()),
-        entropy=float(entropy_BN.mean()),
-        foreground_top1=_mean(top_BN, ~flat_BN),
-        foreground_entropy=_mean(entropy_BN, ~flat_BN),
+        foreground_tokens_per_pass=front / drawn if drawn and ids else None,
+        top1=None if top_BN is None else float(top_BN.mean()),
+        entropy=None if entropy_BN is None else float(entropy_BN.mean()),
+        foreground_top1=None if top_BN is None else _mean(top_BN, ~flat_BN),
+        foreground_entropy=None if entropy_BN is None else _mean(entropy_BN, ~flat_BN),
         seconds=each,
         speedup=1.0 if ancestral_seconds is None else ancestral_seconds / each,
+        **{name: counts.counts[name] / calls for name in HEAD_PASSES if name in counts.counts},
+    )
+
+
+def plain_sampler(pipeline: ImagePipeline) -> str:
+    """The sampler that others are compared with.
+
+    Raises:
+        ValueError: the model is neither a raster one nor one of continuous tokens.
+    """
+    for kind, name in PLAIN.items():
+        if isinstance(pipeline.generator, kind):
+            return name
+    raise ValueError(
+        f"a raster model or one of continuous tokens is needed; this one is a {type(pipeline.generator).__name__}"
     )
 
 
@@ -255,20 +280,19 @@ def measure_acceptance(
     on_row: Callable[[list[AcceptanceRow]], None] | None = None,
     **settings: Any,
 ) -> list[AcceptanceRow]:
-    """Rows of ancestral sampling and of samplers, at every batch size.
+    """Rows of the plain sampler and of others, at every batch size.
 
     Args:
-        pipeline: a raster model's, on its device.
+        pipeline: a raster model's, or one of continuous tokens, on its device.
         samplers: each as NAME or NAME:setting=value,setting=value.
         batch_sizes: images of a call.
         on_row: told the rows so far, after each.
         settings: arguments of `measure`.
 
     Raises:
-        ValueError: see `measure`; or a model that is not a raster one.
+        ValueError: see `measure`; or a model of another kind.
     """
-    if not isinstance(pipeline.generator, Windowed):
-        raise ValueError(f"a raster model is needed; this one is a {type(pipeline.generator).__name__}")
+    plain = plain_sampler(pipeline)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes {batch_sizes}; they must be >= 1")
     if settings.get("calls", 1) < 1:
@@ -280,7 +304,7 @@ def measure_acceptance(
     rows: list[AcceptanceRow] = []
     for batch in batch_sizes:
         ancestral: float | None = None
-        for sampler in ("ancestral", *(other for other in samplers if other != "ancestral")):
+        for sampler in (plain, *(other for other in samplers if other != plain)):
             rows.append(measure(pipeline, sampler, batch, ancestral_seconds=ancestral, **settings))
             ancestral = rows[-1].seconds if ancestral is None else ancestral
             pipeline.runtime.clear()
@@ -292,8 +316,8 @@ def measure_acceptance(
 def table(rows: list[AcceptanceRow]) -> list[tuple[str, ...]]:
     """Header and rows of the printed table."""
 
-    def share(value: float | None) -> str:
-        return "-" if value is None else f"{value:.3f}"
+    def share(value: float | None, digits: int = 3) -> str:
+        return "-" if value is None else f"{value:.{digits}f}"
 
     columns: dict[str, Callable[[AcceptanceRow], str]] = {
         "sampler": lambda row: row.sampler,
@@ -308,10 +332,13 @@ def table(rows: list[AcceptanceRow]) -> list[tuple[str, ...]]:
         "on background": lambda row: share(row.background_acceptance),
         "tokens/pass there": lambda row: share(row.foreground_tokens_per_pass),
         "top-1": lambda row: share(row.top1),
-        "entropy": lambda row: f"{row.entropy:.2f}",
+        "entropy": lambda row: share(row.entropy, 2),
         "ms/image": lambda row: f"{1e3 * row.seconds:.2f}",
         "speed-up": lambda row: f"{row.speedup:.2f}",
     }
+    if any(row.head_passes is not None for row in rows):
+        columns["head passes"] = lambda row: share(row.head_passes, 0)
+        columns["drafter head passes"] = lambda row: share(row.drafter_head_passes, 0)
     return [tuple(columns), *(tuple(shown(row) for shown in columns.values()) for row in rows)]
 
 
@@ -330,9 +357,15 @@ def acceptance(options: Acceptance, echo: Echo, progress: Progress | None = None
         echo: prints a table: header and rows.
         progress: told (what, done, total).
     """
-    samplers = options.samplers or default_samplers(options.drafters)
-    total = len(options.batch_sizes) * (1 + sum(sampler != "ancestral" for sampler in samplers))
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
+    plain = plain_sampler(pipeline)
+    if plain != "ancestral" and not options.samplers:
+        raise ValueError(
+            "continuous tokens have no list of usual samplers: give --samplers, such as "
+            "continuous_speculation:num_drafts=8,drafter=FOLDER or masked:steps=16"
+        )
+    samplers = options.samplers or default_samplers(options.drafters)
+    total = len(options.batch_sizes) * (1 + sum(sampler != plain for sampler in samplers))
     device = pipeline.generator.device
     facts = {
         "options": json.loads(json.dumps(asdict(options), default=str)),

@@ -7,11 +7,15 @@ import torch
 from torch import nn
 
 from visar.bench.subjects import Subject, dtype_of, random_ids
+from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
+from visar.core.interface import Categorical, Masked
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
 from visar.layers.quantize import dequantize_
 from visar.samplers.ancestral import sample_ancestral
+from visar.samplers.continuous import sample_continuous
+from visar.samplers.masked import sample_masked
 from visar.tokenizers.decoding import decoder_noise
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -60,8 +64,37 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
     return decoded, relative_error(forced_BNV[:, place_L], reference_BLV)
 
 
+@torch.no_grad()
+def features_errors(subject: Subject, device: torch.device, batch: int = 2) -> tuple[float, float]:
+    """As `logits_errors`, of the hidden vectors that a head reads: of causal models through the cache and of one
+    teacher-forced pass; of masked ones of one pass, twice."""
+    generator = subject.generator
+    tokens_BNC, condition = random_ids(subject, batch, device), generator.example_condition(batch)
+    reference_model = _in_float32(generator)
+    if isinstance(generator, Masked):
+        place_BN = torch.arange(subject.num_tokens, device=device).expand(batch, -1)
+
+        def read(model: Any) -> torch.Tensor:
+            state = model.start(condition)
+            model.commit_at(state, place_BN, tokens_BNC)
+            return model.features_at(state, place_BN[:, ::2], place_BN[:, 1::2])
+
+        error = relative_error(read(generator), read(reference_model))
+        return error, error
+    reference_BND = reference_model.hidden(tokens_BNC, condition)
+    forced_BND = generator.hidden(tokens_BNC, condition)
+    state, parts = generator.start(condition, OFF), []
+    done = min(FORCED_TOKENS, subject.num_tokens)
+    for block in range(done):
+        state.block = block
+        parts.append(generator.features(state))
+        generator.append(state, tokens_BNC[:, block : block + 1])
+    decoded = relative_error(torch.cat(parts, dim=1), reference_BND[:, :done])
+    return decoded, relative_error(forced_BND[:, :done], reference_BND[:, :done])
+
+
 def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
-    """Error of decoding, and a line that says it.
+    """Error of decoding, of the logits or of the hidden vectors that a head reads, and a line that says it.
 
     Allowed is 2e-2 (float32: 1e-4), or in 16 bits half as much again as the dtype alone costs in one teacher-forced
     pass of this depth, but never more than 5e-2.
@@ -69,13 +102,15 @@ def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
     Raises:
         ValueError: the error is larger: nothing is timed.
     """
-    decoded, forced = logits_errors(subject, device)
+    ids = isinstance(subject.generator, Categorical)
+    decoded, forced = (logits_errors if ids else features_errors)(subject, device)
     dtype = dtype_of(subject.generator)
     limit = LIMITS[dtype]
     if dtype != torch.float32:
         limit = min(max(limit, 1.5 * forced), HIGHEST)
     name = str(dtype).removeprefix("torch.")
-    line = f"logits of decoding in {name} against float32: relative error {decoded:.1e} (one pass {forced:.1e})"
+    what = "logits" if ids else "hidden vectors"
+    line = f"{what} of decoding in {name} against float32: relative error {decoded:.1e} (one pass {forced:.1e})"
     if not decoded <= limit:
         raise ValueError(f"{subject.name}: {line}; allowed is {limit:.1e}: wrong results are not timed")
     return decoded, line
@@ -103,6 +138,21 @@ def check_images(subject: Subject, device: torch.device) -> str:
     return line
 
 
+def _sample(model: Any, condition: Condition, **settings: Any) -> torch.Tensor:
+    """Tokens by the plain sampler of the model's kind."""
+    if isinstance(model, Categorical):
+        return sample_ancestral(model, condition, **settings).tokens
+    sample: Any = sample_masked if isinstance(model, Masked) else sample_continuous
+    return sample(model, condition, **settings).tokens
+
+
+def _same(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether ids are equal, or continuous tokens to rounding."""
+    if not first.is_floating_point():
+        return torch.equal(first, second)
+    return torch.allclose(first, second, atol=1e-3, rtol=1e-3)
+
+
 def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale: float) -> bool:
     """Whether captured and eager decoding give the same ids for the same seeds, at float32.
 
@@ -112,10 +162,10 @@ def paths_agree(generator: Any, batch: int, device: torch.device, guidance_scale
     settings: dict[str, Any] = dict(noise=Noise(image_seeds(7, batch), device), guidance=Guidance(guidance_scale))
     condition = model.example_condition(batch)
     runtime = Runtime()
-    captured = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
-    again = sample_ancestral(model, condition, runtime=runtime, **settings).tokens
-    eager = sample_ancestral(model, condition, runtime=EAGER, **settings).tokens
-    return bool(torch.equal(captured, eager) and torch.equal(again, eager))
+    captured, again, eager = (
+        _sample(model, condition, runtime=each, **settings) for each in (runtime, runtime, EAGER)
+    )
+    return _same(captured, eager) and _same(again, eager)
 
 
 def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -> bool:
@@ -123,12 +173,10 @@ def batches_agree(generator: Any, device: torch.device, guidance_scale: float) -
     model = _in_float32(generator)
     condition, noise = model.example_condition(2), Noise(image_seeds(7, 2), device)
     guidance = Guidance(guidance_scale)
-    together = sample_ancestral(model, condition, noise=noise, guidance=guidance).tokens
+    together = _sample(model, condition, noise=noise, guidance=guidance)
     rows = (slice(0, 1), slice(1, 2))
     alone = [
-        sample_ancestral(
-            model, condition.rows(row), noise=Noise(image_seeds(7, 2)[row], device), guidance=guidance
-        ).tokens
+        _sample(model, condition.rows(row), noise=Noise(image_seeds(7, 2)[row], device), guidance=guidance)
         for row in rows
     ]
-    return bool(torch.equal(together, torch.cat(alone)))
+    return _same(together, torch.cat(alone))

@@ -142,6 +142,7 @@ def sampling_row(
         "tokens_per_step": 1.0 if stop else caller.statistics.mean_tokens_per_pass,
         **tokens.row("tokens"),
         "ms_per_step": tokens.median / steps * 1e3,
+        **caller.statistics.counts,  # of continuous tokens: passes of heads
     }
     if options.sampler in WITHOUT_LOOK:
         row["host_us_per_step"] = Timing(tuple(host)).median / timed_steps * 1e6

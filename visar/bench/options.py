@@ -24,7 +24,7 @@ class Bench:
     """Model to time instead of a preset: an embedded or official name, or a folder."""
     preset: str | None = None
     """Released shape with random weights: llamagen-b, -l, -xl, -xxl, -3b, var-d16, -d20, -d24, -d30, -d36, hmar-d16,
-    -d20, -d24, -d30, or vq-16 (decoding alone)."""
+    -d20, -d24, -d30, mar-base, -large, -huge (with --sampler masked), or vq-16 (decoding alone)."""
     batch: tuple[int, ...] = (1, 8)
     """Batch sizes to time, in images."""
     sampler: str = "ancestral"
@@ -70,19 +70,19 @@ class Bench:
 
 @dataclass(frozen=True)
 class Acceptance(Placement, Filters):
-    """Measures speculative samplers of a raster model: tokens per pass, accepted drafts, speed against ancestral.
+    """Measures speculative samplers: tokens per pass, accepted drafts, speed against plain sampling.
 
     Passes run as CUDA graphs on a GPU; every sampler is called once untimed first. Writes acceptance.json and
     acceptance.md after every row.
     """
 
     model: tyro.conf.Positional[str]
-    """Name or folder of a raster model."""
+    """Name or folder of a raster model, or of one over continuous tokens."""
     out: Path = Path("acceptance")
     """Folder for acceptance.json and acceptance.md."""
     samplers: tuple[str, ...] = ()
-    """Samplers, each as NAME or NAME:setting=value,setting=value; when not given, all with usual settings. Ancestral
-    sampling is always measured first."""
+    """Samplers, each as NAME or NAME:setting=value,setting=value; when not given, all with usual settings, which
+    models over continuous tokens do not have. Plain sampling is always measured first."""
     drafters: tuple[str, ...] = ("ngram",)
     """Drafters of the samplers with usual settings: ngram, eagle, heads, folders of drafters, or names of smaller
     models."""

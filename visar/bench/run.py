@@ -306,6 +306,8 @@ def _line(row: Row) -> str:
             f"{row['steps']} steps of {row['ms_per_step']:.3f} ms",
             f"{row['tokens_per_step']:.2f} tokens per step",
         ]
+        if "head_passes" in row:
+            parts.append(f"{row['head_passes']} passes of the head")
         if "of_floor" in row:
             parts.append(f"floor {row['floor_ms']:.3f} ms ({row['of_floor']:.0%})")
         if "host_us_per_step" in row:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from visar.core.interface import Categorical, Scales
+from visar.core.interface import Categorical, Continuous, Masked, Scales
 from visar.generators import families as generators
 from visar.generators.training import GeneratorFamily
 from visar.layers.quantize import linear_layers, quantize_, stored
@@ -77,7 +77,7 @@ class Subject:
 
     @property
     def vocab_size(self) -> int:
-        """Codes that both know."""
+        """Codes that both know; 0 for continuous tokens."""
         return self.tokenizer.layout.vocab_size
 
 
@@ -151,21 +151,24 @@ def load_subject(name: str, device: torch.device, dtype: torch.dtype, quantize: 
     """An embedded or official model, or a folder.
 
     Raises:
-        ValueError: as of `visar.load`, or a generator that does not predict ids.
+        ValueError: as of `visar.load`, or a generator that makes all tokens at once.
     """
     begun = time.perf_counter()
     pipeline = load(name, device=device, dtype=dtype, quantize=quantize)
-    if not isinstance(pipeline.generator, Categorical):
+    if not isinstance(pipeline.generator, Categorical | Continuous | Masked):
         raise ValueError(
             f"{name} is a {type(pipeline.generator).__name__}; the benchmark takes generators that predict ids block "
-            "after block (`visar eval --speed-batches` times every model)"
+            "after block, or continuous tokens (`visar eval --speed-batches` times every model)"
         )
     return Subject(name, pipeline.generator, pipeline.tokenizer, time.perf_counter() - begun)
 
 
 def random_ids(subject: Subject, batch: int, device: torch.device) -> torch.Tensor:
-    """Ids int64 [B, N], the same ones at every call."""
+    """Ids int64 [B, N], or continuous tokens float32 [B, N, C], the same ones at every call."""
     generator = torch.Generator().manual_seed(batch)
+    if not subject.vocab_size:
+        shape = (batch, subject.num_tokens, subject.tokenizer.layout.channels)
+        return torch.randn(shape, generator=generator).to(device)
     ids = torch.randint(subject.vocab_size, (batch, subject.num_tokens), generator=generator)
     return ids.to(device)
 

@@ -18,6 +18,7 @@ from visar.core.interface import TokenLayout
 from visar.data.vocabulary import Vocabulary
 from visar.generators.causal import CausalTransformer
 from visar.generators.causal_state import RasterState
+from visar.generators.raster import CAPTION_LENGTH
 from visar.generators.training import GeneratorFamily, HeadObjective, shared_arguments
 from visar.layers.heads.chain import Head
 from visar.layers.heads.families import build_head
@@ -153,13 +154,13 @@ class CausalContinuous(CausalTransformer):
 def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
     arguments: dict[str, Any] = shared_arguments(tokenizer, vocabulary, options)
     del arguments["vocab_size"], arguments["codebook_width"]
-    if caption_width:
-        raise ValueError("this family reads classes, attributes and words: give no text_encoder")
     arguments |= dict(channels=tokenizer.layout.channels, grid=tokenizer.layout.shapes[0])
     arguments |= dict(hidden_width=options.hidden_width)
     arguments |= dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), options.dropout)
     if options.words != "none":
         arguments |= dict(words=options.words, num_words=vocabulary.num_words)
+    if caption_width:
+        arguments |= dict(caption_width=caption_width, caption_length=CAPTION_LENGTH)
     return arguments
 
 

@@ -20,9 +20,16 @@ from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance, double, repeat
 from visar.core.interface import TokenLayout
 from visar.data.vocabulary import Vocabulary
+from visar.generators.raster import CAPTION_LENGTH
 from visar.generators.training import GeneratorFamily, HeadObjective, shared_arguments
 from visar.layers.bidirectional import BidirectionalBlock, truncated_normal
-from visar.layers.conditioning import ConditionVector, example_condition
+from visar.layers.conditioning import (
+    CaptionPrefix,
+    ConditionVector,
+    check_condition,
+    example_condition,
+    null_condition,
+)
 from visar.layers.heads.chain import Head
 from visar.layers.heads.families import build_head
 from visar.layers.packable import Packable
@@ -44,7 +51,7 @@ class MaskedState:
 
     Attributes:
         tokens: float32 [B, N, C] in raster order, 0 where none is committed yet.
-        vector_RD: what the images are conditioned on.
+        vector_RD: what the images are conditioned on: one vector, or [R, P, D] those of a caption.
     """
 
     tokens: Tensor
@@ -70,6 +77,8 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         mask_floor: smallest share of the tokens that is masked in training, whose law is a normal distribution around
             1 with deviation 0.25, cut off there and at 1 (MAR: 0.7).
         num_classes, attributes, word_vocab_size: see `visar.layers.conditioning.ConditionVector`.
+        caption_width, caption_length: width and number of a text encoder's vectors, which stand in the places of the
+            buffer, as many, instead of those conditions; width 0 = none. Places behind a caption's end hold nothing.
         attention_dropout, dropout: in training (MAR: 0.1 both).
 
     Raises:
@@ -100,10 +109,14 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         num_classes: int = 1000,
         attributes: tuple[int, ...] = (),
         word_vocab_size: int = 0,
+        caption_width: int = 0,
+        caption_length: int = 120,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        if caption_width and (num_classes or attributes or word_vocab_size):
+            raise ValueError("captions of a text encoder exclude classes, attributes and words")
         if width % num_heads or min(channels, buffer_size, head_draws, encoder_layers, decoder_layers) < 1:
             raise ValueError(
                 f"width {width}, num_heads {num_heads}, channels {channels}, buffer_size {buffer_size}, head_draws "
@@ -112,10 +125,14 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         if not 0 < mask_floor < 1:
             raise ValueError(f"mask_floor {mask_floor}; needed: between 0 and 1")
         self.num_tokens = grid[0] * grid[1]
-        self.condition_vector = ConditionVector(width, num_classes, attributes, word_vocab_size)
+        self.buffer = caption_length if caption_width else buffer_size
+        if caption_width:
+            self.cls_embedding = CaptionPrefix(caption_width, caption_length, width)
+        else:
+            self.condition_vector = ConditionVector(width, num_classes, attributes, word_vocab_size)
         self.z_proj = nn.Linear(channels, width)
         self.z_proj_ln = nn.LayerNorm(width, eps=1e-6)
-        places = buffer_size + self.num_tokens
+        places = self.buffer + self.num_tokens
         self.encoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, width))
         self.encoder_blocks = self._blocks(encoder_layers)
         self.encoder_norm = nn.LayerNorm(width, eps=1e-6)
@@ -147,6 +164,8 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
                 nn.init.normal_(module.weight, std=0.02, generator=generator)
         for parameter in self.parameters(recurse=False):
             nn.init.normal_(parameter, std=0.02, generator=generator)
+        if width := self.config["caption_width"]:
+            nn.init.normal_(self.get_buffer("cls_embedding.uncond_embedding"), std=width**-0.5, generator=generator)
         self.head_module.reset_parameters(generator)
 
     @property
@@ -157,11 +176,24 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
     # ------------------------------------------------------------------------------------------------- conditions
     def check_condition(self, condition: Condition) -> None:
         """Checks that the condition has what this model reads; errors as of `ConditionVector.check`."""
+        if self.config["caption_width"]:
+            return check_condition(self.config, condition)
         self.condition_vector.check(condition)
 
     def null_condition(self, condition: Condition) -> Condition:
         """The condition that gives nothing, in the same shapes."""
+        if self.config["caption_width"]:
+            return null_condition(self, condition)
         return self.condition_vector.null(condition)
+
+    def read_condition(self, condition: Condition) -> Tensor:
+        """What the images are conditioned on, [R, D] or [R, P, D]: see `MaskedState`."""
+        if not self.config["caption_width"]:
+            return self.condition_vector(condition)
+        assert condition.text_BTC is not None
+        text_RPD = self.cls_embedding(condition.text_BTC.to(self.z_proj.weight.dtype))
+        given_RP = condition.text_mask_BT
+        return text_RPD if given_RP is None else text_RPD * given_RP[..., None].to(text_RPD.dtype)
 
     def example_condition(self, batch: int) -> Condition:
         """Some condition that this model takes, for `batch` images, on its device."""
@@ -188,15 +220,16 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         Args:
             tokens_RNC: tokens in raster order; only visible ones are read.
             visible_RK: int64 places of those, the same number in every row.
-            vector_RD: from `condition_vector`.
+            vector_RD: from `read_condition`.
         """
-        buffer, channels = self.config["buffer_size"], tokens_RNC.shape[-1]
+        buffer, channels = self.buffer, tokens_RNC.shape[-1]
+        slots_RPD = vector_RD[:, None] if vector_RD.ndim == 2 else vector_RD
         seen_RKC = tokens_RNC.gather(1, visible_RK[..., None].expand(-1, -1, channels))
         seen_RKD = self.z_proj(seen_RKC.to(self.z_proj.weight.dtype))
         positions_PD = self.encoder_pos_embed_learned[0]
         x = torch.cat(
             [
-                vector_RD[:, None].to(seen_RKD.dtype) + positions_PD[:buffer],
+                slots_RPD.to(seen_RKD.dtype) + positions_PD[:buffer],
                 seen_RKD + positions_PD[buffer + visible_RK],
             ],
             dim=1,
@@ -208,7 +241,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
 
     def decode(self, encoded_RKD: Tensor, visible_RK: Tensor) -> Tensor:
         """Hidden vectors [R, N, D] of all places, masked or not, of the encoder's output."""
-        buffer = self.config["buffer_size"]
+        buffer = self.buffer
         x = self.decoder_embed(encoded_RKD)
         masked = self.mask_token.to(x.dtype).expand(len(x), self.num_tokens, -1)
         index = visible_RK[..., None].expand(-1, -1, x.shape[-1])
@@ -237,7 +270,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         share = float(truncated_normal(1.0, 0.25, self.config["mask_floor"], 1.0, random, device))
         masked = math.ceil(count * share)
         order_BN = torch.rand(batch, count, generator=random, device=device).argsort(1)
-        hidden_BND = self.hidden(tokens_BNC, order_BN[:, masked:], self.condition_vector(condition))
+        hidden_BND = self.hidden(tokens_BNC, order_BN[:, masked:], self.read_condition(condition))
         index_BM = order_BN[:, :masked, None]
         asked_BMD = hidden_BND.gather(1, index_BM.expand(-1, -1, hidden_BND.shape[-1]))
         target_BMC = tokens_BNC.gather(1, index_BM.expand(-1, -1, channels))
@@ -261,7 +294,7 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
         self.check_condition(condition)
         guided = guidance.active(1)
         rows = double(condition, self.null_condition(condition)) if guided else condition
-        vector_RD = self.condition_vector(rows)
+        vector_RD = self.read_condition(rows)
         if state is None:
             shape = (condition.batch, self.num_tokens, self.config["channels"])
             return MaskedState(torch.zeros(shape, device=vector_RD.device), vector_RD)
@@ -288,13 +321,13 @@ class MaskedGenerator(Packable, ModelMixin, ConfigMixin):
 
 # -------------------------------------------------------------------------------------------- training and benchmark
 def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_width: int) -> dict[str, Any]:
-    if caption_width:
-        raise ValueError("this family reads classes, attributes and words: give no text_encoder")
     arguments: dict[str, Any] = shared_arguments(tokenizer, vocabulary, options)
     layers = arguments.pop("num_layers")
     del arguments["vocab_size"], arguments["codebook_width"]
     arguments |= dict(channels=tokenizer.layout.channels, grid=tokenizer.layout.shapes[0])
     arguments |= dict(encoder_layers=layers - layers // 2, decoder_layers=max(1, layers // 2))
+    if caption_width:
+        arguments |= dict(caption_width=caption_width, caption_length=CAPTION_LENGTH)
     return arguments | dict(attention_dropout=options.dropout, dropout=options.dropout)
 
 
@@ -309,7 +342,7 @@ def _connect(model: MaskedGenerator, tokenizer: Any) -> None:
 _TINY_HEAD = dict(width=32, depth=1, steps=4)
 FAMILY = GeneratorFamily(
     model=MaskedGenerator,
-    presets={},  # released sizes are MASKED_PRESETS; the benchmark measures generators of ids
+    presets=MASKED_PRESETS,
     tokenizer="kl-16",
     tiny=dict(channels=4, grid=(4, 4), width=64, encoder_layers=1, decoder_layers=1, num_heads=2, buffer_size=2)
     | dict(head_arguments=_TINY_HEAD, num_classes=4),

@@ -152,7 +152,7 @@ def prefix(model: Any, condition: Condition) -> tuple[Tensor, Tensor | None]:
     """See `RasterGPT.prefix`."""
     if model.config["caption_width"]:
         assert condition.text_BTC is not None
-        embedding = model.cls_embedding(condition.text_BTC.to(model.output.weight.dtype))
+        embedding = model.cls_embedding(condition.text_BTC.to(model.norm.weight.dtype))
         return embedding, None if condition.text_mask_BT is None else condition.text_mask_BT.bool()
     if model.config["num_classes"]:
         assert condition.labels_BA is not None

@@ -78,6 +78,7 @@ class GeneratorTask(Task):
             attribute_dropout=options.attribute_dropout,
             word_dropout=options.word_dropout,
             word_omission=options.word_omission,
+            token_means=options.token_means,
         )
         part = run.add_part(
             model,

@@ -242,6 +242,8 @@ class TrainGenerator(RunOptions):
     augment: AugmentKind = "photographs"
     """Augmentation. drawings: shifts, mirror images and slight rescalings on white; photographs: random crops and
     mirror images."""
+    token_means: bool = False
+    """Train on the means of continuous tokens instead of draws around them."""
     family: GeneratorName = "auto"
     """Family of generator. auto: the first that fits the tokenizer's tokens, so raster for one grid and next_scale for
     several scales; hmar: hierarchical masked, over scales; coarse_to_fine: clusters of codes, then codes, on one

@@ -90,6 +90,7 @@ class TokenBatches:
         class_dropout: chance of the first label column besides.
         attribute_dropout: chance of every other label column besides.
         word_dropout, word_omission: chance of the words, and of every single word, besides.
+        token_means: continuous tokens are the means of their distributions, not draws.
 
     Raises:
         ValueError: a chance or a power outside its range, or a split without images.
@@ -110,8 +111,9 @@ class TokenBatches:
         attribute_dropout: float = 0.0,
         word_dropout: float = 0.0,
         word_omission: float = 0.0,
+        token_means: bool = False,
     ) -> None:
-        self.run = run
+        self.run, self.token_means = run, token_means
         first = 0 if with_class else 1
         index_N = torch.from_numpy(images.indices("train"))
 
@@ -153,5 +155,5 @@ class TokenBatches:
         index_B, variant_B = (self.run.share(values, part) for values in drawn)
         generator = self.run.random.generator(step, Draw.CONDITION, part=part)
         drawn_by = self.run.random.generator(step, Draw.LATENT, part=part)
-        tokens = self.train.tokens(index_B, variant_B, drawn_by)
+        tokens = self.train.tokens(index_B, variant_B, None if self.token_means else drawn_by)
         return tokens, self._dropout(self.train.condition(index_B), generator)

@@ -100,7 +100,7 @@ class GaussianDiffusionHead(Head):
     ) -> tuple[Tensor, Tensor | None]:
         """What the network says of points at a level 0 ... 999: the guided prediction float32 [B, L, C], and for
         learned variances the share [B, L, C], which is the conditional half's own."""
-        time_L = torch.full(features_RLD.shape[:-1], time, device=x_BLC.device)
+        time_L = torch.full((1,) * (features_RLD.ndim - 1), time, device=x_BLC.device)  # one embedding for all
         output_RLX = self.net(doubled(x_BLC, scale_BL), time_L, features_RLD).float()
         if self.variance != "learned":
             return guided(output_RLX, scale_BL), None

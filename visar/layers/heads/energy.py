@@ -66,7 +66,7 @@ class EnergyHead(Head):
     def token(self, noise: Tensor, features: Tensor) -> Tensor:
         """Tokens float32 [..., C] of standard normal noise, which becomes uniform in (-0.5, 0.5)."""
         uniform = torch.special.ndtr(noise.float()) - 0.5
-        time = torch.zeros(noise.shape[:-1], device=noise.device)
+        time = torch.zeros((1,) * (noise.ndim - 1), device=noise.device)
         return self.net(features, time, uniform).float()
 
     def transition(

@@ -87,7 +87,7 @@ class FlowHead(Head):
     def velocity(self, x_BLC: Tensor, time: float, features_RLD: Tensor, scale_BL: Tensor | None) -> Tensor:
         """Guided velocity float32 [B, L, C] at a time in (0, 1]."""
         rows = doubled(x_BLC, scale_BL)
-        time_L = torch.full(features_RLD.shape[:-1], time * _TIME_UNITS, device=x_BLC.device)
+        time_L = torch.full((1,) * (features_RLD.ndim - 1), time * _TIME_UNITS, device=x_BLC.device)
         output = self.net(rows, time_L, features_RLD).float()
         if self.prediction == "token":
             output = (rows - output) / max(time, _SMALLEST_TIME)

@@ -7,7 +7,7 @@ the logarithm of signal over noise is -5.1 (signal 0.006), and both solvers do s
 
 import copy
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -15,8 +15,6 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 from visar.layers.heads.schedule import TRAIN_STEPS, schedule
 
 FlowSolver = Literal["ddim", "dpm"]
-FlowScheduler = DDIMScheduler | DPMSolverMultistepScheduler
-
 LEAST_LOG_SIGNAL = -5.1
 _PREDICTIONS = {"noise": "epsilon", "velocity": "v_prediction"}
 
@@ -28,7 +26,7 @@ def noisiest_level() -> int:
 
 
 @lru_cache(maxsize=32)
-def _template(solver: FlowSolver, prediction: str, steps: int) -> FlowScheduler:
+def _template(solver: FlowSolver, prediction: str, steps: int) -> Any:
     shared = dict(
         num_train_timesteps=TRAIN_STEPS,
         trained_betas=schedule(TRAIN_STEPS).betas.tolist(),
@@ -42,7 +40,7 @@ def _template(solver: FlowSolver, prediction: str, steps: int) -> FlowScheduler:
     return DDIMScheduler(**shared, clip_sample=False, timestep_spacing="leading", steps_offset=max(offset, 0))
 
 
-def flow_scheduler(solver: FlowSolver, prediction: str, steps: int) -> FlowScheduler:
+def flow_scheduler(solver: FlowSolver, prediction: str, steps: int) -> Any:
     """A scheduler at its first step; `timesteps` has the levels, from the noisiest on.
 
     Args:
