@@ -155,7 +155,7 @@ def _decode_parts(
 
 
 def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, noise: Tensor | None, runtime: Runtime) -> Tensor:
-    pixels = latent_BChw[0, 0].numel() * tokenizer.downsampling**2 if noise is None else noise[0, 0].numel()
+    pixels = latent_BChw.shape[2:].numel() * tokenizer.downsampling**2 if noise is None else noise[0, 0].numel()
     if len(latent_BChw) * pixels > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
         return decode_with(tokenizer, latent_BChw, noise)
     # Kernels of convolutions may be read from copies: another graph after every change of a weight.

@@ -319,6 +319,18 @@ def _data_clips() -> Command:
     return DataClips, lambda options: print(data_clips(options))
 
 
+def _data_moving_emoji() -> Command:
+    from visar.cli.data import DataMovingEmoji, data_moving_emoji
+
+    return DataMovingEmoji, lambda options: print(data_moving_emoji(options))
+
+
+def _data_doom() -> Command:
+    from visar.cli.data import DataDoom, data_doom
+
+    return DataDoom, lambda options: print(data_doom(options))
+
+
 def _data_fashion() -> Command:
     from visar.cli.data import DataFashion, data_fashion
 
@@ -353,6 +365,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "distill independent": ("make the baseline: tokens drawn by their frequencies alone", _distill_independent),
     "data emoji": ("build the emoji image set", _data_emoji),
     "data clips": ("build the set of animated emoji", _data_clips),
+    "data moving-emoji": ("draw clips of moving emoji", _data_moving_emoji),
+    "data doom": ("draw clips of Doom levels, with the player's actions", _data_doom),
     "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),
 }
 
@@ -441,6 +455,7 @@ def parse(arguments: list[str]) -> Callable[[], object]:
 # locks its folder itself, and commands that make pairs share one.
 _FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "seeds": (), "data fashion-mnist": ()}
 _FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", "data emoji", "data clips")
+_FOLDERS += ("data moving-emoji", "data doom")
 
 
 def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:

@@ -9,7 +9,15 @@ from visar.checkpoints import hub
 from visar.kernels import available
 from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import _place, _tokenizer, find_folder, placement, read_json, read_official, read_pipeline
+from visar.pipelines.components import (
+    _place,
+    _tokenizer,
+    find_folder,
+    placement,
+    read_json,
+    read_official,
+    read_pipeline,
+)
 from visar.pipelines.fitting import check_copy
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.video import VideoPipeline
