@@ -88,8 +88,8 @@ def decode_tokens(
             whatever batch it is in.
 
     Raises:
-        ValueError: ids that do not fit, a tile < 1 or for clips, an overlap that is not in 0 ... tile - 1, a tokenizer with
-            dropout in training mode, or noise that is missing or not for it.
+        ValueError: ids that do not fit, a tile < 1 or for clips, an overlap that is not in 0 ... tile - 1, a tokenizer
+            with dropout in training mode, or noise that is missing or not for it.
     """
     check_inference(tokenizer)
     _check_noise(tokenizer, noise, tokens.shape[0])

@@ -1,4 +1,4 @@
-"""VQ tokenizer of clips: a box of ids, (frames, rows, columns), causal in time, so that an image is a clip of one frame.
+"""VQ tokenizer of clips: a box of ids, (frames, rows, columns), causal in time: an image is a clip of one frame.
 
 Frames pass the image autoencoder of `visar.tokenizers.vq` one by one. Between it and the codebook, convolutions over
 time see a position and those before it, and groups of frames become one map of codes: the first frame alone, then so

@@ -46,7 +46,7 @@ class DataMovingEmoji:
     """Number of clips, 16 frames of 64 x 64 each."""
     seed: int = 0
     """Seed of the set; clip i is a function of it and of i."""
-    processes: int = 1
+    workers: int = 1
     """Number of processes that draw."""
 
 
@@ -54,7 +54,7 @@ def data_moving_emoji(options: DataMovingEmoji) -> Path:
     """Runs `visar data moving-emoji`; returns the folder that it completed."""
     from visar.data.moving_emoji import build_moving_emoji
 
-    build_moving_emoji(options.emoji, options.out, options.clips, options.seed, options.processes)
+    build_moving_emoji(options.emoji, options.out, options.clips, options.seed, options.workers)
     return options.out
 
 
@@ -68,7 +68,7 @@ class DataDoom:
     """Number of clips, 16 frames of 64 x 64 each."""
     seed: int = 0
     """Seed of the set; clip i is a function of it and of i."""
-    processes: int = 1
+    workers: int = 1
     """Number of processes that draw."""
 
 
@@ -76,7 +76,7 @@ def data_doom(options: DataDoom) -> Path:
     """Runs `visar data doom`; returns the folder that it completed."""
     from visar.data.doom import build_doom
 
-    build_doom(options.out, options.clips, options.seed, options.processes)
+    build_doom(options.out, options.clips, options.seed, options.workers)
     return options.out
 
 

@@ -32,7 +32,8 @@ _DRAWS = 8  # numbers for a sprite
 def cut_out(pixels_HWC: np.ndarray) -> PIL.Image.Image:
     """A drawing as RGBA: what is white and connected to the border is transparent, and the rest is cut to its box."""
     white = (pixels_HWC >= _WHITE).all(-1)
-    ground = PIL.Image.fromarray(np.pad(np.where(white, 255, 0).astype(np.uint8), 1, constant_values=255))
+    # A copy, because an image of an array may not be written to.
+    ground = PIL.Image.fromarray(np.pad(np.where(white, 255, 0).astype(np.uint8), 1, constant_values=255)).copy()
     PIL.ImageDraw.floodfill(ground, (0, 0), 128)
     alpha = PIL.Image.fromarray(np.where(np.asarray(ground)[1:-1, 1:-1] == 128, 0, 255).astype(np.uint8))
     sprite = PIL.Image.fromarray(pixels_HWC).convert("RGBA")

@@ -1,4 +1,4 @@
-"""Clips as files: .mp4 and users' videos by PyAV (extra `video`), animated .gif and .webp by Pillow; contact sheets."""
+"""Clips as files: .mp4 and videos by PyAV (extra `video`), animated .gif and .webp by Pillow; contact sheets."""
 
 from collections.abc import Sequence
 from fractions import Fraction

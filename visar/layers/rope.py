@@ -2,8 +2,8 @@
 
 Source: Su et al., arXiv 2104.09864. The 2D form and the treatment of the prefix are LlamaGen's (arXiv 2406.06525,
 FoundationVision/LlamaGen@ce98ec4): pairs (2i, 2i+1) are rotated, the first half of the pairs by the row, the second
-by the column. The 3D form is this project's: a third of the pairs, rounded down, by the row and by the column each, the
-others by the frame. E is the head width.
+by the column. The 3D form is this project's: a third of the pairs, rounded down, by the row and by the column each,
+the others by the frame. E is the head width.
 """
 
 import math
@@ -28,13 +28,13 @@ def rope_table(
     """Cosines and sines of every position of [prefix, image tokens in raster order].
 
     Args:
-        kind: "2d" rotates image tokens by their grid row and column; "3d" those of a clip by their frame too; "1d" by
-            their place in the sequence, prefix included.
+        kind: "2d" rotates image tokens by their grid row and column; "3d" those of a clip by their frame too; "1d"
+            by their place in the sequence, prefix included.
         prefix_length: number of positions before the first image token.
         grid: (rows, columns) of image tokens, or (frames, rows, columns) for "3d" and "1d".
         head_width: E; a multiple of 4 for "2d", even for the others.
-        prefix_rotation: for "2d" and "3d": "zero" makes queries and keys of the prefix vanish (cos = sin = 0, as LlamaGen was
-            trained: the prefix is read through its values alone); "identity" leaves them as they are.
+        prefix_rotation: for "2d" and "3d": "zero" makes queries and keys of the prefix vanish (cos = sin = 0, as
+            LlamaGen was trained: the prefix is read through its values alone); "identity" leaves them as they are.
         base: 10000.
 
     Returns: float32 [prefix_length + number of tokens, E / 2, 2] on the CPU, last axis (cos, sin).

@@ -550,7 +550,8 @@ class TokenPipeline(DiffusionPipeline):
             return self.tokenizer.latents(tokens)
 
     def decode(self, tokens: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], or clips [B, T, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is.
+        """Images in [-1, 1], float32 [B, 3, H, W], or clips [B, T, 3, H, W], of token ids [B, N], or of what
+        `SampleOutput.latent` is.
 
         Args:
             tokens: of the images, or where `tokenizer.layout.previews` says so the first ones of each.

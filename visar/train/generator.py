@@ -21,8 +21,8 @@ from visar.generators.training import GeneratorFamily, Objective
 from visar.io.pictures import to_uint8
 from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
-from visar.pipelines.video import VideoPipeline
 from visar.pipelines.text_encoder import load_text_encoder
+from visar.pipelines.video import VideoPipeline
 from visar.samplers.index import find_sampler
 from visar.tokenizers.decoding import decode_tokens, decoder_noise
 from visar.train.building import build_generator, image_side, in_dtype, load_initial
