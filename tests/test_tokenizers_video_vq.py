@@ -113,7 +113,10 @@ def test_a_saved_tokenizer_is_loaded(tokenizer, tmp_path):
         (lambda t: t.decode(torch.zeros(1, 17, dtype=torch.int64)), "17 ids are no whole maps of 4 x 4"),
         (lambda t: t.latents(torch.zeros(1, 16, dtype=torch.int64), (2, 4, 4)), "do not fill a box of 2 x 4 x 4"),
         (lambda t: t.decode(torch.full((1, 16), 128)), "outside the codebook; allowed: 0 ... 127"),
-        (lambda t: decode_tokens(t, torch.zeros(1, 32, dtype=torch.int64), tile=2), "clips are decoded whole"),
+        (
+            lambda t: decode_tokens(t, torch.zeros(1, 32, dtype=torch.int64), tile=2, overlap=1),
+            "clips are decoded whole",
+        ),
         (lambda t: VideoVQTokenizer(num_frames=15), "15 frames; a clip has 1 . a multiple of 5"),
         (lambda t: VideoVQTokenizer(frame_group=0), "frame_group 0"),
         (lambda t: VideoVQTokenizer(latent_channels=16), "latent_channels 16"),
