@@ -77,7 +77,11 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
     for name, layout, message in (
         ("hmar", grid, "does not fit tokens that are 128 codes in arrangement grid; families that do: raster"),
         ("raster", scales, "families that do: next_scale, hmar"),
-        ("auto", replace(grid, arrangement="box"), "are 128 codes in arrangement box; families that do: none"),
+        (
+            "hmar",
+            replace(grid, arrangement="box"),
+            "are 128 codes in arrangement box; families that do: raster, next_neighbor",
+        ),
         (
             "raster",
             replace(grid, vocab_size=0),

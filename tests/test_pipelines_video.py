@@ -1,4 +1,4 @@
-"""Clips end to end: a tokenizer and generators trained on clips, the pipeline's call, files, first frames, bad input."""
+"""Clips end to end: a tokenizer and generators trained on clips, the call, files, first frames, bad input."""
 
 import json
 import runpy

@@ -454,8 +454,8 @@ def parse(arguments: list[str]) -> Callable[[], object]:
 # Outputs that are checked before anything is loaded, and folders that one command at a time may write into; training
 # locks its folder itself, and commands that make pairs share one.
 _FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "seeds": (), "data fashion-mnist": ()}
-_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", "data emoji", "data clips")
-_FOLDERS += ("data moving-emoji", "data doom")
+_DRAWN = ("data emoji", "data clips", "data moving-emoji", "data doom")
+_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", *_DRAWN)
 
 
 def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:

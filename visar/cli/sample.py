@@ -31,7 +31,7 @@ class Sample:
     """Seed of the first image; image i has seed + i. Nothing else of the call changes its random numbers."""
     out: Path = Path("samples.png")
     """A .png file for a grid, or a folder for one file per image. Of clips: an .mp4 (extra video), .gif or .webp file
-    in which all of them move side by side, a .png file with a row of frames per clip, or a folder with one .webp each."""
+    in which all of them move side by side, a .png file with a row of frames per clip, or a folder of .webp files."""
     fps: float = 8.0
     """Frames a second of clips."""
     sampler: str | None = None

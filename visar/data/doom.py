@@ -147,14 +147,14 @@ def _record(game: Any, before: Sequence[int], actions: Sequence[int]) -> np.ndar
             return None
         _step(game, action)
     frames = []
-    for action in (*actions, None):
+    for number in range(len(actions) + 1):
+        if number:
+            _step(game, actions[number - 1])
         state = game.get_state()
         if state is None:
             return None
         image = PIL.Image.fromarray(np.ascontiguousarray(state.screen_buffer))
         frames.append(np.asarray(center_crop(image, SIZE)))
-        if action is not None:
-            _step(game, action)
     return np.stack(frames)
 
 

@@ -91,9 +91,9 @@ def _draw_clip(images: np.ndarray, names: Sequence[str], split_N: np.ndarray, se
         start_x, start_y = low + x * (high - low), low + y * (high - low)
         turns, grows = int(turn * 3) - 1, int(growth * 3) - 1
         for time, frame in enumerate(frames):
-            place = (_bounced(start, step, low, high, time) for start, step in ((start_x, step_x), (start_y, step_y)))
+            now_x, now_y = _bounced(start_x, step_x, low, high, time), _bounced(start_y, step_y, low, high, time)
             # Around the middle of the clip all have the size that was drawn.
-            _paste(frame, sprite, *place, turns * _TURN * time, _GROWTH ** (grows * (time - FRAMES // 2)))
+            _paste(frame, sprite, now_x, now_y, turns * _TURN * time, _GROWTH ** (grows * (time - FRAMES // 2)))
         turning = ("turning left, ", "", "turning right, ")[turns + 1]
         growing = ("shrinking, ", "", "growing, ")[grows + 1]
         parts.append(f"{names[row]} {turning}{growing}moving {DIRECTIONS[octant]}")
