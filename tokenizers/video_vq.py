@@ -9,6 +9,7 @@ B clips, T frames, C channels, H W pixels of a frame, t h w latent box, N = t * 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -191,8 +192,8 @@ class VideoVQTokenizer(Packable, ModelMixin, ConfigMixin):
         self.factor = 2 ** (len(channel_multipliers) - 1)
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self._box = self._box_of(num_frames, height, width)
-        sizes = dict(base_channels=base_channels, channel_multipliers=channel_multipliers, dropout=dropout)
-        levels = dict(sizes, num_res_blocks=num_res_blocks)
+        levels: dict[str, Any] = dict(base_channels=base_channels, channel_multipliers=channel_multipliers)
+        levels |= dict(num_res_blocks=num_res_blocks, dropout=dropout)
         self.encoder = Encoder(in_channels=image_channels, out_channels=latent_channels, **levels)
         self.grouping = FrameGrouping(latent_channels, frame_group, num_time_blocks)
         self.quant_conv = nn.Conv2d(latent_channels, codebook_dim, 1)
