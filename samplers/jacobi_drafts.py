@@ -87,7 +87,7 @@ class Drafts:
             noise.batch,
             noise.device,
             model.config["vocab_size"],
-            model.config["grid"][1],
+            model.config["grid"][-1],
         )
         positions = model.num_tokens + window
         every_position = torch.arange(positions, device=device).expand(batch, -1)

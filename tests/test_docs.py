@@ -16,7 +16,7 @@ from visar.tokenizers.families import FAMILIES as TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*(DOCS / "tutorials").glob("*.md"), DOCS / "demo.md", DOCS / "index.md"])
+PAGES = sorted([*(DOCS / "tutorials").glob("*.md"), DOCS / "demo.md", DOCS / "index.md", DOCS / "video.md"])
 FENCED = [
     (page.name, language, text)
     for page in PAGES

@@ -79,6 +79,11 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
         ("hmar", grid, "does not fit tokens that are 128 codes in arrangement grid; families that do: raster"),
         ("raster", scales, "families that do: next_scale, hmar"),
         (
+            "hmar",
+            replace(grid, arrangement="box"),
+            "are 128 codes in arrangement box; families that do: raster, next_neighbor",
+        ),
+        (
             "auto",
             replace(grid, arrangement="sequence"),
             "are 128 codes in arrangement sequence; families that do: none",

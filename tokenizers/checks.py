@@ -32,6 +32,22 @@ def check_image(image_BCHW: Tensor, channels: int) -> None:
         raise ValueError(f"image of dtype {image_BCHW.dtype}; needed: floating point in [-1, 1]")
 
 
+def check_clip(clip_BTCHW: Tensor, channels: int) -> None:
+    """Checks the form of a batch of clips; does not look at values.
+
+    Raises:
+        ValueError: no tensor [B, T, C, H, W] of floating point numbers on a device that holds data.
+    """
+    needed = f"needed: [B, frames, {channels}, H, W]"
+    if not isinstance(clip_BTCHW, Tensor):
+        raise ValueError(f"clip of type {type(clip_BTCHW).__name__}; {needed}, a float tensor in [-1, 1]")
+    _check_dense(clip_BTCHW, "clip")
+    if clip_BTCHW.ndim != 5 or clip_BTCHW.shape[2] != channels:
+        raise ValueError(f"clip of shape {tuple(clip_BTCHW.shape)}; {needed}")
+    if not clip_BTCHW.is_floating_point():
+        raise ValueError(f"clip of dtype {clip_BTCHW.dtype}; needed: floating point in [-1, 1]")
+
+
 def check_values(image_BCHW: Tensor) -> None:
     """Checks that images are in [-1, 1], with a margin for what resizing and decoding overshoot; waits for the device.
 

@@ -27,7 +27,7 @@ def image_sides(tokenizer: Any) -> tuple[int, int]:
     if tokenizer.layout.arrangement == "sequence":
         size = tokenizer.config["image_size"]
         return (size, size) if isinstance(size, int) else (size[0], size[1])
-    height, width = tokenizer.layout.shapes[-1]
+    height, width = tokenizer.layout.shapes[-1][-2:]
     return height * tokenizer.downsampling, width * tokenizer.downsampling
 
 
@@ -67,7 +67,7 @@ def decode_tokens(
     runtime: Runtime = EAGER,
     invariant: bool = False,
 ) -> Tensor:
-    """Images [B, C, H, W], about [-1, 1], not clamped, of tokens or latents.
+    """Images [B, C, H, W], or clips [B, T, C, H, W], about [-1, 1], not clamped, of tokens or latents.
 
     Convolutions are rounded by algorithms that a library chooses by the batch. A CPU therefore decodes one image at a
     time, which costs it nothing.
@@ -77,7 +77,8 @@ def decode_tokens(
 
     Args:
         tokenizer: decodes.
-        tokens: ids int64 [B, N] or vectors float [B, N, C]; or latents float [B, C, h, w].
+        tokens: ids int64 [B, N] or vectors float [B, N, C]; or latents float [B, C, h, w], of
+            clips [B, C, t, h, w].
         noise: float [B, C, H, W] of a tokenizer whose decoder draws, see `decoder_noise`; None for others.
         grid: (h, w) of ids that are not of the tokenizer's own size; None = as `latents` of the tokenizer says.
         tile: side of a tile in positions of the latent grid; None = whole images, as for images that are no larger.
@@ -87,8 +88,8 @@ def decode_tokens(
             whatever batch it is in.
 
     Raises:
-        ValueError: ids that do not fit, a tile < 1, an overlap that is not in 0 ... tile - 1, a tokenizer with
-            dropout in training mode, or noise that is missing or not for it.
+        ValueError: ids that do not fit, a tile < 1 or for clips, an overlap that is not in 0 ... tile - 1, a tokenizer
+            with dropout in training mode, or noise that is missing or not for it.
     """
     check_inference(tokenizer)
     _check_noise(tokenizer, noise, tokens.shape[0])
@@ -103,7 +104,9 @@ def decode_tokens(
         noises = _split(noise, 1, tokens.shape[0])
         pairs = zip(tokens.split(1), noises, strict=True)
         return torch.cat([decode_tokens(tokenizer, one, noise=its, **settings) for one, its in pairs])
-    latent_BChw = tokens if tokens.ndim == 4 else tokenizer.latents(tokens, grid)
+    latent_BChw = tokens if tokens.ndim >= 4 else tokenizer.latents(tokens, grid)
+    if tile is not None and latent_BChw.ndim > 4:
+        raise ValueError(f"tile {tile}; clips are decoded whole")
     if tile is None or max(latent_BChw.shape[2:]) <= tile:
         return _decode_parts(tokenizer, latent_BChw, noise, runtime, invariant)
     return _decode_tiles(tokenizer, latent_BChw, tile, overlap, runtime, invariant)
@@ -152,9 +155,8 @@ def _decode_parts(
 
 
 def _decode(tokenizer: Tokenizer, latent_BChw: Tensor, noise: Tensor | None, runtime: Runtime) -> Tensor:
-    batch, _, height, width = latent_BChw.shape
-    pixels = height * width * tokenizer.downsampling**2 if noise is None else noise[0, 0].numel()
-    if batch * pixels > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
+    pixels = latent_BChw.shape[2:].numel() * tokenizer.downsampling**2 if noise is None else noise[0, 0].numel()
+    if len(latent_BChw) * pixels > _LARGEST_CAPTURE or not latent_BChw.is_cuda:
         return decode_with(tokenizer, latent_BChw, noise)
     # Kernels of convolutions may be read from copies: another graph after every change of a weight.
     marks = hash(tuple(mark(weight) for weight in tokenizer.parameters()))

@@ -15,6 +15,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "multiscale": ("visar.tokenizers.multiscale_vq", "MultiScaleVQTokenizer"),
     "kl": ("visar.tokenizers.kl", "KLTokenizer"),
     "diffusion": ("visar.tokenizers.diffusion", "DiffusionTokenizer"),
+    "video": ("visar.tokenizers.video_vq", "VideoVQTokenizer"),
 }
 
 MODULES = {class_name: module for module, class_name in FAMILIES.values()}

@@ -84,6 +84,7 @@ class TokenizerFamily:
         bottleneck: what training does about the bottleneck.
         arguments: (a preset's arguments, the user's, side of the images in pixels) -> the constructor's; raises
             ValueError for a side that does not fit.
+        clips: whether it reads clips [B, T, C, H, W]; its outputs hold their frames as images.
     """
 
     model: type[nn.Module]
@@ -93,3 +94,4 @@ class TokenizerFamily:
     frozen: tuple[str, ...]
     bottleneck: type[Bottleneck]
     arguments: Callable[[Arguments, Arguments, int], Arguments]
+    clips: bool = False

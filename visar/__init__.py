@@ -21,8 +21,10 @@ if TYPE_CHECKING:
     from visar.pipelines.components import load_tokenizer
     from visar.pipelines.image import ImageOutput, ImagePipeline
     from visar.pipelines.loading import load
+    from visar.pipelines.video import VideoOutput, VideoPipeline
     from visar.samplers.ancestral import sample_ancestral
     from visar.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+    from visar.tokenizers.video_vq import VideoVQTokenizer
     from visar.tokenizers.vq import VQTokenizer
 
 _MODULES = {
@@ -40,6 +42,9 @@ _MODULES = {
     "SampleStatistics": "visar.core.output",
     "TokenLayout": "visar.core.interface",
     "VQTokenizer": "visar.tokenizers.vq",
+    "VideoOutput": "visar.pipelines.video",
+    "VideoPipeline": "visar.pipelines.video",
+    "VideoVQTokenizer": "visar.tokenizers.video_vq",
     "image_seeds": "visar.core.noise",
     "load": "visar.pipelines.loading",
     "load_tokenizer": "visar.pipelines.components",
@@ -61,6 +66,9 @@ __all__ = [
     "SampleStatistics",
     "TokenLayout",
     "VQTokenizer",
+    "VideoOutput",
+    "VideoPipeline",
+    "VideoVQTokenizer",
     "image_seeds",
     "load",
     "load_tokenizer",

@@ -105,7 +105,7 @@ def heads_predictions(
         call: the heads as they are to be called; None is `heads` itself.
     """
     predict: Callable[..., Tensor] = heads if call is None else call
-    num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][1]
+    num_tokens, columns = hidden_BND.shape[1], heads.config["grid"][-1]
     for offset in range(1, min(len(heads.right), num_tokens - 1) + 1):
         last = torch.arange(num_tokens - offset, device=hidden_BND.device)
         above, known = above_index(last, offset, columns)
@@ -149,7 +149,7 @@ class HeadsDrafting:
     reads_features = True
 
     def __init__(self, heads: Any, session: Session, target: Target) -> None:
-        self.heads, self.target, self.columns = heads, target, heads.config["grid"][1]
+        self.heads, self.target, self.columns = heads, target, heads.config["grid"][-1]
         rows, weight = target.state.batch * target.state.parts, heads.below_in.weight
         length = target.model.num_tokens + target.depth + 1
         memory = torch.zeros(rows, length, heads.config["width"], device=weight.device, dtype=weight.dtype)

@@ -48,7 +48,7 @@ class NgramDrafting:
     reads_features = False
 
     def __init__(self, target: Target, weight: float) -> None:
-        self.vocab_size, self.columns = target.model.config["vocab_size"], target.model.config["grid"][1]
+        self.vocab_size, self.columns = target.model.config["vocab_size"], target.model.config["grid"][-1]
         self.num_tokens, self.state, self.weight = target.model.num_tokens, target.state, weight
         self.fused = kernels.available(self.state.tokens.device) and self.vocab_size <= kernels.MAX_CODES
 

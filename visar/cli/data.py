@@ -35,6 +35,52 @@ def data_clips(options: DataClips) -> Path:
 
 
 @dataclasses.dataclass(frozen=True)
+class DataMovingEmoji:
+    """Draws clips of emoji that bounce, turn and change their size, with captions; any number of them."""
+
+    emoji: Path
+    """The emoji set, emoji64.zip (`visar data emoji`), or the folder that holds it."""
+    out: Path
+    """Folder to write clips to; a later call with more --clips adds to what is there."""
+    clips: int = 10_000
+    """Number of clips, 16 frames of 64 x 64 each."""
+    seed: int = 0
+    """Seed of the set; clip i is a function of it and of i."""
+    workers: int = 1
+    """Number of processes that draw."""
+
+
+def data_moving_emoji(options: DataMovingEmoji) -> Path:
+    """Runs `visar data moving-emoji`; returns the folder that it completed."""
+    from visar.data.moving_emoji import build_moving_emoji
+
+    build_moving_emoji(options.emoji, options.out, options.clips, options.seed, options.workers)
+    return options.out
+
+
+@dataclasses.dataclass(frozen=True)
+class DataDoom:
+    """Draws clips of a player walking through Doom levels, with the actions taken; needs ViZDoom (extra doom)."""
+
+    out: Path
+    """Folder to write clips to; a later call with more --clips adds to what is there."""
+    clips: int = 10_000
+    """Number of clips, 16 frames of 64 x 64 each."""
+    seed: int = 0
+    """Seed of the set; clip i is a function of it and of i."""
+    workers: int = 1
+    """Number of processes that draw."""
+
+
+def data_doom(options: DataDoom) -> Path:
+    """Runs `visar data doom`; returns the folder that it completed."""
+    from visar.data.doom import build_doom
+
+    build_doom(options.out, options.clips, options.seed, options.workers)
+    return options.out
+
+
+@dataclasses.dataclass(frozen=True)
 class DataFashion:
     """Builds the Fashion-MNIST image set: 70,000 grey images of 10 classes of clothes, 32 x 32."""
 

@@ -29,6 +29,22 @@ def names_image(out: Path) -> bool:
     return False
 
 
+def names_clip(out: Path, fps: float) -> bool:
+    """Whether an output is the name of an animation; finds before the work that it cannot be written.
+
+    Raises:
+        ValueError: it cannot, or fps is out of range.
+        ImportError: an .mp4, and PyAV is not installed.
+    """
+    from visar.io.video import WRITTEN_AS, check_fps, check_video_output
+
+    check_fps(fps)
+    if out.suffix.lower() not in WRITTEN_AS or out.is_dir():
+        return False
+    check_video_output(out, fps)
+    return True
+
+
 def take_value(arguments: list[str], flag: str) -> tuple[list[str], str | None]:
     """Takes `flag VALUE` or `flag=VALUE` out of the arguments; the last value counts, None is no such flag."""
     rest, value, words = [], None, iter(arguments)
@@ -53,6 +69,9 @@ RANGES = {
     "images": IMAGES,
     "slow_images": IMAGES,
     "processes": Range(1, 2),
+    "workers": Range(1, 1024),
+    "clips": Range(1, 10_000_000),
+    "fps": Range(0, 120, open_low=True),
     "num_pairs": Range(2, 10**9),
     "first_pairs": Range(1, 10**9),
     "flow_steps": Range(2, 10_000),

@@ -319,6 +319,18 @@ def _data_clips() -> Command:
     return DataClips, lambda options: print(data_clips(options))
 
 
+def _data_moving_emoji() -> Command:
+    from visar.cli.data import DataMovingEmoji, data_moving_emoji
+
+    return DataMovingEmoji, lambda options: print(data_moving_emoji(options))
+
+
+def _data_doom() -> Command:
+    from visar.cli.data import DataDoom, data_doom
+
+    return DataDoom, lambda options: print(data_doom(options))
+
+
 def _data_fashion() -> Command:
     from visar.cli.data import DataFashion, data_fashion
 
@@ -367,6 +379,8 @@ COMMANDS: dict[str, tuple[str, Callable[[], Command]]] = {
     "data clips": ("build the set of animated emoji", _data_clips),
     "env": ("what a bug report needs to say of this machine", _env),
     "completion": ("a script that completes commands and flags in a shell", _completion),
+    "data moving-emoji": ("draw clips of moving emoji", _data_moving_emoji),
+    "data doom": ("draw clips of Doom levels, with the player's actions", _data_doom),
     "data fashion-mnist": ("build the Fashion-MNIST image set", _data_fashion),
 }
 
@@ -454,7 +468,8 @@ def parse(arguments: list[str]) -> Callable[[], object]:
 # Outputs that are checked before anything is loaded, and folders that one command at a time may write into; training
 # locks its folder itself, and commands that make pairs share one.
 _FILES: dict[str, tuple[str, ...]] = {"stats": (".npz",), "bench": (), "seeds": (), "data fashion-mnist": ()}
-_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", "data emoji", "data clips")
+_DRAWN = ("data emoji", "data clips", "data moving-emoji", "data doom")
+_FOLDERS = ("eval", "eval --compare", "eval --tokenizer", "acceptance", *_DRAWN)
 
 
 def _carry_out(name: str, run: Callable[..., object], options: Any, extra: tuple) -> object:

@@ -1,4 +1,4 @@
-"""`visar sample`: images of a model, as a grid in one file or as a folder of files."""
+"""`visar sample`: images or clips of a model, as a grid in one file or as a folder of files."""
 
 import contextlib
 import dataclasses
@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from visar.cli.flags import names_image
+from visar.cli.flags import names_clip, names_image
 
 Report = Callable[[str], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Makes images with a model: a grid in one file, or a folder of files."""
+    """Makes images or clips with a model: a grid in one file, or a folder of files."""
 
     model: tyro.conf.Positional[str]
     """Model: an embedded or official name (`visar models`), or a folder made by save_pretrained."""
@@ -30,7 +30,10 @@ class Sample:
     seed: int = 0
     """Seed of the first image; image i has seed + i. Nothing else of the call changes its random numbers."""
     out: Path = Path("samples.png")
-    """A .png file for a grid, or a folder for one file per image."""
+    """A .png file for a grid, or a folder for one file per image. Of clips: an .mp4 (extra video), .gif or .webp file
+    in which all of them move side by side, a .png file with a row of frames per clip, or a folder of .webp files."""
+    fps: float = 8.0
+    """Frames a second of clips."""
     sampler: str | None = None
     """Sampler (`visar samplers`); its own settings are given as --sampler.NAME VALUE. When not given, the model's
     default, as for guidance, temperature, top-k and top-p."""
@@ -85,8 +88,10 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     from visar.pipelines.memory import OutOfMemory
     from visar.pipelines.previews import check_previews
     from visar.pipelines.requests import named_values, number_or_name
+    from visar.pipelines.video import VideoPipeline
 
-    single = names_image(options.out)
+    animated = names_clip(options.out, options.fps)
+    single = animated or names_image(options.out)
     attributes = named_values(options.attribute)
     if (options.first_tokens_of is None) != (options.num_first_tokens == 0):
         raise ValueError("--first-tokens-of IMAGE and --num-first-tokens K go together; K is at least 1")
@@ -96,6 +101,11 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
         check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
     pipeline = load(options.model, **placing, quantize=options.quantize)
+    of_clips = isinstance(pipeline, VideoPipeline)
+    if animated and not of_clips and options.out.suffix.lower() != ".webp":
+        raise ValueError(f"{options.model} makes still images: {options.out} must end as an image's name does")
+    if of_clips and options.first_tokens_of is not None:
+        raise ValueError("--first-tokens-of is for still images; clips are continued from Python (docs/video.md)")
     if options.previews:
         check_previews(pipeline)
     first_tokens = None
@@ -121,17 +131,21 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
             first_tokens=first_tokens,
         )
     except OutOfMemory as error:
-        if error.done is not None:
+        if error.done is not None and not of_clips:
             _write_images(error.done, options.out, single, report)
         raise
     with contextlib.nullcontext() if single else locked(options.out):
-        _write_images(result, options.out, single, report)
+        if of_clips:
+            _write_clips(result, options, animated, single, report)
+        else:
+            _write_images(result, options.out, single, report)
     if options.previews:
         rows = scale_previews(pipeline, result.tokens, result.seeds)
         with atomic_write(_beside(options.out)) as path:
             grid([image for row in rows for image in row], columns=len(rows[0])).save(path, format="PNG")
     passes = describe_passes(result.statistics.forward_passes)
-    count = f"{len(result.images)} image{'s' if len(result.images) > 1 else ''}"
+    what = "clip" if of_clips else "image"
+    count = f"{len(result.seeds)} {what}{'s' if len(result.seeds) > 1 else ''}"
     report(f"{count} in {result.statistics.seconds:.1f} s of sampling, {passes}: {options.out}")
 
 
@@ -148,6 +162,27 @@ def describe_passes(forward_passes: Mapping[str, int]) -> str:
     if "generator" in forward_passes:
         return " + ".join([f"{forward_passes['generator']} passes", *parts])
     return f"passes: {' + '.join(parts)}"
+
+
+def _write_clips(result: Any, options: Sample, animated: bool, single: bool, report: Report) -> None:
+    """Writes clips and reports what is on them, or a folder of files with a list of them."""
+    from visar.io.files import atomic_write
+    from visar.io.video import contact_sheet, side_by_side, write_video
+
+    rows = list(zip(result.seeds, result.descriptions, strict=True))
+    if animated:
+        write_video(options.out, side_by_side(result.frames), options.fps)
+    elif single:
+        with atomic_write(options.out) as path:
+            contact_sheet(result.frames).save(path)
+    if single:
+        for seed, text in rows:
+            report(f"seed {seed}: {text}")
+        return
+    for seed, frames in zip(result.seeds, result.frames, strict=True):
+        write_video(options.out / f"{seed:06d}.webp", frames, options.fps)
+    with atomic_write(options.out / "seeds.txt") as path:
+        path.write_text("".join(f"{seed}\t{text}\n" for seed, text in rows), encoding="utf-8")
 
 
 def _write_images(result: Any, out: Path, single: bool, report: Report) -> None:

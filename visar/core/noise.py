@@ -35,6 +35,7 @@ class Use(enum.IntEnum):
     CONDITION = 7  # unspecified conditions
     FINE = 8  # the code of a position whose cluster was drawn before
     PIXELS = 9  # what a decoder that draws begins with
+    CLIP = 10  # what clips of `visar data` show
 
 
 @functools.cache

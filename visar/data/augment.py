@@ -64,11 +64,14 @@ def augment(
     """Augmented images of the same shape and dtype.
 
     Args:
-        image_BCHW: float in [-1, 1].
+        image_BCHW: float in [-1, 1]; or clips [B, T, C, H, W], all frames of which are changed alike.
         augmentation: what to do.
         generator: on the images' device; the same state gives the same images.
         mirror_allowed_B: bool; None allows it for all.
     """
+    if image_BCHW.ndim == 5:
+        frames = image_BCHW.shape[1:3]
+        return augment(image_BCHW.flatten(1, 2), augmentation, generator, mirror_allowed_B).unflatten(1, frames)
     batch = image_BCHW.shape[0]
     draws = torch.rand(6, batch, generator=generator, device=image_BCHW.device)
     if augmentation.mirror:

@@ -58,7 +58,8 @@ class ImageSet:
 
     Attributes:
         name: what it is called in cards and logs.
-        images: uint8 [N, H, W, 3]; those of folders and parquet files are decoded when they are asked for.
+        images: uint8 [N, H, W, 3]; those of folders and parquet files are decoded when they are asked for. Of a set of
+            clips (visar/data/clip_sets.py) uint8 [N, T, H, W, 3].
         labels_NA: int64 [N, columns], as in `vocabulary.attributes`.
         words_NT: int64 [N, num_words] word ids of the captions, padded with 0; None without captions.
         captions: captions of all images, "" for one that has none; None without.
@@ -82,7 +83,12 @@ class ImageSet:
     @property
     def image_size(self) -> int:
         """Side of the images in pixels."""
-        return self.images.shape[1]
+        return self.images.shape[-2]
+
+    @property
+    def num_frames(self) -> int:
+        """Frames of a clip; 0 where they are still images."""
+        return self.images.shape[1] if len(self.images.shape) == 5 else 0
 
     def indices(self, split: str) -> np.ndarray:
         """Numbers of the images of a split, ascending.
@@ -115,8 +121,8 @@ class ImageSet:
 
 
 def as_float(images_NHWC: torch.Tensor) -> torch.Tensor:
-    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]."""
-    return rearrange(images_NHWC, "n h w c -> n c h w").float() / 127.5 - 1.0
+    """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in [-1, 1]; clips [B, T, H, W, 3] to [B, T, 3, H, W]."""
+    return rearrange(images_NHWC, "... h w c -> ... c h w").float() / 127.5 - 1.0
 
 
 def load_image_set(source: str | Path, image_size: int | None = None, skip_unreadable: bool = False) -> ImageSet:

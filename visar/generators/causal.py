@@ -6,6 +6,7 @@ B images, R rows (2B when guided), P prefix positions, N image tokens, K drafted
 width, C numbers of a token, S cache slots.
 """
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Literal
@@ -56,7 +57,7 @@ class CausalTransformer(Packable, ModelMixin, ConfigMixin):
     def _build_body(
         self,
         *,
-        grid: tuple[int, int],
+        grid: tuple[int, ...],
         width: int,
         num_layers: int,
         num_heads: int,
@@ -73,9 +74,8 @@ class CausalTransformer(Packable, ModelMixin, ConfigMixin):
         dropouts: tuple[float, float, float],
     ) -> None:
         """Makes the prefix's embeddings, the blocks and the rotary table."""
-        rows, columns = grid
         token_dropout, residual_dropout, ffn_dropout = dropouts
-        self.num_tokens = rows * columns
+        self.num_tokens = math.prod(grid)
         add_prefix(
             self,
             width=width,
@@ -96,7 +96,7 @@ class CausalTransformer(Packable, ModelMixin, ConfigMixin):
         self._rope = rope_table(
             rope,
             prefix_length=self.prefix_length,
-            grid=(rows, columns),
+            grid=tuple(grid),
             head_width=width // num_heads,
             prefix_rotation=prefix_rotation,
         )

@@ -40,14 +40,14 @@ RASTER_PRESETS: dict[str, dict] = {
 class RasterGPT(CausalTransformer):
     """Llama decoder over image tokens in raster order; the prefix says what to draw. arXiv 2406.06525.
 
-    Sequence: [prefix of P positions, N = rows * columns image tokens]; position P - 1 + n predicts token n. The
+    Sequence: [prefix of P positions, N image tokens]; position P - 1 + n predicts token n. The
     prefix is one of: a label token (class plus attributes, plus the mean of the words' vectors when words="sum");
     the words one by one and then the label token (words="prefix"); a text encoder's 120 projected vectors
     (caption_width > 0).
 
     Args:
         vocab_size: number of codes V.
-        grid: (rows, columns) of the token grid.
+        grid: (rows, columns) of the token grid; (frames, rows, columns) of a clip, drawn frame after frame.
         width, num_layers, num_heads, hidden_width: D, depth, heads, feed-forward hidden width.
         num_classes: classes of column 0 of the labels; 0 = not conditioned on a class.
         attributes: number of values of every further label column.
@@ -55,7 +55,7 @@ class RasterGPT(CausalTransformer):
         num_words: most words of a caption.
         words: "sum" or "prefix", see above.
         caption_width, caption_length: width and number of a text encoder's vectors; width 0 = none.
-        rope: "2d" (LlamaGen) or "1d" (D-AR). Checkpoints do not tell them apart.
+        rope: "2d" (LlamaGen), "1d" (D-AR) or "3d" (clips). Checkpoints do not tell them apart.
         prefix_rotation: "zero" as LlamaGen was trained, or "identity"; see visar/layers/rope.py.
         token_input: "table" (embedding of the id) or "codebook" (linear map of the code's vector).
         codebook_width: C, for token_input="codebook".
@@ -73,7 +73,7 @@ class RasterGPT(CausalTransformer):
     def __init__(
         self,
         vocab_size: int = 16384,
-        grid: tuple[int, int] = (16, 16),
+        grid: tuple[int, ...] = (16, 16),
         width: int = 768,
         num_layers: int = 12,
         num_heads: int = 12,
@@ -311,6 +311,8 @@ def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_wid
     # A sequence's tokens have no rows: they are rotated by their place in it.
     of_sequence = dict(grid=(1, layout.num_tokens), rope="1d")
     arguments |= of_sequence if layout.arrangement == "sequence" else dict(grid=layout.shapes[0])
+    if layout.arrangement == "box":
+        arguments |= dict(rope="3d", prefix_rotation="identity")
     arguments |= dict.fromkeys(("token_dropout", "residual_dropout", "ffn_dropout"), options.dropout)
     if options.words != "none":
         arguments |= dict(words=options.words, num_words=vocabulary.num_words)
@@ -320,7 +322,7 @@ def _arguments(tokenizer: Any, vocabulary: Vocabulary, options: Any, caption_wid
 
 
 def _fits(layout: TokenLayout) -> bool:
-    return layout.arrangement in ("grid", "sequence") and layout.vocab_size > 0
+    return layout.arrangement in ("grid", "sequence", "box") and layout.vocab_size > 0
 
 
 def _connect(model: RasterGPT, tokenizer: Any) -> None:

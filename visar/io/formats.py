@@ -28,7 +28,7 @@ __all__ = ["{MODEL_CLASS}"]
 '''
 _PIPELINE_CODE = '''"""Lets DiffusionPipeline of diffusers read this folder, with the installed package visar."""
 
-from visar.pipelines.image import {name}
+from visar.pipelines.{module} import {name}
 
 __all__ = ["{name}"]
 '''
@@ -76,9 +76,10 @@ def mark_pipeline(folder: Path, name: str, parts: tuple[str, ...]) -> None:
     changes: dict[str, Any] = {part: [MODEL_MODULE, MODEL_CLASS] for part in parts}
     changes |= {"_class_name": [PIPELINE_MODULE, name], FORMAT_KEY: FORMAT, "auto_map": _AUTO_MAP}
     _update(folder / "model_index.json", changes)
+    module = "video" if name == "VideoPipeline" else "image"
     # Older loaders of parts look for their code here.
     (folder / f"{MODEL_MODULE}.py").write_text(_MODEL_CODE, encoding="utf-8")
-    (folder / f"{PIPELINE_MODULE}.py").write_text(_PIPELINE_CODE.format(name=name), encoding="utf-8")
+    (folder / f"{PIPELINE_MODULE}.py").write_text(_PIPELINE_CODE.format(name=name, module=module), encoding="utf-8")
 
 
 def _update(path: Path, changes: dict[str, Any]) -> None:

@@ -35,6 +35,7 @@ from visar.pipelines.fitting import (
     check_copy,
     check_defaults,
     check_hooks,
+    check_medium,
     check_parts,
     check_vocabulary,
     codes_of,
@@ -81,6 +82,7 @@ class TokenPipeline(DiffusionPipeline):
     tokenizer: TokenizerModel
     generator: GeneratorModel
     _callback_tensor_inputs = ["tokens"]
+    _of_clips = False
 
     def __init__(
         self,
@@ -404,6 +406,7 @@ class TokenPipeline(DiffusionPipeline):
         parts = (self.tokenizer, self.generator)
         check_hooks(*parts)
         if tuple(part() for part in self._checked) != parts:
+            check_medium(self.tokenizer.layout, self._of_clips)
             check_parts(*parts)
             check_codes(self.tokenizer, self.config["codes"])
             self._checked = tuple(map(weakref.ref, parts))
@@ -603,13 +606,14 @@ class TokenPipeline(DiffusionPipeline):
 
     def _latents(self, tokens: Tensor) -> Tensor:
         """What `decode` makes images of, float [B, C, h, w], of tokens or of what `SampleOutput.latent` is."""
-        if tokens.ndim == 4:
+        if tokens.ndim >= 4:
             return tokens
         with self._fetched(self.tokenizer):
             return self.tokenizer.latents(tokens)
 
     def decode(self, tokens: Tensor, seeds: Sequence[int] | None = None) -> Tensor:
-        """Images in [-1, 1], float32 [B, 3, H, W], of token ids [B, N], or of what `SampleOutput.latent` is.
+        """Images in [-1, 1], float32 [B, 3, H, W], or clips [B, T, 3, H, W], of token ids [B, N], or of what
+        `SampleOutput.latent` is.
 
         Args:
             tokens: of the images, or where `tokenizer.layout.previews` says so the first ones of each.

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from visar.core.interface import Scales
+from visar.core.interface import Scales, TokenLayout
 from visar.data.vocabulary import Vocabulary
 from visar.pipelines.sampling import NEUTRAL, guidance_of_defaults
 from visar.samplers.index import find_sampler
@@ -14,6 +14,21 @@ from visar.tokenizers.multiscale_quantizer import scale_pairs
 
 # Entries of a codebook that it is known by, and how far rounding to 16 bits may move them, of the largest one.
 _KNOWN_BY, _ROUNDED = 16, 1 / 64
+
+
+def check_medium(layout: TokenLayout, clips: bool) -> None:
+    """Checks that a tokenizer's tokens are those of what a pipeline makes.
+
+    Args:
+        layout: of the tokens.
+        clips: whether the pipeline makes clips.
+
+    Raises:
+        ValueError: they are of clips and the pipeline makes images, or the other way round.
+    """
+    if (layout.arrangement == "box") != clips:
+        needed = "a VideoPipeline" if layout.arrangement == "box" else "an ImagePipeline"
+        raise ValueError(f"the tokenizer's tokens are in arrangement {layout.arrangement}, which needs {needed}")
 
 
 def check_parts(tokenizer: Any, generator: Any) -> None:

@@ -9,9 +9,21 @@ from visar.checkpoints import hub
 from visar.kernels import available
 from visar.kernels.invariance import check_deterministic
 from visar.layers.quantize import check_quantization, quantize_
-from visar.pipelines.components import _place, _tokenizer, find_folder, placement, read_official, read_pipeline
+from visar.pipelines.components import (
+    _place,
+    _tokenizer,
+    find_folder,
+    placement,
+    read_json,
+    read_official,
+    read_pipeline,
+)
 from visar.pipelines.fitting import check_copy
 from visar.pipelines.image import ImagePipeline
+from visar.pipelines.video import VideoPipeline
+
+# Folders name the class of their pipeline. These are the only ones that loading a folder makes.
+PIPELINES: dict[str, type[ImagePipeline]] = {each.__name__: each for each in (ImagePipeline, VideoPipeline)}
 
 
 def load(
@@ -25,7 +37,7 @@ def load(
     variant: str | None = None,
     revision: str | None = None,
 ) -> ImagePipeline:
-    """A pipeline ready to sample.
+    """A pipeline ready to sample: an `ImagePipeline`, or a `VideoPipeline` where the folder is of one.
 
     Args:
         name: an embedded or official name (`visar models`), a folder made by `save_pretrained` or by a training run,
@@ -80,12 +92,23 @@ def load(
 
 def _from_folder(folder: Path, variant: str | None, **given: ModelMixin) -> ImagePipeline:
     """A pipeline from its folder; `given` are used instead of what the folder has."""
-    parts = read_pipeline(folder, ImagePipeline, variant=variant, **given)
+    pipeline = _pipeline_class(folder)
+    parts = read_pipeline(folder, pipeline, variant=variant, **given)
     try:
         check_copy(parts["tokenizer"], parts["generator"])
-        return ImagePipeline(**parts)
+        return pipeline(**parts)
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def _pipeline_class(folder: Path) -> type[ImagePipeline]:
+    """The class that a folder's model_index.json names, from the table; where it names another, that of images."""
+    index = read_json(folder / "model_index.json") if (folder / "model_index.json").is_file() else {}
+    match index.get("_class_name"):
+        case str(name) | [_, str(name)]:
+            return PIPELINES.get(name, ImagePipeline)
+        case _:
+            return ImagePipeline
 
 
 def _official(entry: hub.Official) -> ImagePipeline:

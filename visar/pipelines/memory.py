@@ -85,7 +85,7 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     else:
         own = tokenizer.config
         levels = own["channel_multipliers"]
-        pixels = tokenizer.layout.sizes[-1] * 4 ** (len(levels) - 1)
+        pixels = tokenizer.layout.sizes[-1] * own.get("frame_group", 1) * 4 ** (len(levels) - 1)
         maps = batch * pixels * own["base_channels"] * levels[0] * number
         decoding = _LIVE_MAPS * maps
     return MemoryNeed(

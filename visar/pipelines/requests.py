@@ -72,6 +72,7 @@ _FOREIGN = {
     "latents": "images are functions of seeds: give seed, seeds or generator",
     "guidance_rescale": "give a visar.Guidance as guidance_scale",
     "timesteps": "steps are settings of samplers (sampler_options; `visar samplers` lists them)",
+    "num_frames": "it makes still images, no clips",
     "image": "use `visar edit`, or pipeline.sample_tokens with the sampler edit",
 }
 

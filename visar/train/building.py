@@ -40,7 +40,7 @@ def image_side(tokenizer: Any) -> int:
     if height != width:
         of_tokens = ""
         if tokenizer.layout.arrangement != "sequence":
-            rows, columns = tokenizer.layout.shapes[-1]
+            rows, columns = tokenizer.layout.shapes[-1][-2:]
             of_tokens = f" of {rows} x {columns} tokens"
         raise ValueError(
             f"a tokenizer{of_tokens}; training needs square images, and it is for {height} x {width} pixels"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise, image_seeds
+from visar.data.clip_sets import load_clip_set
 from visar.data.images import ImageSet, load_image_set
 from visar.generators.families import find_family
 from visar.generators.training import GeneratorFamily, Objective
@@ -21,6 +22,7 @@ from visar.io.pictures import to_uint8
 from visar.pipelines.components import load_tokenizer
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.text_encoder import load_text_encoder
+from visar.pipelines.video import VideoPipeline
 from visar.samplers.index import find_sampler
 from visar.tokenizers.decoding import decode_tokens, decoder_noise
 from visar.train.building import build_generator, image_side, in_dtype, load_initial
@@ -131,7 +133,9 @@ class GeneratorTask(Task):
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
         """Samples at conditions of training images, the same conditions and seeds on every sheet."""
+        frames = self.tokenizer.config.get("num_frames", 0)
         count = min(self.options.sample_images, len(self.train_subset))
+        count = max(1, count // frames) if frames else count
         condition = self.batches.train.condition(self.train_subset[:count])
         seeds = image_seeds(self.options.seed, count)
         out = find_sampler(self.family.sampler).load()(
@@ -142,7 +146,7 @@ class GeneratorTask(Task):
         )
         noise = decoder_noise(self.tokenizer, seeds, self.run.device)
         made_BCHW = decode_tokens(self.tokenizer, out.tokens, noise=noise)
-        return {"samples": Sheet(to_uint8(made_BCHW), columns=12)}
+        return {"samples": Sheet(to_uint8(made_BCHW.flatten(0, -4)), columns=frames or 12)}
 
     def save_model(self, model: Any, folder: Path) -> None:
         defaults: dict[str, Any] = {
@@ -153,7 +157,8 @@ class GeneratorTask(Task):
             defaults["text_encoder"] = self.options.text_encoder
         saved = in_dtype(model, self.options.save_dtype)
         self.objective.finish(saved)
-        pipeline: Any = ImagePipeline(
+        kind = VideoPipeline if self.tokenizer.layout.arrangement == "box" else ImagePipeline
+        pipeline: Any = kind(
             in_dtype(self.tokenizer, self.options.save_dtype),
             saved,
             vocabulary=self.vocabulary.to_dict(),
@@ -207,7 +212,11 @@ def train_generator(options: TrainGenerator) -> TrainResult:
     find_phase(find_family(options.family, tokenizer.layout), options)
     if options.self_correction and tokenizer.layout.arrangement != "scales":
         raise ValueError("self_correction is for a tokenizer over scales")
-    everything = load_image_set(options.data, image_side(tokenizer), options.skip_unreadable)
+    side = image_side(tokenizer)
+    if tokenizer.layout.arrangement == "box":
+        everything = load_clip_set(options.data, tokenizer.config["num_frames"], side, options.skip_unreadable)
+    else:
+        everything = load_image_set(options.data, side, options.skip_unreadable)
     attributes = () if options.attributes is None and not options.class_condition else options.attributes
     images = select_conditions(everything, attributes, options.words != "none")
     cache = load_tokens(run, options, images, tokenizer)

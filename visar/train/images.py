@@ -21,7 +21,7 @@ class PictureSplit:
     """Images of one split with their conditions; all tensors on the run's device.
 
     Attributes:
-        pictures: uint8 [M, H, W, 3] of the whole set.
+        pictures: uint8 [M, H, W, 3] of the whole set, or clips [M, T, H, W, 3].
         labels_NA: int64; column 0 is the class.
         words_NT: int64 word ids; None = the images have none.
         mirror_allowed_N: bool.
@@ -52,11 +52,13 @@ class PictureSplit:
         return torch.from_numpy(self.pictures[rows]).to(self.index_N.device)
 
     def prepare(self, pixels_BHWC: Tensor, index_B: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images float32 [B, C, H, W] in [-1, 1] of pixels, channels last in memory; augmented if a generator is
-        given."""
+        """Images float32 [B, C, H, W] in [-1, 1] of pixels, channels last in memory, or clips
+        [B, T, C, H, W]; augmented if a generator is given."""
         image_BCHW = as_float(pixels_BHWC)
         if generator is not None and self.augmentation is not None:
             image_BCHW = augment(image_BCHW, self.augmentation, generator, self.mirror_allowed_N[index_B])
+        if image_BCHW.ndim == 5:
+            return image_BCHW.contiguous()
         return image_BCHW.contiguous(memory_format=torch.channels_last)
 
     def batch(self, index_B: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -159,14 +159,17 @@ class TrainTokenizer(RunOptions):
     """Trains a tokenizer on images, and writes it in the form that `visar.load_tokenizer` reads."""
 
     data: Path
-    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz."""
+    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz. For tokenizers of
+    clips: emojiclips.zip, a folder that `visar data doom` or `visar data moving-emoji` made, or a folder of videos."""
     image_size: int | None = None
     """Side of the images in pixels; needed for images that may be of any size."""
     kind: TokenizerName | None = None
     """Family of tokenizer: vq, one grid of codes; multiscale, a pyramid of grids for next-scale generators; kl, a grid
-    of vectors; diffusion, a sequence of codes with a diffusion decoder; when not given, the preset's, or vq."""
+    of vectors; diffusion, a sequence of codes with a diffusion decoder; video, a box of codes of a clip; when not
+    given, the preset's, or vq."""
     preset: str | None = None
-    """Architecture preset; when not given, the smallest of the kind: vq-4-64, msvq-4-64, kl-4-64 or dar-64."""
+    """Architecture preset; when not given, the smallest of the kind: vq-4-64, msvq-4-64, kl-4-64, dar-64 or
+    video-vq-4-64."""
     model_options: str = "{}"
     """Constructor arguments that replace the preset's, as JSON, such as '{"base_channels": 48}'."""
     codebook_size: int | None = None
@@ -232,7 +235,8 @@ class TrainGenerator(RunOptions):
     """Trains a generator on a tokenizer's ids, and writes both as a pipeline that `visar.load` reads."""
 
     data: Path
-    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz."""
+    """Training images: emoji64.zip, a folder with one subfolder per class, parquet files or an .npz. For tokenizers of
+    clips: emojiclips.zip, a folder that `visar data doom` or `visar data moving-emoji` made, or a folder of videos."""
     tokenizer: str
     """Tokenizer: a folder that `visar train tokenizer` wrote (its model/), or the name of an embedded one."""
     tokens: Path | None = None

@@ -85,7 +85,7 @@ def build_token_cache(
         variants: variants of an image (32 in the embedded models' recipes); the first is the image itself.
         augmentation: augmentation of the other variants; without one, variants must be 1.
         seed: seed of the augmentation; batch_size changes it too.
-        batch_size: images at a time.
+        batch_size: images at a time; of clips as many as have so many frames, at least one.
         device: where to compute.
 
     Raises:
@@ -93,6 +93,7 @@ def build_token_cache(
     """
     if variants < 1 or (variants > 1 and augmentation is None):
         raise ValueError(f"variants {variants}; it must be >= 1, and 1 without an augmentation")
+    batch_size = max(1, batch_size // max(1, image_set.num_frames))
     facts = {
         "tokenizer": weights_digest(tokenizer),
         "scale_factor": tokenizer.config.get("scale_factor"),

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from visar.data.clip_sets import load_clip_set
 from visar.data.images import ImageSet, load_image_set
 from visar.evaluate.reconstruction import psnr
 from visar.io.pictures import to_uint8
@@ -31,7 +32,7 @@ from visar.train.run import Run
 
 
 def build_tokenizer(options: TrainTokenizer, image_size: int) -> nn.Module:
-    """A tokenizer for images of a size, with fresh weights from the run's seed.
+    """A tokenizer for images or clips of a size, with fresh weights from the run's seed.
 
     Raises:
         ValueError: an unknown preset, or arguments that the architecture refuses.
@@ -55,7 +56,7 @@ class TokenizerTask(Task):
     select, higher_is_better = "psnr", True
 
     def __init__(self, run: Run, options: TrainTokenizer, images: ImageSet) -> None:
-        self.run, self.options = run, options
+        self.run, self.options, self.num_frames = run, options, images.num_frames
         self.pictures = pictures = take_split(images, "train", options.augment, run.device)
         self.validation = validation = take_split(images, "val", "none", run.device)
         self.draws = IndexDraws(len(pictures), None, run.device)
@@ -109,6 +110,7 @@ class TokenizerTask(Task):
             generator = random.generator(step, Draw.AUGMENT, part=part)
             image_BCHW = self.pictures.prepare(pixels[part], self.run.share(index_B, part), generator)
             output = self.parts["model"].call(image_BCHW)
+            image_BCHW = _as_images(image_BCHW)
             seen.append((image_BCHW, output))
             return self._losses(image_BCHW, output, adversarial)
 
@@ -175,6 +177,7 @@ class TokenizerTask(Task):
                 output = model(image_BCHW)
             for meter in meters:
                 meter.update(output)
+            image_BCHW = _as_images(image_BCHW)
             ratios.append(psnr(to_uint8(image_BCHW), to_uint8(output.image_BCHW)))
             if self.perceptual is not None:
                 distances.append(self.perceptual(output.image_BCHW.float(), image_BCHW))
@@ -182,13 +185,14 @@ class TokenizerTask(Task):
         return values | ({"perceptual": float(torch.cat(distances).mean())} if distances else {})
 
     def sheets(self, model: Any) -> dict[str, Sheet]:
-        """Rows of images and the rows of their reconstructions below them."""
-        columns = 12
-        count = min(4 * columns, len(self.validation))
+        """Rows of images, or the frames of a clip each, and the rows of their reconstructions below them."""
+        columns = self.num_frames or 12
+        count = min(4 if self.num_frames else 4 * columns, len(self.validation))
         index = torch.linspace(0, len(self.validation) - 1, count, device=self.run.device).long()
         image_BCHW = self.validation.batch(index)
         with self.run.autocast():
             made_BCHW = model(image_BCHW).image_BCHW
+        image_BCHW = _as_images(image_BCHW)
         rows = [
             row
             for pair in zip(image_BCHW.split(columns), made_BCHW.float().split(columns), strict=True)
@@ -208,6 +212,26 @@ class TokenizerTask(Task):
         self.bottleneck.load_state_dict(state)
 
 
+def _as_images(image: Tensor) -> Tensor:
+    """Images [B, C, H, W] as they are, and all frames of clips [B, T, C, H, W] as images."""
+    return image.flatten(0, -4)
+
+
+def _load_data(options: TrainTokenizer) -> ImageSet:
+    """The run's images, or clips of as many frames as its model has.
+
+    Raises:
+        ValueError: see `load_image_set` and `load_clip_set`, or model_options with a number of frames that is none.
+    """
+    family, preset = find_family(options.kind, options.preset)
+    if not family.clips:
+        return load_image_set(options.data, options.image_size, options.skip_unreadable)
+    frames = json_options(options.model_options).get("num_frames", family.presets[preset]["num_frames"])
+    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
+        raise ValueError(f"num_frames {frames!r} of model_options; it must be a whole number >= 1")
+    return load_clip_set(options.data, frames, options.image_size, options.skip_unreadable)
+
+
 def train_tokenizer(options: TrainTokenizer) -> TrainResult:
     """Trains a tokenizer; see `TrainTokenizer`. Its model/ holds the averaged weights of the best validation PSNR;
     codebook-use.png shows how many codes every scale of a pyramid uses.
@@ -219,7 +243,7 @@ def train_tokenizer(options: TrainTokenizer) -> TrainResult:
     if options.adversarial_adaptive and options.compile:
         raise ValueError("adversarial_adaptive takes gradients twice and excludes compile")
     run = Run(options)
-    images = load_image_set(options.data, options.image_size, options.skip_unreadable)
+    images = _load_data(options)
     if options.adversarial_weight and images.image_size >> options.adversarial_layers < 3:
         raise ValueError(
             f"adversarial_layers {options.adversarial_layers} are too many for images of {images.image_size} pixels"
