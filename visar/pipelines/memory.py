@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from visar.core.guidance import Guidance
-from visar.core.interface import Drawing
 from visar.core.noise import image_seeds
 
 LARGEST_CPU_BATCH = 64
@@ -79,7 +78,7 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     hidden = config.get("hidden_width") or round(config.get("width", 0) * config.get("mlp_ratio", 4.0))
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config.get("vocab_size", 0)
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config.get("width", 0)))
-    if isinstance(tokenizer, Drawing):
+    if hasattr(tokenizer, "decoding_values"):
         decoding = tokenizer.decoding_values(batch) * element_bytes(tokenizer)
     else:
         own = tokenizer.config
