@@ -16,6 +16,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "kl": ("visar.tokenizers.kl", "KLTokenizer"),
     "diffusion": ("visar.tokenizers.diffusion", "DiffusionTokenizer"),
     "video": ("visar.tokenizers.video_vq", "VideoVQTokenizer"),
+    "larp": ("visar.tokenizers.larp", "LARPTokenizer"),
 }
 
 MODULES = {class_name: module for module, class_name in FAMILIES.values()}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from visar.core.guidance import Guidance
-from visar.core.interface import Drawing
 from visar.core.noise import image_seeds
 
 LARGEST_CPU_BATCH = 64
@@ -80,7 +79,7 @@ def memory_need(generator: Any, tokenizer: Any, batch: int, guided: bool) -> Mem
     logits = (rows * entry + batch * _LIVE_LOGITS * 4) * config.get("vocab_size", 0)
     step = max(generator.block_sizes) * (logits + rows * entry * (2 * hidden + 8 * config.get("width", 0)))
     number = element_bytes(tokenizer)
-    if isinstance(tokenizer, Drawing):
+    if hasattr(tokenizer, "decoding_values"):  # the tokenizer's own count
         decoding = tokenizer.decoding_values(batch) * number
     else:
         own = tokenizer.config

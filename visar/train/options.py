@@ -165,11 +165,11 @@ class TrainTokenizer(RunOptions):
     """Side of the images in pixels; needed for images that may be of any size."""
     kind: TokenizerName | None = None
     """Family of tokenizer: vq, one grid of codes; multiscale, a pyramid of grids for next-scale generators; kl, a grid
-    of vectors; diffusion, a sequence of codes with a diffusion decoder; video, a box of codes of a clip; when not
-    given, the preset's, or vq."""
+    of vectors; diffusion, a sequence of codes with a diffusion decoder; video, a box of codes of a clip; larp,
+    codes of queries that look at a whole clip; when not given, the preset's, or vq."""
     preset: str | None = None
-    """Architecture preset; when not given, the smallest of the kind: vq-4-64, msvq-4-64, kl-4-64, dar-64 or
-    video-vq-4-64."""
+    """Architecture preset; when not given, the smallest of the kind: vq-4-64, msvq-4-64, kl-4-64, dar-64,
+    video-vq-4-64 or larp-64."""
     model_options: str = "{}"
     """Constructor arguments that replace the preset's, as JSON, such as '{"base_channels": 48}'."""
     codebook_size: int | None = None

@@ -68,7 +68,8 @@ class TokenizerTask(Task):
         if options.decoder_only:
             for name in family.frozen:
                 model.get_submodule(name).requires_grad_(False)
-        if run.device.type == "cuda":
+        # Convolutions in three dimensions have another format.
+        if run.device.type == "cuda" and all(weight.ndim <= 4 for weight in model.parameters()):
             model.to(memory_format=torch.channels_last)
         self.bottleneck = family.bottleneck(model, options)
         if options.initial is not None:
