@@ -100,7 +100,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     if options.previews:
         check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
-    pipeline = load(options.model, **placing, quantize=options.quantize)
+    pipeline: Any = load(options.model, **placing, quantize=options.quantize)
     of_clips = isinstance(pipeline, VideoPipeline)
     if animated and not of_clips and options.out.suffix.lower() != ".webp":
         raise ValueError(f"{options.model} makes still images: {options.out} must end as an image's name does")

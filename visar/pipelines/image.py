@@ -286,11 +286,11 @@ class ImagePipeline(TokenPipeline):
                     if (missing := num_tokens - out.tokens.shape[1]) and self._interrupt:
                         out.tokens = F.pad(out.tokens, ((0, 0) * (out.tokens.ndim - 2)) + (0, missing))
                     made = out.tokens if out.latent is None else out.latent
-                    pictures = None if previews is None or out.latent is not None else previews.whole(out.tokens)
+                    whole = None if previews is None or out.latent is not None else previews.whole(out.tokens)
                     if output_type == "latent":
                         pictures = self._latents(made)
-                    elif pictures is None:
-                        pictures = self.decode(made, image_seed_list[part])
+                    else:
+                        pictures = self.decode(made, image_seed_list[part]) if whole is None else whole
                 except torch.OutOfMemoryError:
                     out = None
                 if out is None:  # outside of the handler, which keeps the failed call's tensors alive

@@ -27,7 +27,7 @@ def noisiest_level() -> int:
 
 @lru_cache(maxsize=32)
 def _template(solver: FlowSolver, prediction: str, steps: int) -> Any:
-    shared = dict(
+    shared: dict[str, Any] = dict(
         num_train_timesteps=TRAIN_STEPS,
         trained_betas=schedule(TRAIN_STEPS).betas.tolist(),
         prediction_type=_PREDICTIONS[prediction],
