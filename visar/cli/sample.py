@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 
@@ -100,7 +100,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     if options.previews:
         check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
-    pipeline: Any = load(options.model, **placing, quantize=options.quantize)
+    pipeline = cast(Any, load(options.model, **placing, quantize=options.quantize))  # of images or of clips
     of_clips = isinstance(pipeline, VideoPipeline)
     if animated and not of_clips and options.out.suffix.lower() != ".webp":
         raise ValueError(f"{options.model} makes still images: {options.out} must end as an image's name does")
