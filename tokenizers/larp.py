@@ -2,9 +2,9 @@
 
 Source: LARP, arXiv 2410.21264, hywang66/LARP, as ThisisBillhe/NAR@225c1fb has it (parameter names). A ViT reads
 patches of the clip and the queries; the queries' outputs are quantised by cosine similarity. A second ViT reads the
-codes and a query per patch, whose outputs are the pixels. Codes have no places in the clip: the box of the layout is by
-index only (NAR, arXiv 2503.10696, draws them in it). Differs from the paper: training picks the nearest code instead of
-drawing one, and no prior model shapes the latents.
+codes and a query per patch, whose outputs are the pixels. Codes have no places in the clip: the box of the layout is
+by index only (NAR, arXiv 2503.10696, draws them in it). Differs from the paper: training picks the nearest code
+instead of drawing one, and no prior model shapes the latents.
 
 B clips, T frames, C channels, H W pixels of a frame, P patches, N queries, D hidden size, V codes.
 """
