@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 TRAINING = runpy.run_path(str(ROOT / "tests" / "fixtures" / "training.py"))
 # A name here is part of commands that people have written down: add, do not rename.
 SAMPLE_OPTIONS = """
-    model class_name prompt attribute num_images seed out sampler guidance_scale temperature top_k top_p previews
+    model class_name prompt attribute num_images seed out fps sampler guidance_scale temperature top_k top_p previews
     first_tokens_of num_first_tokens batch_size device dtype offload quantize
 """.split()
 TINY_TOKENIZER = '{"base_channels": 32, "channel_multipliers": [1, 1], "num_res_blocks": 1, "latent_channels": 16}'
