@@ -100,7 +100,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     if options.previews:
         check_file_output(_beside(options.out))
     placing: dict[str, Any] = dict(device=options.device, dtype=options.dtype, offload=options.offload)
-    pipeline = cast(Any, load(options.model, **placing, quantize=options.quantize))  # of images or of clips
+    pipeline = load(options.model, **placing, quantize=options.quantize)
     of_clips = isinstance(pipeline, VideoPipeline)
     if animated and not of_clips and options.out.suffix.lower() != ".webp":
         raise ValueError(f"{options.model} makes still images: {options.out} must end as an image's name does")
@@ -113,7 +113,7 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
         first_tokens = first_tokens_of(pipeline, picture, options.num_first_tokens)
     pipeline.set_progress_bar_config(desc="sampling", unit="step")
     try:
-        result = pipeline(
+        result = cast(Any, pipeline)(  # of images or of clips
             class_labels=(
                 None if options.class_name is None else number_or_name(options.class_name, pipeline.vocabulary)
             ),
