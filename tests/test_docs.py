@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import visar
+from visar.checkpoints.hub import official
 from visar.cli.main import parse
 from visar.generators.families import FAMILIES as GENERATORS
 from visar.samplers.index import SAMPLERS
@@ -106,3 +107,10 @@ def test_public_functions_of_the_entries_say_what_they_do():
             if own and not name.startswith("_") and not inspect.getdoc(value):
                 silent.append(f"{entry}.{name}")
     assert not silent, silent
+
+
+def test_every_official_name_is_on_its_page():
+    page = (DOCS / "official.md").read_text()
+    for name, row in official().items():
+        files = f"| `{row.repository}`: `{row.file}` | `{row.tokenizer_repository}`: `{row.tokenizer_file}` |"
+        assert re.search(rf"^\| `{re.escape(name)}` \| .* {re.escape(files)}", page, re.MULTILINE), name
