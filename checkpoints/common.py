@@ -27,7 +27,7 @@ _MOST_CALLS = 20_000
 
 def _settings(path: str | Path) -> list[tuple[type, str]]:
     """Names of classes called Config in a file, with what stands for them: nothing of theirs is imported or run."""
-    if not zipfile.is_zipfile(path):
+    if not Path(path).is_file() or not zipfile.is_zipfile(path):
         return []
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

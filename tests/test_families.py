@@ -74,7 +74,8 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
     assert find("auto", grid) is generators.load_family("raster")
     assert find("auto", scales) is generators.load_family("next_scale")
     assert find("hmar", scales) is generators.load_family("hmar")
-    assert find("auto", replace(grid, arrangement="box")) is generators.load_family("next_neighbor")
+    for arrangement in ("box", "sequence"):
+        assert find("auto", replace(grid, arrangement=arrangement)) is generators.load_family("raster")
     for name, layout, message in (
         ("hmar", grid, "does not fit tokens that are 128 codes in arrangement grid; families that do: raster"),
         ("raster", scales, "families that do: next_scale, hmar"),
@@ -84,9 +85,14 @@ def test_the_first_family_that_fits_is_taken_and_others_are_refused():
             "are 128 codes in arrangement box; families that do: raster, next_neighbor",
         ),
         (
-            "auto",
+            "next_neighbor",
             replace(grid, arrangement="sequence"),
-            "are 128 codes in arrangement sequence; families that do: none",
+            "are 128 codes in arrangement sequence; families that do: raster",
+        ),
+        (
+            "auto",
+            replace(scales, vocab_size=0),
+            "are vectors in arrangement scales; families that do: none",
         ),
         (
             "raster",

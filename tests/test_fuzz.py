@@ -126,6 +126,8 @@ LINES = {
     "distill pairs --teacher nowhere --out pairs": "num-pairs pair-batch flow-steps teacher out",
     "convert {m}/vq.pt --out out": "out grid num-heads dtype source scales like tokenizer second weights",
     "data fashion-mnist --source nowhere --out fashion.zip": "source out",
+    "data moving-emoji --emoji nowhere --out moving": "emoji clips seed workers out",
+    "demo nowhere": "host port device dtype",
     "models": "classes attributes",
     "env": "device",
     "completion": "shell",
@@ -153,7 +155,8 @@ def test_odd_values_get_a_message_and_no_traceback(place: Path, models: Path, ca
 
 def test_every_command_gets_odd_values() -> None:
     tried = {name for name in COMMANDS for line in LINES if line == name or line.startswith(f"{name} ")}
-    assert set(COMMANDS) - tried == {"data emoji", "data clips"}  # which download
+    # Which download, or draw as many clips as are asked for.
+    assert set(COMMANDS) - tried == {"data emoji", "data clips", "data doom"}
 
 
 # ------------------------------------------------------------------------------------------------------ damaged files

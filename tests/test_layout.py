@@ -50,13 +50,15 @@ def test_wheel_has_every_module_and_every_shipped_file(wheel):
                 assert f"{inside}/{path.relative_to(ROOT / folder)}" in wheel
 
 
+# Extras of tests and of what is not in the package: examples/ and the documentation.
+UNSEEN = ("test", "dev", "docs", "lora")
+
+
 def test_every_package_that_is_imported_is_declared_and_every_one_declared_is_imported():
     with open(ROOT / "pyproject.toml", "rb") as file:
         project = tomllib.load(file)["project"]
     groups = {"": project["dependencies"], **project["optional-dependencies"]}
-    wanted = {
-        re.split(r"[\[>]", each)[0] for name, group in groups.items() if name not in ("test", "dev") for each in group
-    }
+    wanted = {re.split(r"[\[>]", each)[0] for name, group in groups.items() if name not in UNSEEN for each in group}
     found = set()
     for folder in ("visar", "tokenizers", "samplers", "checkpoints"):
         for path in (ROOT / folder).rglob("*.py"):

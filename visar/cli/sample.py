@@ -103,7 +103,10 @@ def sample(options: Sample, sampler_options: dict[str, Any], report: Report) -> 
     pipeline = load(options.model, **placing, quantize=options.quantize)
     of_clips = isinstance(pipeline, VideoPipeline)
     if animated and not of_clips and options.out.suffix.lower() != ".webp":
-        raise ValueError(f"{options.model} makes still images: {options.out} must end as an image's name does")
+        raise ValueError(
+            f"{options.model} makes still images, so {options.out} must end in .png, .jpg, .jpeg or .webp, or be a "
+            "folder"
+        )
     if of_clips and options.first_tokens_of is not None:
         raise ValueError("--first-tokens-of is for still images; clips are continued from Python (docs/video.md)")
     if options.previews:
