@@ -38,8 +38,8 @@ TOKENIZER_OPTIONS = """
 GENERATOR_OPTIONS = """
     data tokenizer tokens variants augment token_means family phase width num_layers num_heads hidden_width
     model_options class_condition attributes words text_encoder dropout label_dropout class_dropout attribute_dropout
-    word_dropout word_omission class_balance scale_weights self_correction initial_layers teacher weight_decay optimizer
-    sample_images sample_guidance save_dtype
+    word_dropout word_omission class_balance scale_weights self_correction initial_layers teacher
+    weight_decay optimizer sample_images sample_guidance save_dtype
 """.split()
 
 
