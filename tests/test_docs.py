@@ -17,7 +17,12 @@ from visar.tokenizers.families import FAMILIES as TOKENIZERS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
-PAGES = sorted([*(DOCS / "tutorials").glob("*.md"), DOCS / "demo.md", DOCS / "index.md", DOCS / "video.md"])
+PAGES = sorted(
+    [
+        *(DOCS / "tutorials").glob("*.md"),
+        *(DOCS / f"{name}.md" for name in ("demo", "index", "official", "serving", "video")),
+    ]
+)
 FENCED = [
     (page.name, language, text)
     for page in PAGES

@@ -16,12 +16,12 @@ from visar.samplers.index import SAMPLERS
 pytestmark = pytest.mark.gpu
 
 DEVICE = torch.device("cuda")
-# Samplers of several models over scales, and edits: tests/test_scales_gpu.py.
+# Samplers that cannot do without more than a drafter: tests/test_scales_gpu.py (several models over scales, edits).
 PAIRS = [
     (family, sampler)
     for family in FAMILIES
-    for sampler in SAMPLERS
-    if sampler not in ("collaborative", "edit", "one_step")
+    for sampler, row in SAMPLERS.items()
+    if all(setting.default is not setting.empty for setting in row.settings().values())
 ]
 
 

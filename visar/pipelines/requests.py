@@ -138,13 +138,25 @@ def _whole(seed: Any) -> int:
         raise ValueError(f"seed {seed!r}; it must be a whole number of 0 ... 2^63 - 1") from error
 
 
+def _fresh(generator: torch.Generator, seed: Any) -> bool:
+    """Whether a generator was made of that seed and has drawn nothing yet."""
+    if generator.initial_seed() != seed:
+        return False
+    return torch.equal(generator.get_state(), torch.Generator(generator.device).manual_seed(seed).get_state())
+
+
 def seeds_of_images(
     num_images: int,
     seed: int | None,
     seeds: Sequence[int] | None,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> list[int]:
-    """See `ImagePipeline.prepare_seeds`."""
+    """See `ImagePipeline.prepare_seeds`.
+
+    Servers send a seed and a generator that was made of it: the seed is taken.
+    """
+    if seed is not None and isinstance(generator, torch.Generator) and _fresh(generator, seed):
+        generator = None
     if sum(source is not None for source in (seed, seeds, generator)) > 1:
         raise ValueError("give one of seed, seeds and generator")
     if seeds is not None:
