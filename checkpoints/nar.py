@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from visar.checkpoints import llamagen
+from visar.checkpoints import larp, llamagen
 from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, rename, require
 from visar.checkpoints.hub import Official
 from visar.checkpoints.options import Convert
@@ -159,15 +159,21 @@ def _read_box(options: Convert, content: Content, second: Content | None) -> Mod
         shape = " x ".join(map(str, released))
         raise ValueError(f"{file}: a video of {tokens} tokens; the released models have {shape}")
     config, converted = convert_generator(state, grid=released, num_heads=options.num_heads, source=file)
-    note = "a model of videos, whose tokenizer is not here yet"
-    return Models(generator=build(NextNeighborTransformer, config, converted, file, torch.float32), notes=(note,))
+    generator = build(NextNeighborTransformer, config, converted, file, torch.float32)
+    if options.tokenizer is None:
+        return Models(generator=generator)
+    expect(read(options.tokenizer), larp.TOKENIZER, options.tokenizer)
+    tokenizer = larp.load_tokenizer(options.tokenizer)
+    check_codes(converted, "tok_embeddings.weight", file, tokenizer.config["codebook_size"], options.tokenizer)
+    return Models(tokenizer, generator, defaults=VIDEO_DEFAULTS)
 
 
-# Guidance of the paper's table of classes, and of the released demonstration of captions.
+# Guidance of the paper's tables of classes and of videos, and of the released demonstration of captions.
 CLASS_DEFAULTS = {"guidance_scale": 2.0}
+VIDEO_DEFAULTS = {"guidance_scale": 1.25}
 CAPTION_DEFAULTS = {"guidance_scale": 7.5, "text_encoder": "flan-t5-xl"}
 GENERATOR = Row("nar", "generator", MARKS, _read_image, takes=("tokenizer", "grid", "num_heads"))
-BOX = Row("nar", "generator", BOX_MARKS, _read_box, takes=("num_heads",))
+BOX = Row("nar", "generator", BOX_MARKS, _read_box, takes=("tokenizer", "num_heads"))
 ROWS = (GENERATOR, BOX)
 
 # Files of the other sizes have names that we do not know: `visar convert` takes them.

@@ -8,10 +8,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from visar import load
+from visar.checkpoints import larp, nar
+from visar.cli.main import main
 from visar.core.condition import Condition
 from visar.core.guidance import Guidance
 from visar.core.noise import Noise
 from visar.generators.next_neighbor import NEXT_NEIGHBOR_BOXES, NextNeighborTransformer
+from visar.pipelines.video import VideoPipeline
 from visar.samplers.ancestral import sample_ancestral
 from visar.tokenizers.decoding import decode_tokens
 from visar.tokenizers.families import load_family
@@ -140,6 +144,57 @@ def test_released_sizes_are_those_of_the_manifests(parity):
                 assert found == renamed
         seen += 1
     assert seen == 3
+
+
+# ------------------------------------------------------------------------------------------------------- conversion
+def test_parity_of_converted_files(recorded, parity):
+    folder = parity("nar-video").folder
+    box, heads = tuple(recorded.config["ar"]["latent_shape"]), recorded.config["tokenizer"]["encoder_num_heads"]
+    sizes = recorded.config["tokenizer"]
+    patches = tuple(
+        recorded.config["tokenizer"][total] // recorded.config["tokenizer"][part]
+        for total, part in (("frame_num", "temporal_patch_size"), *[("input_size", "patch_size")] * 2)
+    )
+    file = folder / "checkpoint-tokenizer.safetensors"
+    tokenizer = larp.load_tokenizer(file, patches=patches, box=box, num_heads=heads)
+    assert dict(tokenizer.config) == dict(recorded.tokenizer.config)
+    assert torch.equal(tokenizer.encode(recorded.clip), recorded.io["tok.indices"])
+    content = dict(load_file(file))
+    assert larp.TOKENIZER.sniff({"model": {"sd": content}}) and not nar.BOX.sniff(content)
+    content["prior_model.head.bias"] = torch.zeros(3)
+    config, state = larp.convert_tokenizer({"model": {"sd": content}}, patches=patches, box=box, num_heads=heads)
+    assert config["codebook_size"] == sizes["codebook_size"] and not any("prior" in key for key in state)
+    for changes, message in (
+        (dict(), "clips of 32 patches; the released model has 4 x 16 x 16"),
+        (dict(patches=patches, box=(1, 4, 4)), "clips of 32 codes"),
+        (dict(patches=patches), "width 48 is of no released size; give num_heads"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            larp.convert_tokenizer(content, **changes)
+
+
+def test_files_of_a_released_shape_become_a_folder_of_clips(tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = dict(width=64, num_layers=1, num_heads=1, codebook_size=32, codebook_dim=8)
+    tokenizer = LARPTokenizer(**sizes).eval()
+    generator = NextNeighborTransformer(
+        vocab_size=32, grid=larp.RELEASED, width=16, num_layers=1, num_heads=2, hidden_width=32, num_classes=3,
+        positions="learned",
+    )  # fmt: skip
+    torch.save(tokenizer.state_dict() | {"prior_model.x": torch.zeros(1)}, tmp_path / "larp.pt")
+    torch.save(nar.export_generator(generator), tmp_path / "nar.pt")
+    names = [str(tmp_path / name) for name in ("nar.pt", "larp.pt", "out")]
+    assert main(["convert", names[0], "--tokenizer", names[1], "--num-heads", "2", "--out", names[2]]) == 0
+    assert "LARPTokenizer" in capsys.readouterr().out
+    pipeline = load(names[2], device="cpu")
+    assert isinstance(pipeline, VideoPipeline) and pipeline.generator.num_tokens == 1024
+    assert pipeline.sampling_settings()["guidance"].scale == 1.25
+    assert torch.equal(pipeline.tokenizer.encoder_latent_query_embed, tokenizer.encoder_latent_query_embed)
+    wrong = dict(tokenizer.state_dict())
+    wrong["bottleneck.regularizer.embedding.weight"] = torch.zeros(31, 8)
+    torch.save(wrong, tmp_path / "larp.pt")
+    assert main(["convert", names[0], "--tokenizer", names[1], "--num-heads", "2", "--out", f"{names[2]}2"]) == 1
+    assert "predicts 32 codes" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------- the tokenizer alone

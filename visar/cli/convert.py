@@ -16,6 +16,7 @@ from visar.io.files import _new_folder
 from visar.layers.packable import Storage, save_model
 from visar.pipelines.components import DTYPES
 from visar.pipelines.image import ImagePipeline
+from visar.pipelines.video import VideoPipeline
 
 
 def _official(options: Convert) -> hub.Official | None:
@@ -47,7 +48,8 @@ def save(models: Models, folder: Path, defaults: dict[str, Any], storage: Storag
     tokenizer, generator, second = models.tokenizer, models.generator, models.second
     if tokenizer is not None and generator is not None:
         first_folder, second_folder = models.folders
-        ImagePipeline(tokenizer, generator, defaults=defaults).save_pretrained(folder / first_folder, storage)
+        kind = VideoPipeline if tokenizer.layout.arrangement == "box" else ImagePipeline
+        kind(tokenizer, generator, defaults=defaults).save_pretrained(folder / first_folder, storage)
         if second is None:
             return f"{_named(tokenizer)}, {_named(generator)}"
         save_model(second, folder / second_folder, storage)
