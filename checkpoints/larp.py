@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from visar.checkpoints.common import State, build, count_modules, find_weights, fitted, read, require
+from visar.checkpoints.hub import Official
 from visar.checkpoints.options import Convert
 from visar.checkpoints.rows import Content, Models, Row
 from visar.tokenizers.larp import LARPTokenizer
@@ -91,3 +92,5 @@ def _read_tokenizer(options: Convert, content: Content, second: Content | None) 
 
 TOKENIZER = Row("larp", "tokenizer", MARKS, _read_tokenizer, takes=("num_heads",))
 ROWS = (TOKENIZER,)
+
+OFFICIAL: dict[str, Official] = {}  # a tokenizer alone makes no images
