@@ -115,3 +115,19 @@ def find_sampler(name: str) -> SamplerEntry:
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}")
     return SAMPLERS[name]
+
+
+PLAIN = ("ancestral", "continuous", "masked")
+"""Samplers that draft nothing, one for every kind of generator."""
+
+
+def plain_sampler(generator: Any) -> SamplerEntry:
+    """The row of the first of PLAIN that a generator fits.
+
+    Raises:
+        ValueError: it fits none of them.
+    """
+    for name in PLAIN:
+        if SAMPLERS[name].fits(generator):
+            return SAMPLERS[name]
+    raise ValueError(f"{type(generator).__name__} fits no plain sampler: {', '.join(PLAIN)}")

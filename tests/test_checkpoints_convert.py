@@ -291,7 +291,10 @@ def test_refused_files(parity, tmp_path):
             dict(file=other),
             "other.safetensors holds no weights.*code/hmar/var tokenizer: no .*llamagen generator: no",
         ),
-        (dict(file=other), "Its tensors: conv.bias, conv.weight. Sources: code, .*hmar, larp, llamagen, mar, nar, var"),
+        (
+            dict(file=other),
+            "Its tensors: conv.bias, conv.weight. Sources: code, .*hmar, larp, llamagen, mar, nar, var",
+        ),
         (dict(file=scale_file, source="llamagen", grid=grid), "var.pth holds no weights that a converter of llamagen"),
         (dict(file=file, source="var", tokenizer=vae), "c2i.pt holds no weights that a converter of var"),
         (dict(file=file, tokenizer=tokenizer_file), "c2i.pt: the grid of tokens is not in the file.*16 16 for 256 px"),

@@ -83,3 +83,9 @@ class CodebookBottleneck(Bottleneck):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.codebook.load_state_dict(state)
+
+
+class VQBottleneck(CodebookBottleneck):
+    """Training of one codebook."""
+
+    quantizer, trainer = "quantize", CodebookTrainer

@@ -11,7 +11,6 @@ code, D width of a condition token, P patches.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ from visar.tokenizers.diffusion_blocks import (
 )
 from visar.tokenizers.diffusion_stream import ImageStream, Solver, check_solver, needed_noise
 from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
-from visar.tokenizers.training import Arguments, TokenizerFamily
+from visar.tokenizers.training import TokenizerFamily, sized_arguments
 
 # dar-v1: as released, 300.1 M parameters, 256 x 256 images as 256 tokens in 8 groups (rFID 1.52, arXiv 2505.23660).
 # dar-64: 64 x 64 images as 64 tokens in 8 groups, 16.8 M parameters.
@@ -393,10 +392,6 @@ class DiffusionBottleneck(CodebookBottleneck):
         return loss + self.options.flow_weight * output.flow_loss, {**scalars, "flow": output.flow_loss}
 
 
-def _arguments(preset: Arguments, given: Mapping[str, Any], image_size: int) -> Arguments:
-    return {**preset, **given, "image_size": image_size}
-
-
 FAMILY = TokenizerFamily(
     model=DiffusionTokenizer,
     presets=DIFFUSION_PRESETS,
@@ -419,5 +414,5 @@ FAMILY = TokenizerFamily(
     ),
     frozen=("patchify", "query_embedding", "query_linear", "encoder_layers", "quant_in", "quantize"),
     bottleneck=DiffusionBottleneck,
-    arguments=_arguments,
+    arguments=sized_arguments,
 )

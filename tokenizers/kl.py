@@ -24,7 +24,7 @@ from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_image, check_values, check_vectors
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
-from visar.tokenizers.training import Arguments, Bottleneck, TokenizerFamily
+from visar.tokenizers.training import Bottleneck, TokenizerFamily, sized_arguments
 
 # kl-16: as released, 66.5 M parameters, 256 x 256 images as 16 x 16 tokens of 16 numbers (rFID 0.53 by a user's
 # measure, LTH14/mar issue 3). kl-4-64: 64 x 64 images as 16 x 16 tokens of 8 numbers, 5.6 M parameters.
@@ -267,10 +267,6 @@ class GaussianBottleneck(Bottleneck):
             model.register_to_config(scale_factor=measure_scale(model, images))
 
 
-def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
-    return {**preset, **given, "image_size": image_size}
-
-
 FAMILY = TokenizerFamily(
     model=KLTokenizer,
     presets=KL_PRESETS,
@@ -285,5 +281,5 @@ FAMILY = TokenizerFamily(
     ),
     frozen=("encoder", "quant_conv"),
     bottleneck=GaussianBottleneck,
-    arguments=_arguments,
+    arguments=sized_arguments,
 )

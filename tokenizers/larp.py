@@ -22,9 +22,9 @@ from torch.nn import functional
 from visar.core.interface import TokenLayout
 from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_clip, check_ids, check_values
-from visar.tokenizers.codebook_training import CodebookBottleneck
-from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
-from visar.tokenizers.training import Arguments, TokenizerFamily
+from visar.tokenizers.codebook_training import VQBottleneck
+from visar.tokenizers.quantizer import VectorQuantizer
+from visar.tokenizers.training import TokenizerFamily, sized_arguments
 from visar.tokenizers.video_vq import VideoVQOutput
 
 # larp-l-long: released, 16 frames of 128 x 128 as 1024 codes (173 M parameters). larp-64: 64 x 64, as 256 codes.
@@ -287,16 +287,6 @@ class LARPTokenizer(Packable, ModelMixin, ConfigMixin):
         )
 
 
-def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
-    return {**preset, **given, "image_size": image_size}
-
-
-class LARPBottleneck(CodebookBottleneck):
-    """Training of the codebook."""
-
-    quantizer, trainer = "quantize", CodebookTrainer
-
-
 _TINY: dict[str, Any] = dict(image_size=8, num_frames=2, patch=(1, 4, 4), box=(2, 4, 4), width=32, num_layers=1)
 
 FAMILY = TokenizerFamily(
@@ -305,7 +295,7 @@ FAMILY = TokenizerFamily(
     default="larp-64",
     tiny=_TINY | dict(num_heads=2, codebook_size=128, codebook_dim=8),
     frozen=("x_embedder", "encoder", "bottleneck"),
-    bottleneck=LARPBottleneck,
-    arguments=_arguments,
+    bottleneck=VQBottleneck,
+    arguments=sized_arguments,
     clips=True,
 )

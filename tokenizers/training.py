@@ -70,6 +70,11 @@ class Bottleneck(ABC):
         assert not state
 
 
+def sized_arguments(preset: Arguments, given: Mapping[str, Any], image_size: int) -> Arguments:
+    """A preset with what is given instead, for images of that side; see `TokenizerFamily.arguments`."""
+    return {**preset, **given, "image_size": image_size}
+
+
 @dataclass(frozen=True)
 class TokenizerFamily:
     """A family of tokenizers; stands beside its class as FAMILY.

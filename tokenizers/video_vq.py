@@ -21,11 +21,11 @@ from torch.nn import functional
 from visar.core.interface import TokenLayout
 from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_clip, check_ids, check_values
-from visar.tokenizers.codebook_training import CodebookBottleneck
+from visar.tokenizers.codebook_training import VQBottleneck
 from visar.tokenizers.convnet import Decoder, Encoder, group_norm
 from visar.tokenizers.convnet_fused import run
-from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
-from visar.tokenizers.training import Arguments, TokenizerFamily
+from visar.tokenizers.quantizer import VectorQuantizer
+from visar.tokenizers.training import TokenizerFamily, sized_arguments
 
 _SMALL = dict(image_size=64, num_frames=16, frame_group=5, base_channels=64, latent_channels=64)
 
@@ -302,16 +302,6 @@ class VideoVQTokenizer(Packable, ModelMixin, ConfigMixin):
         )
 
 
-def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
-    return {**preset, **given, "image_size": image_size}
-
-
-class VideoVQBottleneck(CodebookBottleneck):
-    """Training of the codebook."""
-
-    quantizer, trainer = "quantize", CodebookTrainer
-
-
 FAMILY = TokenizerFamily(
     model=VideoVQTokenizer,
     presets=VIDEO_VQ_PRESETS,
@@ -327,7 +317,7 @@ FAMILY = TokenizerFamily(
         codebook_size=128,
     ),
     frozen=("encoder", "grouping", "quant_conv", "quantize"),
-    bottleneck=VideoVQBottleneck,
-    arguments=_arguments,
+    bottleneck=VQBottleneck,
+    arguments=sized_arguments,
     clips=True,
 )

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from visar.core.interface import TokenLayout
 from visar.layers.packable import Packable
 from visar.tokenizers.checks import check_ids, check_image, check_values
-from visar.tokenizers.codebook_training import CodebookBottleneck
+from visar.tokenizers.codebook_training import VQBottleneck
 from visar.tokenizers.convnet import Decoder, Encoder
 from visar.tokenizers.convnet_fused import run
-from visar.tokenizers.quantizer import CodebookTrainer, VectorQuantizer
-from visar.tokenizers.training import Arguments, TokenizerFamily
+from visar.tokenizers.quantizer import VectorQuantizer
+from visar.tokenizers.training import TokenizerFamily, sized_arguments
 
 # vq-16, vq-8: released sizes, 71.9 M and 70.1 M parameters (rFID 2.19 and 0.59 at 256 x 256, arXiv 2406.06525).
 # vq-4-64*: 64 x 64 images as 16 x 16 ids, 5.6 M parameters.
@@ -237,16 +237,6 @@ class VQTokenizer(Packable, ModelMixin, ConfigMixin):
         )
 
 
-def _arguments(preset: Arguments, given: Arguments, image_size: int) -> Arguments:
-    return {**preset, **given, "image_size": image_size}
-
-
-class VQBottleneck(CodebookBottleneck):
-    """Training of the codebook."""
-
-    quantizer, trainer = "quantize", CodebookTrainer
-
-
 FAMILY = TokenizerFamily(
     model=VQTokenizer,
     presets=VQ_PRESETS,
@@ -261,5 +251,5 @@ FAMILY = TokenizerFamily(
     ),
     frozen=("encoder", "quant_conv", "quantize"),
     bottleneck=VQBottleneck,
-    arguments=_arguments,
+    arguments=sized_arguments,
 )

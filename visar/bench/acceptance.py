@@ -28,14 +28,12 @@ from visar.io.files import atomic_write
 from visar.pipelines.image import ImagePipeline
 from visar.pipelines.loading import load
 from visar.samplers.filtering import filtered_probs
-from visar.samplers.index import GENERAL, find_sampler
+from visar.samplers.index import GENERAL, find_sampler, plain_sampler
 from visar.samplers.settings import parse_sampler
 
 Echo = Callable[[list[tuple[str, ...]]], None]
 Progress = Callable[[str, int, int], None]
 
-PLAIN: dict[type, str] = {Windowed: "ancestral", Continuous: "continuous", Masked: "masked"}
-"""What other samplers are compared with, by what the model can."""
 HEAD_PASSES = ("head_passes", "drafter_head_passes")
 UNDRAFTED = (
     "jacobi:window=8",
@@ -253,15 +251,14 @@ def measure(
     )
 
 
-def plain_sampler(pipeline: ImagePipeline) -> str:
+def compared_with(pipeline: ImagePipeline) -> str:
     """The sampler that others are compared with.
 
     Raises:
         ValueError: the model is neither a raster one nor one of continuous tokens.
     """
-    for kind, name in PLAIN.items():
-        if isinstance(pipeline.generator, kind):
-            return name
+    if isinstance(pipeline.generator, Windowed | Continuous | Masked):
+        return plain_sampler(pipeline.generator).name
     raise ValueError(
         f"a raster model or one of continuous tokens is needed; this one is a {type(pipeline.generator).__name__}"
     )
@@ -292,7 +289,7 @@ def measure_acceptance(
     Raises:
         ValueError: see `measure`; or a model of another kind.
     """
-    plain = plain_sampler(pipeline)
+    plain = compared_with(pipeline)
     if not batch_sizes or min(batch_sizes) < 1:
         raise ValueError(f"batch_sizes {batch_sizes}; they must be >= 1")
     if settings.get("calls", 1) < 1:
@@ -358,7 +355,7 @@ def acceptance(options: Acceptance, echo: Echo, progress: Progress | None = None
         progress: told (what, done, total).
     """
     pipeline = load(options.model, device=options.device, dtype=options.dtype)
-    plain = plain_sampler(pipeline)
+    plain = compared_with(pipeline)
     if plain != "ancestral" and not options.samplers:
         raise ValueError(
             "continuous tokens have no list of usual samplers: give --samplers, such as "

@@ -1,6 +1,7 @@
 """Checks that come before any time: a fast wrong model is not timed."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,13 +10,11 @@ from torch import nn
 from visar.bench.subjects import Subject, dtype_of, random_ids
 from visar.core.condition import Condition
 from visar.core.guidance import OFF, Guidance
-from visar.core.interface import Categorical, Masked
+from visar.core.interface import Categorical, Continuous, Masked
 from visar.core.noise import Noise, image_seeds
 from visar.core.runtime import EAGER, Runtime
 from visar.layers.quantize import dequantize_
-from visar.samplers.ancestral import sample_ancestral
-from visar.samplers.continuous import sample_continuous
-from visar.samplers.masked import sample_masked
+from visar.samplers.index import plain_sampler
 from visar.tokenizers.decoding import decoder_noise
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
@@ -66,21 +65,10 @@ def logits_errors(subject: Subject, device: torch.device, batch: int = 2) -> tup
 
 @torch.no_grad()
 def features_errors(subject: Subject, device: torch.device, batch: int = 2) -> tuple[float, float]:
-    """As `logits_errors`, of the hidden vectors that a head reads: of causal models through the cache and of one
-    teacher-forced pass; of masked ones of one pass, twice."""
+    """As `logits_errors`, of the hidden vectors that a causal model's head reads."""
     generator = subject.generator
     tokens_BNC, condition = random_ids(subject, batch, device), generator.example_condition(batch)
     reference_model = _in_float32(generator)
-    if isinstance(generator, Masked):
-        place_BN = torch.arange(subject.num_tokens, device=device).expand(batch, -1)
-
-        def read(model: Any) -> torch.Tensor:
-            state = model.start(condition)
-            model.commit_at(state, place_BN, tokens_BNC)
-            return model.features_at(state, place_BN[:, ::2], place_BN[:, 1::2])
-
-        error = relative_error(read(generator), read(reference_model))
-        return error, error
     reference_BND = reference_model.hidden(tokens_BNC, condition)
     forced_BND = generator.hidden(tokens_BNC, condition)
     state, parts = generator.start(condition, OFF), []
@@ -93,6 +81,29 @@ def features_errors(subject: Subject, device: torch.device, batch: int = 2) -> t
     return decoded, relative_error(forced_BND[:, :done], reference_BND[:, :done])
 
 
+@torch.no_grad()
+def masked_errors(subject: Subject, device: torch.device, batch: int = 2) -> tuple[float, float]:
+    """As `logits_errors`, of the hidden vectors that a masked model's head reads: of one pass, twice."""
+    tokens_BNC, condition = random_ids(subject, batch, device), subject.generator.example_condition(batch)
+    place_BN = torch.arange(subject.num_tokens, device=device).expand(batch, -1)
+
+    def read(model: Any) -> torch.Tensor:
+        state = model.start(condition)
+        model.commit_at(state, place_BN, tokens_BNC)
+        return model.features_at(state, place_BN[:, ::2], place_BN[:, 1::2])
+
+    error = relative_error(read(subject.generator), read(_in_float32(subject.generator)))
+    return error, error
+
+
+# By what a model gives: what is compared, and how.
+_COMPARED: dict[type, tuple[str, Callable[[Subject, torch.device], tuple[float, float]]]] = {
+    Categorical: ("logits", logits_errors),
+    Continuous: ("hidden vectors", features_errors),
+    Masked: ("hidden vectors", masked_errors),
+}
+
+
 def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
     """Error of decoding, of the logits or of the hidden vectors that a head reads, and a line that says it.
 
@@ -102,14 +113,13 @@ def check_logits(subject: Subject, device: torch.device) -> tuple[float, str]:
     Raises:
         ValueError: the error is larger: nothing is timed.
     """
-    ids = isinstance(subject.generator, Categorical)
-    decoded, forced = (logits_errors if ids else features_errors)(subject, device)
+    what, compare = next(row for kind, row in _COMPARED.items() if isinstance(subject.generator, kind))
+    decoded, forced = compare(subject, device)
     dtype = dtype_of(subject.generator)
     limit = LIMITS[dtype]
     if dtype != torch.float32:
         limit = min(max(limit, 1.5 * forced), HIGHEST)
     name = str(dtype).removeprefix("torch.")
-    what = "logits" if ids else "hidden vectors"
     line = f"{what} of decoding in {name} against float32: relative error {decoded:.1e} (one pass {forced:.1e})"
     if not decoded <= limit:
         raise ValueError(f"{subject.name}: {line}; allowed is {limit:.1e}: wrong results are not timed")
@@ -140,10 +150,7 @@ def check_images(subject: Subject, device: torch.device) -> str:
 
 def _sample(model: Any, condition: Condition, **settings: Any) -> torch.Tensor:
     """Tokens by the plain sampler of the model's kind."""
-    if isinstance(model, Categorical):
-        return sample_ancestral(model, condition, **settings).tokens
-    sample: Any = sample_masked if isinstance(model, Masked) else sample_continuous
-    return sample(model, condition, **settings).tokens
+    return plain_sampler(model).load()(model, condition, **settings).tokens
 
 
 def _same(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from visar.core.checks import Range, check_range
-from visar.core.interface import Masked
 from visar.data.crops import center_crop
 from visar.data.images import as_float
 from visar.data.pictures import rgb
@@ -17,26 +16,28 @@ from visar.io.pictures import to_pictures
 from visar.pipelines.image import ImageOutput, ImagePipeline
 from visar.pipelines.previews import Previews, check_previews
 from visar.samplers.editing import Strategy, box_mask, grid_mask
+from visar.samplers.index import SAMPLERS
 from visar.tokenizers.decoding import image_sides
 
+EDITORS = ("edit", "masked_edit")
+"""Samplers that keep a part of an image."""
 
-def check_editable(pipeline: ImagePipeline, strategy: Strategy | None) -> str:
-    """The sampler that edits by a pipeline's generator: "edit" over scales, "masked_edit" where it is masked.
+
+def find_editor(pipeline: ImagePipeline, strategy: Strategy | None) -> str:
+    """Name of the sampler that edits by a pipeline's generator: the first of EDITORS that it fits.
 
     Raises:
-        ValueError: neither; or a strategy of models over scales for a masked one.
+        ValueError: it fits none; or a strategy, and that sampler has none.
     """
-    kind = pipeline.tokenizer.layout.arrangement
-    if kind == "scales":
-        return "edit"
-    if not isinstance(pipeline.generator, Masked):
+    name = next((each for each in EDITORS if SAMPLERS[each].fits(pipeline.generator)), None)
+    if name is None:
         raise ValueError(
             "to edit, a model over scales (VAR, HMAR) or a masked one (MAR) is needed; this one is a "
-            f"{type(pipeline.generator).__name__} and its tokens are a {kind}"
+            f"{type(pipeline.generator).__name__} and its tokens are a {pipeline.tokenizer.layout.arrangement}"
         )
-    if strategy is not None:
+    if strategy is not None and "strategy" not in SAMPLERS[name].settings():
         raise ValueError(f"editing strategy {strategy!r} is of models over scales; this one is masked: leave it out")
-    return "masked_edit"
+    return name
 
 
 def to_images(pictures: Sequence[PIL.Image.Image], side: int) -> Tensor:
@@ -113,7 +114,7 @@ def edit_images(
     Raises:
         ValueError: a model that cannot edit, both or neither of box and mask, or bad values.
     """
-    sampler = check_editable(pipeline, strategy)
+    sampler = find_editor(pipeline, strategy)
     if (box is None) == (mask is None):
         raise ValueError("give a box or a mask, one of them")
     if unconditional and (class_labels is not None or attributes):
@@ -137,8 +138,8 @@ def edit_images(
         "given_tokens": given,
         "keep": kept.to(device),
     }
-    if sampler == "edit":
-        options["strategy"] = strategy or "codes"
+    if strategy is not None:
+        options["strategy"] = strategy
     chosen = {**pipeline.sampling_settings(**settings, sampler=sampler), "sampler_options": options}
     out = pipeline.sample_tokens(condition, seeds, **chosen)
     made_BCHW = pipeline.decode(out.latent if out.latent is not None else out.tokens, seeds)
